@@ -1,0 +1,211 @@
+"""Every knob of the library: its unit, its default, its bounds.
+
+Nothing here imports torch, Ray or OpenCV, so that any process can read a configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SHIPPED_MODELS = Path(__file__).parent / "models"
+
+
+class ConfigError(ValueError):
+    """A configuration value breaks its rule; the message names the key and the rule."""
+
+
+def _check(ok: bool, key: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{key} {rule}, not {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(value: object) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > 0
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost. One place for every door."""
+
+    max_body_bytes: int = 32 * 2**20
+    """HTTP body, bytes; more is a 413."""
+    max_image_pixels: int = 100_000_000
+    """Width x height read from the image header, before decoding; more is a 413."""
+    max_object_chars: int = 256
+    """Characters of the trimmed noun."""
+    max_spatial_refs: int = 16
+    """Points and boxes together."""
+    max_path_chars: int = 65_536
+    """Characters of SVG path data that the parser reads."""
+    max_path_commands: int = 8_192
+    """Drawn segments of one path, implicit repeats counted."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check(
+                _is_int(value) and value > 0,
+                f"limits.{f.name}",
+                "must be a positive integer",
+                value,
+            )
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """The CPU half: rasterise, refine, clean, trace."""
+
+    refiner: str = "guided"
+    """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges."""
+    rasterizer: str = "skia"
+    """``skia`` (default) or ``resvg`` (the reference rasteriser)."""
+    tracer: str = "auto"
+    """``libpotrace``, ``pypotrace``, ``potracer``, or ``auto``: the first that loads."""
+    turdsize: int = 2
+    """Potrace: suppress speckles of up to this many pixels."""
+    alphamax: float = 1.0
+    """Potrace: corner threshold, 0 (polygon) to 4/3 (no corners)."""
+    opttolerance: float = 0.2
+    """Potrace: curve optimisation tolerance, pixels."""
+    guided_radius: float = 0.06
+    """Guided filter radius as a fraction of the object's size (square root of its area)."""
+    guided_eps: float = 1e-3
+    """Guided filter regularisation, squared intensity with channels in 0..1."""
+    min_agreement: float = 0.6
+    """A refined mask whose IoU with the coarse mask is lower has drifted and is rejected."""
+
+    def __post_init__(self) -> None:
+        for key in ("refiner", "rasterizer", "tracer"):
+            value = getattr(self, key)
+            _check(isinstance(value, str) and bool(value), key, "must be a name", value)
+        _check(
+            self.rasterizer in ("skia", "resvg"),
+            "rasterizer",
+            "must be skia or resvg",
+            self.rasterizer,
+        )
+        _check(
+            self.tracer in ("auto", "libpotrace", "pypotrace", "potracer"),
+            "tracer",
+            "must be auto, libpotrace, pypotrace or potracer",
+            self.tracer,
+        )
+        _check(
+            _is_int(self.turdsize) and self.turdsize >= 0,
+            "turdsize",
+            "must be an integer of at least 0",
+            self.turdsize,
+        )
+        _check(
+            0 <= self.alphamax <= 4 / 3 + 1e-4, "alphamax", "must be in 0..1.3334", self.alphamax
+        )
+        _check(
+            self.opttolerance >= 0 and math.isfinite(self.opttolerance),
+            "opttolerance",
+            "must be at least 0",
+            self.opttolerance,
+        )
+        _check(_positive(self.guided_radius), "guided_radius", "must be over 0", self.guided_radius)
+        _check(_positive(self.guided_eps), "guided_eps", "must be over 0", self.guided_eps)
+        _check(0 <= self.min_agreement <= 1, "min_agreement", "must be in 0..1", self.min_agreement)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """One engine: the model, where it runs, how much it takes on at once."""
+
+    model: str = "nano"
+    """Name under which the model is served (the ``model`` field of a request)."""
+    model_path: str | None = None
+    """Folder (config.json, tokenizer.json, weights) or weights file; None: the shipped model."""
+    device: str = "auto"
+    """``auto`` (CUDA when torch sees one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: str = "auto"
+    """``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16``, ``float16``."""
+    max_batch_size: int = 16
+    """Requests that decode together (KV slots)."""
+    max_queue: int = 256
+    """Requests that may wait for a slot; more are refused with 503 and Retry-After."""
+    request_timeout_s: float = 60.0
+    """Deadline of a request from arrival, seconds; then its work is cancelled (504)."""
+    torch_threads: int | None = None
+    """Intra-op CPU threads of the model; None leaves torch's own choice."""
+    refiner: RefinerConfig | None = field(default_factory=RefinerConfig)
+    """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
+    refiner_threads: int = 1
+    """Refinements that run at once beside the engine thread."""
+    limits: Limits = field(default_factory=Limits)
+    api_keys: tuple[str, ...] = ()
+    """When not empty, the HTTP door asks for one of these (401 otherwise)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.model, str) and bool(self.model),
+            "model",
+            "must be a non-empty string",
+            self.model,
+        )
+        for key in ("max_batch_size", "max_queue", "refiner_threads"):
+            value = getattr(self, key)
+            _check(_is_int(value) and value > 0, key, "must be a positive integer", value)
+        _check(
+            _positive(self.request_timeout_s),
+            "request_timeout_s",
+            "must be over 0 seconds",
+            self.request_timeout_s,
+        )
+        _check(
+            self.torch_threads is None or (_is_int(self.torch_threads) and self.torch_threads > 0),
+            "torch_threads",
+            "must be a positive integer or null",
+            self.torch_threads,
+        )
+        _check(
+            self.dtype in ("auto", "float32", "bfloat16", "float16"),
+            "dtype",
+            "must be auto, float32, bfloat16 or float16",
+            self.dtype,
+        )
+        _check(
+            self.device in ("auto", "cpu", "cuda")
+            or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
+            "device",
+            "must be auto, cpu, cuda or cuda:N",
+            self.device,
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint folder or file."""
+        return Path(self.model_path) if self.model_path else SHIPPED_MODELS / "nano"
+
+
+def from_mapping(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Build a config dataclass from YAML/JSON; unknown keys are a ConfigError that lists the known.
+
+    ``where`` prefixes the key in messages (``refiner``, ``limits``).
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping, not {type(values).__name__}")
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(
+            f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
+        )
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
