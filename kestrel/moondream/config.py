@@ -1,0 +1,211 @@
+"""Sizes, special token ids and the prompt of a Moondream-architecture model.
+
+The JSON keys are those of the public ``config.json`` files, so that a published configuration
+loads as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kestrel.config import ConfigError
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Mixture-of-experts layers of the text decoder."""
+
+    num_experts: int = 64
+    start_layer: int = 4
+    """First layer whose MLP is a mixture; those before it are dense."""
+    experts_per_token: int = 8
+    expert_inner_dim: int = 1024
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Prefix-LM text decoder."""
+
+    dim: int = 2048
+    ff_dim: int = 8192
+    n_layers: int = 24
+    vocab_size: int = 51200
+    max_context: int = 2048
+    n_heads: int = 32
+    n_kv_heads: int = 32
+    prefix_attn: int = 730
+    """Leading positions (BOS and image) that see each other in both directions."""
+    rope_theta: float = 10_000.0
+    tau_attn: bool = False
+    moe: MoeConfig | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated; the rest pass through."""
+        return self.head_dim // 2
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP-style tower over one global and several local crops."""
+
+    enc_dim: int = 1152
+    enc_patch_size: int = 14
+    enc_n_layers: int = 27
+    enc_ff_dim: int = 4304
+    enc_n_heads: int = 16
+    proj_out_dim: int = 2048
+    crop_size: int = 378
+    in_channels: int = 3
+    max_crops: int = 12
+    """Most local crops; 0 encodes the global crop alone, which then stands for both."""
+    overlap_margin: int = 4
+    """Patches that neighbouring crops share on each side."""
+    proj_inner_dim: int = 8192
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a crop."""
+        return self.crop_size // self.enc_patch_size
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid * self.grid
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """Coordinates and sizes as embeddings in, as binned logits out."""
+
+    dim: int = 2048
+    coord_feat_dim: int = 256
+    coord_out_dim: int = 1024
+    size_feat_dim: int = 512
+    size_out_dim: int = 2048
+    inner_dim: int = 8192
+    decoder_arch: str = "mlp"
+    """``mlp`` (Moondream 2) or ``linear`` (Moondream 3)."""
+    use_ln: bool = False
+    """LayerNorm before the decoders (Moondream 3)."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Special ids, the segment prompt and how ids spell a path."""
+
+    bos_id: int = 0
+    eos_id: int = 0
+    answer_id: int = 3
+    coord_id: int = 5
+    size_id: int = 6
+    segment_prefix: tuple[int, ...] = (1, 17374, 2)
+    first_path_id: int = 21
+    """Ids below are control tokens, never path text."""
+    path_grid: int = 960
+    """Integers of a path run from 0 to this across the box."""
+
+
+@dataclass(frozen=True)
+class MoondreamConfig:
+    """A whole model."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    name: str = "moondream"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoondreamConfig:
+        """Build from a parsed ``config.json``.
+
+        Unknown sections and keys of other consumers are ignored, as published files carry some;
+        a known key with a size that cannot work raises ``ConfigError``.
+        """
+        text = dict(values.get("text") or {})
+        if isinstance(text.get("moe"), dict):
+            text["moe"] = _pick(MoeConfig, text["moe"])
+        prompt = dict(values.get("prompt") or {})
+        if "segment_prefix" in prompt:
+            prompt["segment_prefix"] = tuple(prompt["segment_prefix"])
+        config = cls(
+            text=_pick(TextConfig, text),
+            vision=_pick(VisionConfig, values.get("vision") or {}),
+            region=_pick(RegionConfig, values.get("region") or {}),
+            prompt=_pick(PromptConfig, prompt),
+            name=str(values.get("name", "moondream")),
+        )
+        config.check()
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> MoondreamConfig:
+        """Read ``config.json``; raises ``ConfigError`` naming the file."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a readable JSON configuration ({error})") from error
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` where sizes contradict each other."""
+        text, vision, region = self.text, self.vision, self.region
+        rules = [
+            (text.dim % text.n_heads == 0, "text.dim must be a multiple of text.n_heads"),
+            (text.head_dim % 4 == 0, "text.dim / text.n_heads must be a multiple of 4"),
+            (
+                text.n_heads % text.n_kv_heads == 0,
+                "text.n_heads must be a multiple of text.n_kv_heads",
+            ),
+            (
+                vision.crop_size % vision.enc_patch_size == 0,
+                "vision.crop_size must be a multiple of vision.enc_patch_size",
+            ),
+            (
+                vision.enc_dim % vision.enc_n_heads == 0,
+                "vision.enc_dim must be a multiple of vision.enc_n_heads",
+            ),
+            (vision.proj_out_dim == text.dim, "vision.proj_out_dim must equal text.dim"),
+            (region.dim == text.dim, "region.dim must equal text.dim"),
+            (
+                text.prefix_attn == 1 + vision.n_patches,
+                "text.prefix_attn must be 1 + the patches of a crop",
+            ),
+            (
+                text.max_context > text.prefix_attn,
+                "text.max_context must be larger than text.prefix_attn",
+            ),
+            (
+                region.decoder_arch in ("mlp", "linear"),
+                "region.decoder_arch must be mlp or linear",
+            ),
+        ]
+        for ok, rule in rules:
+            if not ok:
+                raise ConfigError(rule)
+
+
+def _pick(cls: type, values: dict[str, Any]) -> Any:
+    known = {f.name for f in fields(cls)}
+    return cls(**{key: value for key, value in values.items() if key in known})
+
+
+_REGION_3 = RegionConfig(decoder_arch="linear", use_ln=True)
+
+MOONDREAM_2 = MoondreamConfig(name="moondream2")
+MOONDREAM_3 = MoondreamConfig(
+    text=TextConfig(max_context=32_768, rope_theta=1_500_000.0, tau_attn=True, moe=MoeConfig()),
+    region=_REGION_3,
+    name="moondream3",
+)
+"""Published sizes; see the model cards of vikhyatk/moondream2 and moondream/moondream3-preview."""

@@ -1,0 +1,133 @@
+"""The whole model as one object, and how it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kestrel.config import ConfigError
+from kestrel.moondream.config import MoondreamConfig
+from kestrel.moondream.crops import UInt8Array
+from kestrel.moondream.region import Region
+from kestrel.moondream.text import KVCache, TextDecoder
+from kestrel.moondream.tokens import SegmentTokenizer
+from kestrel.moondream.vision import VisionEncoder
+from kestrel.moondream.weights import load_weights
+
+
+class Moondream(nn.Module):
+    """Vision tower, text decoder and region heads of one Moondream-architecture model."""
+
+    tokenizer: SegmentTokenizer
+
+    def __init__(self, config: MoondreamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.text = TextDecoder(config.text)
+        self.region = Region(config.region)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.wte.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.wte.dtype
+
+    def encode_image(self, image: UInt8Array) -> Tensor:
+        """Image uint8 [H, W, 3] RGB -> embeddings [patches, dim]."""
+        return self.vision.encode(image)
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [...] -> embeddings [..., dim]."""
+        return self.text.wte[ids]
+
+    def encode_coord(self, values: Tensor) -> Tensor:
+        """Coordinates in 0..1 [...] -> embeddings [..., dim]."""
+        return self.region.encode_coord(values)
+
+    def encode_size(self, values: Tensor) -> Tensor:
+        """Widths and heights in 0..1 [..., 2] -> embeddings [..., dim]."""
+        return self.region.encode_size(values)
+
+    def new_cache(self, slots: int) -> KVCache:
+        """KV cache with one slot per running request."""
+        return self.text.new_cache(slots)
+
+    def prefill(
+        self, embeds: Tensor, lengths: Tensor, prefix: int, cache: KVCache, slots: Tensor
+    ) -> Tensor:
+        """Run right-padded prompts [B, T, dim]; see ``TextDecoder.prefill``. Gives [B, dim]."""
+        return self.text.prefill(embeds, lengths, prefix, cache, slots)
+
+    def decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        span: int | None = None,
+    ) -> Tensor:
+        """One decode step for a batch [B, dim]; see ``TextDecoder.decode``. Gives [B, dim].
+
+        ``span`` (largest position + 1) spares a device read when the caller knows it.
+        """
+        if span is None:
+            span = int(positions.max()) + 1
+        return self.text.decode(embeds, positions, cache, slots, span)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, dim] -> [B, vocab]."""
+        return self.text.logits(hidden)
+
+    def coord_logits(self, hidden: Tensor) -> Tensor:
+        """[B, dim] -> [B, coord bins]."""
+        return self.region.coord_logits(hidden)
+
+    def size_logits(self, hidden: Tensor) -> Tensor:
+        """[B, dim] -> [B, 2, size bins]."""
+        return self.region.size_logits(hidden)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` -> CUDA where torch sees a GPU, else CPU; ``ConfigError`` for a GPU that is not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch sees no GPU; install a CUDA build of torch "
+            "(pip install torch) and check nvidia-smi, or set device: cpu"
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` -> bfloat16 on CUDA, float32 on CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[dtype]
+
+
+def load(path: Path, device: torch.device, dtype: torch.dtype) -> Moondream:
+    """Load a checkpoint folder (or a weights file with config.json and tokenizer.json beside it).
+
+    Raises ``ConfigError`` naming the missing file or the tensors that do not fit.
+    """
+    folder = path if path.is_dir() else path.parent
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"model_path: {folder} has no {name}")
+    config = MoondreamConfig.from_file(folder / "config.json")
+    with torch.device("meta"):
+        model = Moondream(config)
+    load_weights(model, path, device, dtype)
+    model.text.reset_tables()
+    model.tokenizer = SegmentTokenizer.from_file(folder / "tokenizer.json", config.prompt)
+    return model.eval().requires_grad_(False)

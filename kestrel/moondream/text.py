@@ -1,0 +1,232 @@
+"""Prefix-LM text decoder: parallel pre-norm blocks over a slot-based KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kestrel.moondream.config import TextConfig
+from kestrel.moondream.moe import MixtureOfExperts
+from kestrel.moondream.rope import rotary_table, rotate
+from kestrel.ops.attention import attend
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every slot: each [layers, slots, kv_heads, max_context, head_dim].
+
+    A slot belongs to one running request; what lies beyond its position is never read, so a slot
+    needs no clearing before it is used again.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.k.shape[3]
+
+
+class Tau(nn.Module):
+    """Token- and position-dependent scale of queries and values, one number per head.
+
+    ``tanh(gelu(qkv) @ w^T) + 1 + (sigmoid(alpha * log(position + 1)) - 0.5)`` with the tanh GELU
+    (the model author's correction of the earlier erf form).
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        packed = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.wq = nn.Parameter(torch.zeros(config.n_heads, packed))
+        self.wv = nn.Parameter(torch.zeros(config.n_heads, packed))
+        self.alpha = nn.Parameter(torch.zeros(config.n_heads))
+
+    def forward(self, qkv: Tensor, log_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``qkv`` [B, T, packed], ``log_positions`` log(position + 1) broadcastable to [B, T].
+
+        Gives the scales of q and of v, each [B, heads, T, 1].
+        """
+        gate = F.gelu(qkv, approximate="tanh")
+        by_position = (
+            0.5 + torch.sigmoid(self.alpha.float() * log_positions.float()[..., None])
+        ).to(qkv.dtype)
+        tok_q, tok_v = torch.tanh(F.linear(gate, torch.cat([self.wq, self.wv]))).chunk(2, dim=-1)
+        scale_q, scale_v = tok_q + by_position, tok_v + by_position
+        return scale_q.transpose(1, 2)[..., None], scale_v.transpose(1, 2)[..., None]
+
+
+class Attention(nn.Module):
+    """Self-attention on a packed qkv projection, rotary, optionally tau."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        packed = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.dim, packed)
+        self.proj = nn.Linear(config.dim, config.dim)
+        self.tau = Tau(config) if config.tau_attn else None
+
+    def project(
+        self, x: Tensor, table: Tensor, log_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, dim] -> rotated q [B, H, T, D] and k, v [B, Hkv, T, D].
+
+        ``table`` rotary rows broadcastable to [B, 1, T, 2, rot / 2].
+        """
+        c = self.config
+        batch, length, _ = x.shape
+        qkv = self.qkv(x)
+        q, k, v = qkv.split(
+            [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim], dim=-1
+        )
+        q = q.view(batch, length, c.n_heads, c.head_dim).transpose(1, 2)
+        k = k.view(batch, length, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        v = v.view(batch, length, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        if self.tau is not None:
+            scale_q, scale_v = self.tau(qkv, log_positions)
+            q, v = q * scale_q, v * scale_v
+        return rotate(q, table), rotate(k, table), v
+
+    def merge(self, out: Tensor) -> Tensor:
+        """[B, H, T, D] -> [B, T, dim] through the output projection."""
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class DenseMlp(nn.Module):
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, inner_dim)
+        self.fc2 = nn.Linear(inner_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """``x + attn(ln(x)) + mlp(ln(x))``."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(config.dim, eps=1e-5)
+        self.attn = Attention(config)
+        moe = config.moe
+        self.mlp: nn.Module
+        if moe is not None and layer >= moe.start_layer:
+            self.mlp = MixtureOfExperts(
+                config.dim, moe.expert_inner_dim, moe.num_experts, moe.experts_per_token
+            )
+        else:
+            self.mlp = DenseMlp(config.dim, config.ff_dim)
+
+
+class TextDecoder(nn.Module):
+    """Embedding, blocks, head. Hidden states are those before the final LayerNorm."""
+
+    rotary: Tensor
+    log_positions: Tensor
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        nn.init.normal_(self.wte, std=0.02)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.post_ln = nn.LayerNorm(config.dim, eps=1e-5)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """(Re)compute the tables that no checkpoint holds, on the device of the embedding."""
+        config = self.config
+        with torch.device(self.wte.device):
+            table = rotary_table(config.rotary_dim, config.max_context, config.rope_theta)
+            logs = torch.arange(1, config.max_context + 1, dtype=torch.float32).log()
+        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("log_positions", logs, persistent=False)
+
+    def new_cache(self, slots: int) -> KVCache:
+        """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
+        c = self.config
+        shape = (c.n_layers, slots, c.n_kv_heads, c.max_context, c.head_dim)
+        return KVCache(k=self.wte.new_zeros(shape), v=self.wte.new_zeros(shape))
+
+    def forward(
+        self, x: Tensor, mask: Tensor, positions: Tensor, keep: list[tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """Full-sequence pass, no cache read.
+
+        ``x`` [B, T, dim]; ``mask`` bool broadcastable to [B, 1, T, T]; ``positions`` int64 [T] or
+        [B, T]. Every layer's (k, v), each [B, Hkv, T, D], is appended to ``keep`` when given.
+        Gives hidden states [B, T, dim].
+        """
+        table = self.rotary[positions]
+        if positions.dim() == 2:
+            table = table.unsqueeze(1)
+        logs = self.log_positions[positions]
+        for block in self.blocks:
+            normed = block.ln(x)
+            q, k, v = block.attn.project(normed, table, logs)
+            if keep is not None:
+                keep.append((k, v))
+            x = x + block.attn.merge(attend(q, k, v, mask)) + block.mlp(normed)
+        return x
+
+    def prefill(
+        self, x: Tensor, lengths: Tensor, prefix: int, cache: KVCache, slots: Tensor
+    ) -> Tensor:
+        """Run right-padded prompts and store their keys and values.
+
+        ``x`` [B, T, dim], ``lengths`` int64 [B], ``slots`` int64 [B]; the first ``prefix``
+        positions see each other in both directions. Gives the hidden state of each prompt's last
+        position, [B, dim].
+        """
+        batch, length, _ = x.shape
+        positions = torch.arange(length, device=x.device)
+        kept: list[tuple[Tensor, Tensor]] = []
+        hidden = self(x, prefix_mask(length, prefix, x.device), positions, kept)
+        for layer, (k, v) in enumerate(kept):
+            # Padding is stored too: it lies beyond the row's position and is overwritten there.
+            cache.k[layer, slots, :, :length] = k
+            cache.v[layer, slots, :, :length] = v
+        return hidden[torch.arange(batch, device=x.device), lengths - 1]
+
+    def decode(
+        self, x: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, span: int
+    ) -> Tensor:
+        """One step for several requests.
+
+        ``x`` [B, dim] embeddings at ``positions`` int64 [B] of ``slots`` int64 [B]; ``span`` is at
+        least the largest position + 1. Gives hidden states [B, dim].
+        """
+        x = x[:, None]
+        table = self.rotary[positions][:, None, None]
+        logs = self.log_positions[positions][:, None]
+        seen = torch.arange(span, device=x.device)[None] <= positions[:, None]
+        mask = seen[:, None, None]
+        for layer, block in enumerate(self.blocks):
+            normed = block.ln(x)
+            q, k, v = block.attn.project(normed, table, logs)
+            cache.k[layer, slots, :, positions] = k[:, :, 0]
+            cache.v[layer, slots, :, positions] = v[:, :, 0]
+            keys = cache.k[layer, :, :, :span].index_select(0, slots)
+            values = cache.v[layer, :, :, :span].index_select(0, slots)
+            x = x + block.attn.merge(attend(q, keys, values, mask)) + block.mlp(normed)
+        return x[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., dim] -> [..., vocab]."""
+        return self.lm_head(self.post_ln(hidden))
+
+
+def prefix_mask(length: int, prefix: int, device: torch.device) -> Tensor:
+    """Bool [length, length]: causal, but the first ``prefix`` positions all see each other."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    mask[:prefix, :prefix] = True
+    return mask

@@ -1,0 +1,43 @@
+"""Strings to prompt ids, path ids to text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from kestrel.config import ConfigError
+from kestrel.moondream.config import PromptConfig
+
+_PATH_TEXT = re.compile(r"[MmLlHhVvCcSsQqTtAaZz]|\d+|-")
+
+
+class SegmentTokenizer:
+    """A ``tokenizers`` file seen through what the segment skill needs."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._path_text = [""] * size
+        for token_id in range(prompt.first_path_id, size):
+            text = tokenizer.decode([token_id], skip_special_tokens=False).strip()
+            if _PATH_TEXT.fullmatch(text):
+                self._path_text[token_id] = text
+
+    @classmethod
+    def from_file(cls, path: Path, prompt: PromptConfig) -> SegmentTokenizer:
+        """Read ``tokenizer.json``; raises ``ConfigError`` naming the file."""
+        try:
+            return cls(Tokenizer.from_file(str(path)), prompt)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConfigError(f"{path}: not a readable tokenizer file ({error})") from error
+
+    def encode_object(self, noun: str) -> list[int]:
+        """Ids of the noun, without special tokens."""
+        return self.tokenizer.encode(noun, add_special_tokens=False).ids
+
+    def decode_path_token(self, token_id: int) -> str:
+        """The command letter, integer or minus sign that an id spells; "" if it is none."""
+        return self._path_text[token_id] if 0 <= token_id < len(self._path_text) else ""
