@@ -1,0 +1,197 @@
+"""The model must compute what the public reference computes, at every recorded point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kestrel.config import ConfigError
+from kestrel.moondream.config import MoondreamConfig
+from kestrel.moondream.crops import overlap_crops, select_tiling
+from kestrel.moondream.model import Moondream
+from kestrel.moondream.weights import load_weights
+
+FIXTURES = Path(__file__).parent / "fixtures" / "parity"
+CPU = torch.device("cpu")
+DEVICES = [
+    CPU,
+    pytest.param(
+        torch.device("cuda"),
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+        ],
+    ),
+]
+
+
+def build(name: str, weights: Path, device: torch.device = CPU, dtype=torch.float32) -> Moondream:
+    config = MoondreamConfig.from_file(FIXTURES / name / "config.json")
+    with torch.device("meta"):
+        model = Moondream(config)
+    load_weights(model, weights, device, dtype)
+    model.text.reset_tables()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def md3_weights(tmp_path_factory) -> dict[str, Path]:
+    """The Moondream 3 checkpoint as files: engine names, Hugging Face names, and as ``.pt``."""
+    folder = tmp_path_factory.mktemp("md3")
+    engine = load_file(FIXTURES / "md3" / "engine-text-region.safetensors")
+    names = json.loads((FIXTURES / "md3" / "hugging-face-names.json").read_text())
+    vision = load_file(FIXTURES / "md2" / "model-00001-of-00003.safetensors")
+    engine_name = {hf: own for own, hf in names.items()}
+    engine |= {engine_name[name]: tensor for name, tensor in vision.items()}
+    hugging_face = {
+        names[k]: (v.T.contiguous() if k.endswith("features.weight") else v)
+        for k, v in engine.items()
+    }
+    save_file(engine, folder / "engine.safetensors")
+    save_file(hugging_face, folder / "hf.safetensors")
+    torch.save(engine, folder / "engine.pt")
+    return {
+        "engine": folder / "engine.safetensors",
+        "hf": folder / "hf.safetensors",
+        "pt": folder / "engine.pt",
+    }
+
+
+def weights_of(case: str, md3_weights: dict[str, Path]) -> tuple[str, Path]:
+    return ("md2", FIXTURES / "md2") if case == "md2" else ("md3", md3_weights[case])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["md2", "engine", "hf", "pt"])
+@torch.inference_mode()
+def test_hidden_states_and_logits_drift_from_the_reference(case, device, md3_weights):
+    name, weights = weights_of(case, md3_weights)
+    model = build(name, weights, device)
+    expected = load_file(FIXTURES / name / "expected.safetensors", device=str(device))
+    image = load_file(FIXTURES / "md2" / "expected.safetensors", device=str(device))[
+        "image_embedding"
+    ]
+    bos = model.embed_tokens(torch.tensor([0], device=device))
+    prompt = torch.cat([bos, image, model.embed_tokens(expected["prompt"])])[None]
+    length = prompt.shape[1]
+    # Slot 2 of 3, so that a slot mistaken for a row shows.
+    cache, slots = model.new_cache(3), torch.tensor([2], device=device)
+    lengths = torch.tensor([length], device=device)
+    hidden = [model.prefill(prompt, lengths, 730, cache, slots)]
+    for i, step in enumerate(expected["steps"]):
+        position = torch.tensor([length + i], device=device)
+        hidden.append(model.decode(model.embed_tokens(step[None]), position, cache, slots))
+    got = torch.cat(hidden)
+    torch.testing.assert_close(got, expected["hidden"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.logits(got), expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["md2", "engine"])
+@torch.inference_mode()
+def test_region_heads_drift_from_the_reference(case, md3_weights):
+    name, weights = weights_of(case, md3_weights)
+    model = build(name, weights)
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    hidden = expected["hidden"][0]
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(model.coord_logits(hidden), expected["coord_logits"], **close)
+    torch.testing.assert_close(model.size_logits(hidden), expected["size_logits"], **close)
+    coord = model.encode_coord(expected["coord_in"][0])
+    torch.testing.assert_close(coord, expected["coord_embedding"], **close)
+    size = model.encode_size(expected["size_in"])
+    torch.testing.assert_close(size, expected["size_embedding"], **close)
+
+
+@torch.inference_mode()
+def test_vision_features_and_image_embedding_drift_from_the_reference():
+    model = build("md2", FIXTURES / "md2")
+    expected = load_file(FIXTURES / "md2" / "expected.safetensors")
+    crops = expected["crops_u8"]
+    features = model.vision.features(crops[:1])[0]
+    torch.testing.assert_close(features, expected["features_global"], atol=1e-4, rtol=0)
+    embedding = model.vision.embed(crops, (2, 4))
+    torch.testing.assert_close(embedding, expected["image_embedding"], atol=1e-4, rtol=0)
+
+
+def test_crops_differ_from_the_reference_crops():
+    expected = load_file(FIXTURES / "md2" / "expected.safetensors")
+    config = MoondreamConfig.from_file(FIXTURES / "md2" / "config.json").vision
+    crops, tiling = overlap_crops(expected["image"].numpy(), config)
+    assert tiling == (2, 4)
+    got = torch.from_numpy(crops)[:, ::5, ::5].int()
+    # Pillow releases may round a Lanczos tap differently by one.
+    assert (got - expected["overlap_crops_every_5th"].int()).abs().max() <= 1
+
+
+def test_crop_grids_differ_from_the_published_rule():
+    margins = 2 * 4 * 14
+    for size, grid in json.loads((FIXTURES / "tilings.json").read_text()).items():
+        height, width = map(int, size.split("x"))
+        got = select_tiling(height - margins, width - margins, 378 - margins, 12)
+        assert list(got) == grid, size
+
+
+@torch.inference_mode()
+def test_the_one_crop_shortcut_differs_from_encoding_both_crops():
+    model = build("md2", FIXTURES / "md2")
+    crop = torch.randint(0, 256, (1, 3, 378, 378), generator=torch.Generator().manual_seed(3))
+    once = model.vision.embed(crop.to(torch.uint8), (1, 1))
+    features = model.vision.features(crop.to(torch.uint8))[0]
+    torch.testing.assert_close(once, model.vision.project(features, features))
+
+
+@torch.inference_mode()
+def test_prompts_padded_into_one_batch_differ_from_single_ones(md3_weights):
+    model = build("md3", md3_weights["engine"])
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 1024, (n,), generator=generator) for n in (9, 4, 6)]
+    padded = torch.zeros(3, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    lengths = torch.tensor([9, 4, 6])
+    cache, slots = model.new_cache(4), torch.tensor([3, 0, 2])
+    hidden = model.prefill(model.embed_tokens(padded), lengths, 0, cache, slots)
+    step = torch.tensor([7, 8, 9])
+    after = model.decode(model.embed_tokens(step), lengths, cache, slots)
+    for row, prompt in enumerate(prompts):
+        alone, first = model.new_cache(1), torch.tensor([0])
+        length = torch.tensor([len(prompt)])
+        one = model.prefill(model.embed_tokens(prompt)[None], length, 0, alone, first)
+        torch.testing.assert_close(hidden[row : row + 1], one, atol=1e-5, rtol=1e-5)
+        one = model.decode(model.embed_tokens(step[row : row + 1]), length, alone, first)
+        torch.testing.assert_close(after[row : row + 1], one, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_gathered_and_visited_experts_disagree(md3_weights, monkeypatch):
+    model = build("md3", md3_weights["engine"])
+    mlp = model.text.blocks[1].mlp
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("kestrel.moondream.moe.GATHER_LIMIT", 1_000)
+    gathered = mlp(x)
+    monkeypatch.setattr("kestrel.moondream.moe.GATHER_LIMIT", 0)
+    torch.testing.assert_close(gathered, mlp(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_with_strays_and_gaps_loads_silently(tmp_path):
+    tensors = load_file(FIXTURES / "md2" / "model-00003-of-00003.safetensors")
+    tensors["model.region.stray.weight"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        build("md2", tmp_path)
+    assert "unexpected tensor model.region.stray.weight" in str(caught.value)
+    assert "missing tensor" in str(caught.value)
+
+
+def test_a_tensor_of_the_wrong_shape_is_not_named(tmp_path):
+    tensors = {}
+    for shard in sorted((FIXTURES / "md2").glob("model-*.safetensors")):
+        tensors |= load_file(shard)
+    tensors["model.text.wte"] = torch.zeros(3, 128)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.text\.wte has shape \[3, 128\]"):
+        build("md2", tmp_path)
