@@ -1,0 +1,35 @@
+# make demo | test | serve | lint ; the first call sets the machine up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test serve lint types clean
+
+demo: $(READY)
+	$(BIN)/python -m serve_graph demo --output demo_out
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+serve: $(READY)
+	$(BIN)/python -m serve_graph up --config configs/local.yaml
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.14 is needed, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3") if not (3, 10) <= sys.version_info < (3, 15) else None'
+	@sh tools/system_packages.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and alone: the pinned release, so that nothing else pulls another build.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,246 @@
+"""Training of the shipped model: batches of scenes with several questions each, and the losses.
+
+One scene is encoded once; its questions share the image prefix. Queries of a question see the
+prefix and, causally, the question's own tokens, exactly as a request does when it is served.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kestrel.moondream.model import Moondream
+
+QUANTUM = 8
+"""Path integers are trained on multiples of this (121 levels over the grid of 960)."""
+IGNORE = -100
+
+
+@dataclass
+class Question:
+    """What is asked of a scene, and the answer.
+
+    ``prompt`` token ids; ``refs`` rows (x, y, w, h), w and h 0 for a point; ``box`` (cx, cy, w, h)
+    or None when the object is absent; ``path`` token ids of the outline without the final EOS.
+    """
+
+    prompt: list[int]
+    refs: list[tuple[float, float, float, float]]
+    box: tuple[float, float, float, float] | None
+    path: list[int]
+
+
+@dataclass
+class Batch:
+    """Tensors of B scenes with Q questions of S positions each.
+
+    ``images`` uint8 [B, 3, 126, 126]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
+    [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
+    [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
+    ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    kind: Tensor
+    value: Tensor
+    target: Tensor
+    target_value: Tensor
+    patches: Tensor
+
+
+def outline_tokens(points: np.ndarray, box: tuple[float, float, float, float], ids: dict[str, int]):
+    """Polygon [n, 2] in 0..1 of the image and its box (cx, cy, w, h) -> path token ids."""
+    cx, cy, w, h = box
+    relative = (points - [cx - w / 2, cy - h / 2]) / [max(w, 1e-6), max(h, 1e-6)]
+    grid = np.clip(np.rint(relative * 960 / QUANTUM) * QUANTUM, 0, 960).astype(int)
+    out = [ids["M"], ids[str(grid[0, 0])], ids[str(grid[0, 1])], ids["L"]]
+    for x, y in grid[1:]:
+        out += [ids[str(x)], ids[str(y)]]
+    return [*out, ids["Z"]]
+
+
+def lay_out(questions: list[list[Question]], length: int, coord_id: int, size_id: int, eos: int):
+    """Arrays of ``Batch`` (tokens, kind, value, target, target_value) for [B][Q] questions."""
+    b, q = len(questions), max(len(row) for row in questions)
+    tokens = np.zeros((b, q, length), np.int64)
+    kind = np.zeros((b, q, length), np.uint8)
+    value = np.zeros((b, q, length, 2), np.float32)
+    target = np.full((b, q, length), IGNORE, np.int64)
+    target_value = np.zeros((b, q, length, 2), np.float32)
+    for i, row in enumerate(questions):
+        for j, question in enumerate(row):
+            steps: list[tuple[int, tuple[float, float]]] = [
+                (t, (0.0, 0.0)) for t in question.prompt[:3]
+            ]
+            for x, y, w, h in question.refs:
+                steps += [(coord_id, (x, 0.0)), (coord_id, (y, 0.0))]
+                if w > 0:
+                    steps.append((size_id, (w, h)))
+            steps += [(t, (0.0, 0.0)) for t in question.prompt[3:]]
+            start = len(steps)
+            if question.box is not None:
+                cx, cy, w, h = question.box
+                steps += [(coord_id, (cx, 0.0)), (coord_id, (cy, 0.0)), (size_id, (w, h))]
+                steps += [(t, (0.0, 0.0)) for t in question.path]
+            steps.append((eos, (0.0, 0.0)))
+            if len(steps) - 1 > length:
+                raise ValueError(f"a question of {len(steps)} tokens does not fit {length}")
+            for n, (token, pair) in enumerate(steps):
+                if n < len(steps) - 1:
+                    tokens[i, j, n] = token
+                    kind[i, j, n] = 1 if token == coord_id else 2 if token == size_id else 0
+                    value[i, j, n] = pair
+                if n >= start:
+                    target[i, j, n - 1] = token
+                    target_value[i, j, n - 1] = pair
+    return tokens, kind, value, target, target_value
+
+
+def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
+    """Hidden states of the questions.
+
+    ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; gives [B, Q, S, dim].
+    """
+    text = model.text
+    b, p, dim = prefix.shape
+    _, q, s, _ = asked.shape
+    positions = torch.cat(
+        [torch.arange(p), torch.arange(p, p + s).repeat(q)],
+    )
+    table, logs = text.rotary[positions], text.log_positions[positions]
+    x = torch.cat([prefix, asked.flatten(1, 2)], dim=1)
+    causal = torch.ones(s, s, dtype=torch.bool).tril()
+    for block in text.blocks:
+        normed = block.ln(x)
+        qs, ks, vs = block.attn.project(normed, table, logs)
+        qs, ks, vs = (t.to(torch.bfloat16) for t in (qs, ks, vs))
+        scale = 1.0 / math.sqrt(qs.shape[-1])
+        qs = qs * scale
+        kp, vp = ks[:, :, :p], vs[:, :, :p]
+        first = (qs[:, :, :p] @ kp.transpose(-1, -2)).softmax(-1) @ vp
+        mine_q = qs[:, :, p:].unflatten(2, (q, s))
+        mine_k = ks[:, :, p:].unflatten(2, (q, s))
+        mine_v = vs[:, :, p:].unflatten(2, (q, s))
+        to_prefix = (qs[:, :, p:] @ kp.transpose(-1, -2)).unflatten(2, (q, s))
+        to_self = (mine_q @ mine_k.transpose(-1, -2)).masked_fill(~causal, float("-inf"))
+        weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
+        from_prefix = (weights[..., :p].flatten(2, 3) @ vp).unflatten(2, (q, s))
+        second = (from_prefix + weights[..., p:] @ mine_v).flatten(2, 3)
+        x = x + block.attn.merge(torch.cat([first, second], dim=2)) + block.mlp(normed)
+    return x[:, p:].unflatten(1, (q, s))
+
+
+def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:
+    """Gaussian over ``bins`` around ``centre`` [...], normalised: [..., bins]."""
+    grid = torch.arange(bins, dtype=torch.float32)
+    return F.softmax(-0.5 * ((grid - centre[..., None]) / sigma) ** 2, dim=-1)
+
+
+class Losses:
+    """The training losses of a batch; every weight is a plain attribute."""
+
+    def __init__(self, model: Moondream, noun_ids: list[int], integer_ids: list[int]) -> None:
+        self.model = model
+        self.noun_ids = torch.tensor(noun_ids)
+        levels = list(range(0, 961, QUANTUM))
+        self.level_ids = torch.tensor([integer_ids[v] for v in levels])
+        self.level_of = torch.full((model.config.text.vocab_size,), -1, dtype=torch.long)
+        self.level_of[self.level_ids] = torch.arange(len(levels))
+        # Row l: target distribution over the vocabulary for level l (sigma 1 level).
+        self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 1.0)
+        self.dense_weight = 1.0
+        self.region_weight = 0.5
+        dim = model.config.text.dim
+        self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
+        self.scale = torch.nn.Parameter(torch.tensor(10.0))
+
+    def extra_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of the auxiliary loss, not part of the model."""
+        return [self.background, self.scale]
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Total loss and its parts as floats."""
+        model, config = self.model, self.model.config
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = model.vision.features(batch.images)
+            image = model.vision.project(features, features)
+            bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
+            prefix = torch.cat([bos.to(image.dtype), image], dim=1)
+            asked = model.text.wte[batch.tokens]
+            is_coord, is_size = batch.kind == 1, batch.kind == 2
+            asked = asked.clone()
+            asked[is_coord] = model.encode_coord(batch.value[is_coord][:, 0]).to(asked.dtype)
+            asked[is_size] = model.encode_size(batch.value[is_size]).to(asked.dtype)
+            hidden = decoder_pass(model, prefix.float(), asked)
+            wanted = batch.target != IGNORE
+            picked, target = hidden[wanted], batch.target[wanted]
+            values = batch.target_value[wanted]
+            logits = model.logits(picked)
+            coord_rows = target == config.prompt.coord_id
+            size_rows = target == config.prompt.size_id
+            coord_logits = model.coord_logits(picked[coord_rows])
+            size_logits = model.size_logits(picked[size_rows])
+            nouns = model.text.wte[self.noun_ids]
+        tokens = self._token_loss(logits.float(), target)
+        coord = _soft_cross_entropy(
+            coord_logits.float(), soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
+        )
+        size_bins = model.region.size_bin(values[size_rows])
+        size = _soft_cross_entropy(size_logits.float(), soft_bins(size_bins, 1024, 6.0))
+        dense = self._dense_loss(image.float(), nouns.float(), batch.patches)
+        total = tokens + self.region_weight * (coord + size) + self.dense_weight * dense
+        parts = {"tokens": tokens, "coord": coord, "size": size, "dense": dense}
+        return total, {name: part.item() for name, part in parts.items()}
+
+    def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1)
+        level = self.level_of[target]
+        hard = level < 0
+        soft_part = -(self.level_targets[level[~hard]] * log_probs[~hard][:, self.level_ids]).sum()
+        hard_part = F.nll_loss(log_probs[hard], target[hard], reduction="sum")
+        return (soft_part + hard_part) / max(1, len(target))
+
+    def _dense_loss(self, image: Tensor, nouns: Tensor, patches: Tensor) -> Tensor:
+        classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
+        scores = F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
+        return _soft_cross_entropy(scores, patches)
+
+
+def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    if logits.numel() == 0:
+        return logits.sum()
+    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def initialise(model: Moondream, integer_ids: list[int]) -> None:
+    """Starting weights: small normal, residual outputs scaled, integers as Fourier features."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and "features" not in name and "tau" not in name:
+            torch.nn.init.normal_(parameter, std=min(0.04, parameter.shape[-1] ** -0.5))
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    depth = len(model.text.blocks) + len(model.vision.blocks)
+    with torch.no_grad():
+        for block in [*model.text.blocks, *model.vision.blocks]:
+            block.attn.proj.weight.mul_(depth**-0.5)
+            block.mlp.fc2.weight.mul_(depth**-0.5)
+        dim = model.config.text.dim
+        values = torch.arange(961) / 960
+        bands = 2.0 ** torch.linspace(0, 7, dim // 2) * math.pi
+        angles = values[:, None] * bands[None]
+        fourier = torch.cat([angles.cos(), angles.sin()], dim=-1) * 0.04 * math.sqrt(2)
+        model.text.wte[torch.tensor(integer_ids)] = fourier
+        model.region.coord_features.copy_(_bands(1, model.region.coord_features.shape[1]))
+        model.region.size_features.copy_(_bands(2, model.region.size_features.shape[1]))
+
+
+def _bands(inputs: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    directions = F.normalize(torch.randn(inputs, count, generator=generator), dim=0)
+    return directions * 2.0 ** torch.linspace(-1, 5, count)
