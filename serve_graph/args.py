@@ -1,0 +1,132 @@
+"""The ``args`` block of a Serve config: typed, with unknown keys refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
+
+
+class Pool(BaseModel):
+    """How many replicas of one deployment, what each holds, and how long its queue may get."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_cpus: float = Field(1.0, ge=0)
+    """Logical CPUs that one replica reserves (0: none, it is only placed by memory)."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs that one replica reserves; a fraction shares a GPU between replicas."""
+    min_replicas: int = Field(1, ge=1)
+    """Replicas kept when idle. At least 1: a cold start is longer than any deadline."""
+    max_replicas: int = Field(1, ge=1)
+    """Replicas at most. Equal to ``min_replicas``: a fixed pool, no autoscaling."""
+    target_ongoing_requests: float = Field(2.0, gt=0)
+    """Autoscaling aims at this many running and queued requests per replica."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """Load must stay high this long before a replica is added, seconds."""
+    downscale_delay_s: float = Field(300.0, ge=0)
+    """Load must stay low this long before a replica is removed, seconds."""
+    max_ongoing_requests: int = Field(16, ge=1)
+    """Requests that one replica runs at once."""
+    max_queued_requests: int = Field(64, ge=1)
+    """Requests that may wait, per caller, for a free replica; more are refused (503)."""
+    graceful_shutdown_timeout_s: float = Field(20.0, gt=0)
+    """A replica that is taken down may finish its requests for this long, seconds."""
+    health_check_period_s: float = Field(10.0, gt=0)
+    """Seconds between two health checks of a replica."""
+    health_check_timeout_s: float = Field(30.0, gt=0)
+    """A replica that does not answer its health check for this long is replaced, seconds."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of one replica, to pin a pool to marked nodes."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Pool:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must be at least min_replicas")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of ``serve.deployment`` that give this pool."""
+        options: dict[str, Any] = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "health_check_period_s": self.health_check_period_s,
+            "health_check_timeout_s": self.health_check_timeout_s,
+            "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
+            "ray_actor_options": {
+                "num_cpus": self.num_cpus,
+                "num_gpus": self.num_gpus,
+                "resources": dict(self.resources),
+            },
+        }
+        if self.max_replicas > self.min_replicas:
+            options["autoscaling_config"] = {
+                "min_replicas": self.min_replicas,
+                "max_replicas": self.max_replicas,
+                "target_ongoing_requests": self.target_ongoing_requests,
+                "upscale_delay_s": self.upscale_delay_s,
+                "downscale_delay_s": self.downscale_delay_s,
+            }
+        else:
+            options["num_replicas"] = self.min_replicas
+        return options
+
+
+class GraphArgs(BaseModel):
+    """Everything that an operator sets for one segmentation application.
+
+    ``runtime``, ``refiner`` and ``limits`` take the keys of the dataclasses of ``kestrel.config``;
+    the three pools say where the deployments run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig(refiner=None))
+    """The model half. Its ``refiner`` is always None here: refinement is a pool of its own."""
+    refiner: RefinerConfig = Field(default_factory=RefinerConfig)
+    """The CPU half."""
+    refine_timeout_s: float = Field(10.0, gt=0)
+    """Seconds that a request waits for its refinement before it goes on without one."""
+    ingress_pool: Pool = Pool(num_cpus=0.5, max_ongoing_requests=256, max_queued_requests=512)
+    model_pool: Pool = Pool()
+    refiner_pool: Pool = Pool(max_ongoing_requests=2)
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _runtime(cls, value: Any) -> Any:
+        if isinstance(value, RuntimeConfig):
+            return replace(value, refiner=None)
+        if not isinstance(value, dict):
+            raise ValueError("runtime must be a mapping")
+        fields = dict(value)
+        if "refiner" in fields:
+            raise ValueError("runtime.refiner: set the refiner of a graph in args.refiner")
+        if "limits" in fields:
+            fields["limits"] = from_mapping(Limits, fields["limits"], "runtime.limits")
+        if "api_keys" in fields:
+            fields["api_keys"] = tuple(fields["api_keys"] or ())
+        return from_mapping(RuntimeConfig, {**fields, "refiner": None}, "runtime")
+
+    @field_validator("refiner", mode="before")
+    @classmethod
+    def _refiner(cls, value: Any) -> Any:
+        if isinstance(value, RefinerConfig):
+            return value
+        return from_mapping(RefinerConfig, value, "refiner")
+
+    @model_validator(mode="after")
+    def _queues_fit(self) -> GraphArgs:
+        room = self.runtime.max_batch_size + self.runtime.max_queue
+        if self.model_pool.max_ongoing_requests > room:
+            raise ValueError(
+                f"model_pool.max_ongoing_requests ({self.model_pool.max_ongoing_requests}) must "
+                f"not exceed runtime.max_batch_size + runtime.max_queue ({room}): the engine "
+                "would refuse what Serve lets in"
+            )
+        if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
+            raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
+        return self

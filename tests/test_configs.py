@@ -1,0 +1,86 @@
+"""The Serve configs that operators edit: they parse, and a typing error does not pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+pytest.importorskip("ray.serve")
+
+from ray.serve.schema import ServeDeploySchema
+
+from serve_graph.args import GraphArgs, Pool
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(name: str) -> dict[str, Any]:
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
+def test_config_is_what_serve_and_the_graph_accept(name: str) -> None:
+    config = load(name)
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
+    args = GraphArgs.model_validate(application["args"])
+    assert application["import_path"] == "serve_graph.app:build"
+    assert args.runtime.refiner is None
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
+def test_autoscaling_can_reach_its_target(name: str) -> None:
+    args = GraphArgs.model_validate(load(name)["applications"][0]["args"])
+    for pool in (args.ingress_pool, args.model_pool, args.refiner_pool):
+        if pool.max_replicas > pool.min_replicas:
+            assert pool.target_ongoing_requests < pool.max_ongoing_requests
+
+
+def test_local_config_stays_on_this_machine_and_fits_two_cores() -> None:
+    config = load("local.yaml")
+    assert config["http_options"]["host"] == "127.0.0.1"
+    args = GraphArgs.model_validate(config["applications"][0]["args"])
+    pools = (args.ingress_pool, args.model_pool, args.refiner_pool)
+    assert sum(pool.num_cpus * pool.max_replicas for pool in pools) <= 2
+    assert not any(pool.num_gpus for pool in pools)
+
+
+def test_cluster_config_keeps_the_gpu_for_the_model() -> None:
+    args = GraphArgs.model_validate(load("cluster.yaml")["applications"][0]["args"])
+    assert args.model_pool.num_gpus > 0
+    assert args.refiner_pool.num_gpus == args.ingress_pool.num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"modell_pool": {}}, "modell_pool"),
+        ({"model_pool": {"max_replica": 2}}, "max_replica"),
+        ({"runtime": {"devic": "cpu"}}, "devic"),
+        ({"runtime": {"limits": {"max_body": 1}}}, "max_body"),
+        ({"runtime": {"refiner": None}}, "args.refiner"),
+        ({"runtime": {"device": "cuda"}}, "num_gpus"),
+        ({"runtime": ["nano"]}, "runtime"),
+        ({"refiner": {"turdsiz": 2}}, "turdsiz"),
+        ({"refiner_pool": {"min_replicas": 0}}, "min_replicas"),
+        ({"refiner_pool": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas"),
+        ({"model_pool": {"max_ongoing_requests": 10_000}}, "max_queue"),
+        ({"refine_timeout_s": 0}, "refine_timeout_s"),
+    ],
+)
+def test_wrong_args_are_refused_by_name(args: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        GraphArgs.model_validate(args)
+
+
+def test_fixed_pool_does_not_autoscale_and_a_range_does() -> None:
+    fixed = Pool(min_replicas=2, max_replicas=2).options()
+    assert fixed["num_replicas"] == 2 and "autoscaling_config" not in fixed
+    ranged = Pool(min_replicas=1, max_replicas=3).options()
+    assert ranged["autoscaling_config"]["max_replicas"] == 3 and "num_replicas" not in ranged
