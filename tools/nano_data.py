@@ -45,9 +45,7 @@ class SceneQuestions:
         ids = self.tokenizer.encode(words, add_special_tokens=False).ids
         return [*prompt.segment_prefix, *ids, prompt.answer_id]
 
-    def answer(
-        self, found: SceneObject
-    ) -> tuple[tuple[float, float, float, float], list[int]]:
+    def answer(self, found: SceneObject) -> tuple[tuple[float, float, float, float], list[int]]:
         """Box (cx, cy, w, h) in 0..1 and path ids of an object of a scene."""
         height, width = found.mask.shape
         points = outline(found.mask, VERTICES) / [width, height]
@@ -69,9 +67,7 @@ class SceneQuestions:
             refs = []
             if same > 1 or rng.random() < 0.12:
                 refs = [self.reference(found, box, rng)]
-            questions.append(
-                Question(self.prompt(self.wording(found.noun, rng)), refs, box, path)
-            )
+            questions.append(Question(self.prompt(self.wording(found.noun, rng)), refs, box, path))
         absent = [noun for noun in self.nouns if noun not in present]
         while len(questions) < count and rng.random() < 0.5 or not questions:
             noun = absent[rng.integers(len(absent))]

@@ -85,9 +85,7 @@ class Run:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.average = saved["average"]
         with torch.no_grad():
-            for mine, theirs in zip(
-                self.losses.extra_parameters(), saved["extra"], strict=True
-            ):
+            for mine, theirs in zip(self.losses.extra_parameters(), saved["extra"], strict=True):
                 mine.copy_(theirs)
         self.step, self.spent, self.best = saved["step"], saved["spent"], saved["best"]
         print(f"resumed at step {self.step}, {self.spent / 60:.1f} min spent", flush=True)
@@ -120,9 +118,7 @@ class Run:
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         names, live = zip(*self.model.named_parameters(), strict=True)
-        torch._foreach_lerp_(
-            [self.average[n] for n in names], [p.detach() for p in live], 1 - keep
-        )
+        torch._foreach_lerp_([self.average[n] for n in names], [p.detach() for p in live], 1 - keep)
         return parts
 
     def evaluated(self) -> dict[str, float]:

@@ -45,7 +45,7 @@ def overlap_crops(image: UInt8Array, config: VisionConfig) -> tuple[UInt8Array, 
     """
     side = config.crop_size
     picture = Image.fromarray(image)
-    whole = np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+    whole = np.array(picture.resize((side, side), Image.Resampling.LANCZOS))
     if config.max_crops == 0:
         return whole[None], (1, 1)
     margin = config.enc_patch_size * config.overlap_margin

@@ -76,5 +76,3 @@ class Region(nn.Module):
         """Sizes in 0..1 -> the nearest bin, as a float (for soft training targets)."""
         last = self.config.size_out_dim // 2 - 1
         return (torch.log2(values.clamp(min=2.0**-10)) + 10) / 10 * last
-
-
