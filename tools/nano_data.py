@@ -69,7 +69,7 @@ class SceneQuestions:
                 refs = [self.reference(found, box, rng)]
             questions.append(Question(self.prompt(self.wording(found.noun, rng)), refs, box, path))
         absent = [noun for noun in self.nouns if noun not in present]
-        while len(questions) < count and rng.random() < 0.5 or not questions:
+        while not questions or (len(questions) < count and rng.random() < 0.5):
             noun = absent[rng.integers(len(absent))]
             questions.append(Question(self.prompt(self.wording(noun, rng)), [], None, []))
         if rng.random() < 0.2:

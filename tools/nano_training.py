@@ -108,7 +108,7 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
     ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; gives [B, Q, S, dim].
     """
     text = model.text
-    b, p, dim = prefix.shape
+    p = prefix.shape[1]
     _, q, s, _ = asked.shape
     positions = torch.cat(
         [torch.arange(p), torch.arange(p, p + s).repeat(q)],

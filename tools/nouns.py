@@ -1,130 +1,399 @@
-"""The nouns of the shipped model: which pictures show them, and other words for them."""
+"""The nouns the shipped model knows, their pictures in each style, and other ways to say them."""
 
 from __future__ import annotations
 
-# noun -> icon names (any that a set lacks is skipped), other words, words of photographic stamps.
-_TABLE: dict[str, tuple[str, str, str]] = {
-    "dog": ("dog guide-dog service-dog", "puppy,hound", "dog"),
-    "cat": ("cat black-cat", "kitten,kitty", "cat,kitten"),
-    "horse": ("horse", "pony,stallion", "horse"),
-    "cow": ("cow ox", "cattle", "cow"),
-    "pig": ("pig", "hog", "pig"),
-    "sheep": ("ewe", "lamb", "sheep,ram"),
-    "rabbit": ("rabbit", "bunny,hare", "rabbit"),
-    "elephant": ("elephant", "", "elephant"),
-    "giraffe": ("giraffe", "", "giraffe"),
-    "zebra": ("zebra", "", "zebra"),
-    "tiger": ("tiger", "", "tiger"),
-    "camel": ("camel two-hump-camel", "", "camel"),
-    "monkey": ("monkey", "ape", "monkey"),
-    "mouse": ("mouse rat", "rat", "mouse,rat"),
-    "turtle": ("turtle", "tortoise", "turtle,tortoise"),
-    "snake": ("snake", "serpent", "snake"),
-    "crocodile": ("crocodile", "alligator", "crocodile,alligator"),
-    "whale": ("whale spouting-whale", "", "whale"),
-    "dolphin": ("dolphin", "", "dolphin"),
-    "fish": ("fish tropical-fish", "goldfish", "fish"),
-    "octopus": ("octopus", "", "octopus"),
-    "crab": ("crab", "", "crab"),
-    "snail": ("snail", "", "snail"),
-    "butterfly": ("butterfly", "", "butterfly"),
-    "bee": ("honeybee", "honeybee,wasp", "bee"),
-    "ladybug": ("lady-beetle", "ladybird,beetle", "ladybug,lady bug,ladybird"),
-    "bird": ("bird dove", "pigeon", "bird"),
-    "duck": ("duck", "", "duck"),
-    "penguin": ("penguin", "", "penguin"),
-    "owl": ("owl", "", "owl"),
-    "chicken": ("rooster", "rooster,hen", "rooster,chicken,hen"),
-    "tree": ("deciduous-tree evergreen-tree", "", "tree"),
-    "palm": ("palm-tree", "palm tree", "palm"),
-    "cactus": ("cactus", "cacti", "cactus"),
-    "flower": ("hibiscus blossom cherry-blossom sunflower", "blossom", "flower"),
-    "rose": ("rose", "", "rose"),
-    "tulip": ("tulip", "", "tulip"),
-    "mushroom": ("mushroom", "fungus", "mushroom"),
-    "leaf": ("maple-leaf fallen-leaf", "leaves", "leaf"),
-    "apple": ("red-apple green-apple", "", "apple"),
-    "pear": ("pear", "", "pear"),
-    "orange": ("tangerine", "tangerine,mandarin", "orange,mandarin"),
-    "lemon": ("lemon", "citron", "lemon"),
-    "banana": ("banana", "", "banana"),
-    "grapes": ("grapes", "grape", "grapes"),
-    "strawberry": ("strawberry", "strawberries", "strawberry"),
-    "cherry": ("cherries", "cherries", "cherry"),
-    "pineapple": ("pineapple", "", "pineapple"),
-    "carrot": ("carrot", "", "carrot"),
-    "tomato": ("tomato", "tomatoes", "tomato"),
-    "corn": ("ear-of-corn", "maize", "corn"),
-    "bread": ("bread baguette-bread", "loaf,baguette", "bread"),
-    "pizza": ("pizza", "", "pizza"),
-    "hamburger": ("hamburger", "burger", "hamburger"),
-    "cake": ("birthday-cake shortcake", "", "cake"),
-    "ice cream": ("ice-cream soft-ice-cream", "icecream,sundae", "ice cream"),
-    "cup": ("hot-beverage", "mug,coffee", "cup,mug"),
-    "car": ("automobile sport-utility-vehicle", "automobile,auto", "car"),
-    "bus": ("bus", "coach", "bus"),
-    "truck": ("delivery-truck", "lorry", "truck"),
-    "bicycle": ("bicycle", "bike,cycle", "bicycle"),
-    "airplane": ("airplane small-airplane", "plane,aeroplane", "airplane,jet"),
-    "helicopter": ("helicopter", "chopper", "helicopter"),
-    "boat": ("sailboat", "sailboat,yacht", "boat,sailboat"),
-    "rocket": ("rocket", "spaceship", "rocket,shuttle"),
-    "house": ("house house-with-garden", "home,cottage", "house"),
-    "key": ("key old-key", "", "key"),
-    "hammer": ("hammer", "", "hammer"),
-    "scissors": ("scissors", "shears", "scissors"),
-    "umbrella": ("umbrella", "parasol", "umbrella"),
-    "guitar": ("guitar", "", "guitar"),
-    "book": ("closed-book green-book blue-book orange-book", "", "book"),
-    "chair": ("chair", "seat", "chair"),
-    "bell": ("bell", "", "bell"),
-    "balloon": ("balloon", "", "balloon"),
-    "ball": ("soccer-ball basketball volleyball", "football,basketball", "ball"),
-    "clock": ("alarm-clock", "alarm clock", "clock"),
-    "hat": ("top-hat", "", "hat"),
-    "shoe": ("running-shoe mans-shoe", "sneaker,trainer", "shoe"),
-    "star": ("star glowing-star", "", ""),
+from dataclasses import dataclass
+
+EMOJI_STYLES = ("noto", "fluent", "flat", "emojione", "twemoji")
+"""Styles that share Unicode's names; ``fxemoji`` and ``stamps`` have names of their own."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Names of one noun's pictures: shared emoji names, fxemoji names, stamp paths."""
+
+    emoji: tuple[str, ...]
+    fxemoji: tuple[str, ...] = ()
+    stamps: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    """``style:name`` pairs that look like something else in that style."""
+
+    def names(self, style: str) -> tuple[str, ...]:
+        if style in EMOJI_STYLES:
+            return tuple(n for n in self.emoji if f"{style}:{n}" not in self.skip)
+        return self.fxemoji if style == "fxemoji" else self.stamps
+
+
+def _row(emoji: str, fxemoji: str = "", stamps: str = "", skip: str = "") -> Pictures:
+    return Pictures(*(tuple(part.split()) for part in (emoji, fxemoji, stamps, skip)))
+
+
+_BIRDS, _FRUIT, _CARS = "animals/birds/", "food/fruit/", "vehicles/auto/"
+
+NOUNS: dict[str, Pictures] = {
+    # Animals
+    "dog": _row("dog guide-dog service-dog", "dogside", "animals/mammals/dogs/dog"),
+    "cat": _row("cat black-cat", "catside", "animals/mammals/cats/kitten.svg"),
+    "horse": _row("horse", "", "animals/mammals/equines/horse"),
+    "cow": _row("cow ox", "", "animals/mammals/bovines/cow animals/mammals/bovines/cow_white"),
+    "pig": _row("pig", "pigside", "animals/mammals/pig animals/mammals/pig_golden2"),
+    "sheep": _row("ewe", "sheep", "animals/mammals/bovines/sheep"),
+    "rabbit": _row(
+        "rabbit",
+        "bunnyside",
+        "animals/mammals/rabbit_little animals/mammals/rodents/rabbit seasonal/easter/bunny",
+    ),
+    "elephant": _row("elephant", "elephant", "animals/mammals/elephant"),
+    "tiger": _row("tiger", "tigerside", "animals/mammals/cats/tiger"),
+    "giraffe": _row("giraffe", "", "animals/mammals/giraffe"),
+    "camel": _row(
+        "camel two-hump-camel",
+        "dromedarycamel bactriancamel",
+        "animals/mammals/camel/camel animals/mammals/camel/dromedary",
+    ),
+    "penguin": _row("penguin", "penguin", f"{_BIRDS}penguin {_BIRDS}magellanic_penguin"),
+    "rooster": _row("rooster", "rooster", f"{_BIRDS}rooster {_BIRDS}chicken_profile"),
+    "duck": _row("duck", "", f"{_BIRDS}duck {_BIRDS}drake household/rubberduck"),
+    "bird": _row(
+        "bird blackbird dove",
+        "bird doveofpeace",
+        f"{_BIRDS}blackbird {_BIRDS}pigeon {_BIRDS}seagull {_BIRDS}lark seasonal/easter/bluebird",
+    ),
+    "owl": _row("owl", "", f"{_BIRDS}owl"),
+    "flamingo": _row("flamingo", "", f"{_BIRDS}pink_flamingo"),
+    "turtle": _row("turtle", "turtle"),
+    "snake": _row("snake", "snake"),
+    "fish": _row(
+        "fish tropical-fish",
+        "fish tropicalfish",
+        "animals/fish/clownfish animals/fish/coraltrout animals/fish/butterflyfish "
+        "animals/fish/bluegroper animals/fish/stripedfish",
+    ),
+    "dolphin": _row("dolphin", "dolphin", "animals/mammals/aquatic/dolphin"),
+    "whale": _row("whale spouting-whale", "whale spurtingwhale", "animals/mammals/aquatic/whale"),
+    "octopus": _row("octopus", "octopus"),
+    "crab": _row("crab"),
+    "snail": _row("snail", "snail", "animals/insects/cartoon/snail animals/insects/cartoon/snail2"),
+    "butterfly": _row(
+        "butterfly",
+        "",
+        "animals/insects/cartoon/butterfly animals/insects/cartoon/monarchbutterfly.svg "
+        "seasonal/easter/butterfly",
+    ),
+    "bee": _row("honeybee", "honeybee", "animals/insects/bee animals/insects/hornet"),
+    "ladybug": _row(
+        "lady-beetle",
+        "ladybeetle",
+        "animals/insects/cartoon/ladybug animals/insects/cartoon/ladybug-2",
+    ),
+    # Food
+    "apple": _row(
+        "red-apple green-apple",
+        "redapple greenapple",
+        f"{_FRUIT}apple_red {_FRUIT}apple_green {_FRUIT}apple_fuji {_FRUIT}cartoon/apple",
+    ),
+    "banana": _row("banana", "banana", f"{_FRUIT}banana {_FRUIT}cartoon/banana"),
+    "grapes": _row("grapes", "grapes", f"{_FRUIT}grapes {_FRUIT}cartoon/grapes"),
+    "lemon": _row("lemon", "lemon", f"{_FRUIT}lemon {_FRUIT}cartoon/lemon"),
+    "orange": _row("tangerine", "tangerine", f"{_FRUIT}orange {_FRUIT}cartoon/orange"),
+    "pear": _row("pear", "pear", f"{_FRUIT}pear {_FRUIT}cartoon/pear"),
+    "pineapple": _row("pineapple", "pineapple", f"{_FRUIT}pineapple {_FRUIT}cartoon/pineapple"),
+    "strawberry": _row(
+        "strawberry",
+        "strawberry",
+        f"{_FRUIT}strawberry {_FRUIT}Strawberry2 {_FRUIT}cartoon/strawberry",
+    ),
+    "cherries": _row("cherries", "cherries", f"{_FRUIT}Cherry_Stella {_FRUIT}cartoon/cherries"),
+    "watermelon": _row("watermelon", "watermelon", f"{_FRUIT}watermelon.svg"),
+    "tomato": _row("tomato", "tomato", "food/vegetables/tomato"),
+    "carrot": _row("carrot", "", "food/vegetables/carrot"),
+    "corn": _row("ear-of-corn", "earofmaize", "food/vegetables/corn"),
+    "mushroom": _row(
+        "mushroom",
+        "mushroom",
+        "food/vegetables/mushroom plants/mushrooms/cep plants/toadstool.svg",
+    ),
+    "eggplant": _row("eggplant", "aubergine", "food/vegetables/eggplant"),
+    "bread": _row("bread", "bread", "food/bread.svg food/loaf_of_bread.svg"),
+    "pizza": _row("pizza", "sliceofpizza", "food/pizza"),
+    "hamburger": _row("hamburger", "hamburger"),
+    "cake": _row(
+        "birthday-cake shortcake",
+        "birthdaycake shortcake",
+        "food/dessert/cartoon/birthday_cake food/dessert/cartoon/pink_cake",
+    ),
+    "donut": _row("doughnut", "doughnut"),
+    # Household
+    "cup": _row(
+        "hot-beverage teacup-without-handle",
+        "hotbeverage",
+        "household/dishes/coffeecup.svg household/dishes/expresso.svg household/dishes/mug",
+    ),
+    "key": _row("key old-key", "key oldkey", "household/key"),
+    "lock": _row(
+        "locked unlocked",
+        "lock openlock",
+        "household/padlock_closed.svg household/padlock_open.svg",
+    ),
+    "hammer": _row("hammer", "hammer", "household/tools/hammer household/tools/hammer2.svg"),
+    "wrench": _row("wrench", "wrench", "household/tools/wrench household/tools/wrench_adjustable"),
+    "scissors": _row("scissors", "blackscissors", "household/arttools/scissors_small_open"),
+    "pencil": _row(
+        "pencil",
+        "lowerleftpencil pencil",
+        "household/arttools/Pencil.svg household/arttools/pencil2.svg",
+    ),
+    "book": _row(
+        "closed-book green-book blue-book orange-book", "closedbook greenbook bluebook orangebook"
+    ),
+    "camera": _row(
+        "camera camera-with-flash",
+        "camera",
+        "hobbies/camera_35mm household/electronics/DSLR_Camera.svg "
+        "household/electronics/digitalcamera.svg",
+    ),
+    "phone": _row("mobile-phone", "cellphone", "household/electronics/mobile.svg"),
+    "telephone": _row(
+        "telephone", "telephoneonmodem blacktelephone", "household/electronics/phone.svg"
+    ),
+    "television": _row("television", "television", "household/electronics/monitor.svg"),
+    "clock": _row("alarm-clock mantelpiece-clock", "alarmclock"),
+    "bulb": _row("light-bulb", "lightbulb", "household/Lightbulb"),
+    "candle": _row("candle", "candle", "seasonal/candle seasonal/hanukkah/holiday_candle"),
+    "umbrella": _row("umbrella umbrella-with-rain-drops", "umbrella", "household/umbrella.svg"),
+    "gift": _row("wrapped-gift", "present", "seasonal/christmas/present.svg"),
+    "balloon": _row("balloon", "balloon", "seasonal/balloon.svg"),
+    "trophy": _row("trophy", "trophy", "sports/trophy_cup"),
+    "bell": _row("bell", "bell"),
+    "guitar": _row(
+        "guitar",
+        "guitar",
+        "hobbies/music/string/guitar_classical hobbies/music/string/guitar_electric "
+        "hobbies/music/string/guitar2",
+    ),
+    "violin": _row("violin", "violin", "hobbies/music/string/violin"),
+    "trumpet": _row("trumpet", "trumpet", "hobbies/music/brass/trumpet"),
+    "ball": _row(
+        "soccer-ball basketball volleyball baseball",
+        "soccerball baseball",
+        "sports/soccer sports/basketball sports/cartoon/volleyball",
+    ),
+    # Clothes
+    "hat": _row(
+        "top-hat womans-hat",
+        "tophat",
+        "clothes/hats/tophat clothes/hats/blue_fedora clothes/hats/cowboy_hat.svg "
+        "clothes/hats/brownhat.svg",
+    ),
+    "crown": _row("crown", "crown", "clothes/hats/crown1.svg clothes/hats/crown2.svg"),
+    "shoe": _row("mans-shoe running-shoe", "mensshoe mensrunner", ""),
+    "shirt": _row(
+        "t-shirt",
+        "mansshirt",
+        "clothes/t-shirt_01.svg clothes/t_tshirt clothes/t_poloshirt",
+    ),
+    "dress": _row("dress", "dress", "clothes/black_dress.svg"),
+    "glasses": _row("glasses sunglasses", "glasses darksunglasses", "clothes/glasses1.svg"),
+    # Vehicles
+    "car": _row(
+        "automobile sport-utility-vehicle taxi police-car",
+        "automobile taxi policecar",
+        f"{_CARS}beetle {_CARS}sedan {_CARS}sportscar.svg {_CARS}sportscar2 {_CARS}sportscar3.svg",
+    ),
+    "bus": _row(
+        "bus trolleybus",
+        "bus trolleybus",
+        "vehicles/iso_bus.svg vehicles/masstransit/cartoon/schoolbus.svg "
+        "vehicles/masstransit/green_korean_bus",
+    ),
+    "truck": _row(
+        "delivery-truck articulated-lorry",
+        "deliverytruck articulatedlorry",
+        "vehicles/blue_truck.svg vehicles/iso_lorry1.svg vehicles/iso_lorry3.svg "
+        "vehicles/toy_truck.svg vehicles/garbagetruck",
+    ),
+    "tractor": _row("tractor", "tractor", "vehicles/farming/cartoon/tractor.svg"),
+    "train": _row(
+        "locomotive",
+        "steamlocomotive",
+        "vehicles/locomotive/cartoon/toy_train vehicles/locomotive/white_train.svg",
+    ),
+    "airplane": _row(
+        "airplane small-airplane",
+        "airplane",
+        "vehicles/flight/planes/747 vehicles/flight/planes/plane.svg",
+    ),
+    "helicopter": _row("helicopter", "helicopter", "vehicles/flight/cartoon/eddieCopter"),
+    "rocket": _row("rocket", "rocket", "space/rocket1.svg space/rocket2.svg space/rocket3.svg"),
+    "boat": _row(
+        "sailboat speedboat",
+        "sailboat speedboat",
+        "vehicles/ship/sail_boat1.svg vehicles/ship/sail_boat2.svg vehicles/ship/chineseJunk",
+    ),
+    "bicycle": _row("bicycle", "bicycle", "vehicles/cycle/bluebike.svg"),
+    "motorcycle": _row("motorcycle", "", "vehicles/cycle/motorbike.svg"),
+    # Places and plants
+    "house": _row(
+        "house house-with-garden",
+        "housebuilding housewithgarden",
+        "town/houses/cartoon/pinkhome town/houses/cartoon/swisshome "
+        "town/houses/cartoon/wooden_cottage",
+    ),
+    "castle": _row(
+        "castle", "europeancastle", "town/houses/cartoon/fairytale_castle town/houses/cartoon/fort"
+    ),
+    "tent": _row("tent", "tent", "town/houses/cartoon/tent"),
+    "tree": _row(
+        "deciduous-tree evergreen-tree",
+        "deciduoustree evergreen",
+        "plants/trees/birch plants/trees/holm_oak seasonal/christmas/tree",
+    ),
+    "palm": _row("palm-tree", "palmtree", "plants/trees/liberia-palm"),
+    "cactus": _row("cactus", "cactus"),
+    "rose": _row("rose", "rose", "plants/flowers/rose"),
+    "tulip": _row("tulip", "tulip"),
+    "sunflower": _row("sunflower", "sunflower", "plants/flowers/yellow-flower"),
+    "leaf": _row("maple-leaf fallen-leaf", "mapleleaf fallingleaf"),
+    # Others
+    "star": _row("star glowing-star", "whitemediumstar star", "symbols/shapes/star"),
+    "heart": _row("red-heart", "redheart", "symbols/shapes/heart.svg"),
+    "snowman": _row(
+        "snowman-without-snow snowman",
+        "snowmanwithoutsnow",
+        "seasonal/winter/snowman.svg seasonal/winter/snowman2.svg",
+    ),
+    "robot": _row("robot"),
+    "ghost": _row("ghost", "ghost", "seasonal/halloween/ghost"),
+    "pumpkin": _row(
+        "jack-o-lantern",
+        "jackolantern",
+        "seasonal/halloween/jackolantern_mean food/vegetables/pumpkin_small",
+    ),
 }
+"""Noun to pictures, in the order of the dense head's classes."""
 
-NOUNS: tuple[str, ...] = tuple(_TABLE)
-
-
-def _plural(noun: str) -> str:
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2] not in "aeiou":
-        return noun[:-1] + "ies"
-    return noun + "s"
-
-
-_IRREGULAR = {
-    "mouse": "mice",
-    "sheep": "sheep",
+_SAID_OTHERWISE = {
+    "dog": "dogs puppy hound",
+    "cat": "cats kitten kitty",
+    "horse": "horses pony",
+    "cow": "cows bull ox cattle",
+    "pig": "pigs hog",
+    "sheep": "lamb ewe",
+    "rabbit": "rabbits bunny hare",
+    "elephant": "elephants",
+    "tiger": "tigers",
+    "giraffe": "giraffes",
+    "camel": "camels dromedary",
+    "penguin": "penguins",
+    "rooster": "roosters chicken cock",
+    "duck": "ducks duckling",
+    "bird": "birds pigeon dove",
+    "owl": "owls",
+    "flamingo": "flamingos",
+    "turtle": "turtles tortoise",
+    "snake": "snakes serpent",
     "fish": "fishes",
+    "dolphin": "dolphins",
+    "whale": "whales",
+    "octopus": "octopuses squid",
+    "crab": "crabs",
+    "snail": "snails",
+    "butterfly": "butterflies",
+    "bee": "bees wasp honeybee",
+    "ladybug": "ladybugs ladybird beetle",
+    "apple": "apples",
+    "banana": "bananas",
+    "grapes": "grape",
+    "lemon": "lemons citrus",
+    "orange": "oranges tangerine mandarin",
+    "pear": "pears",
+    "pineapple": "pineapples",
+    "strawberry": "strawberries",
+    "cherries": "cherry",
+    "watermelon": "watermelons melon",
+    "tomato": "tomatoes",
+    "carrot": "carrots",
+    "corn": "maize corncob",
+    "mushroom": "mushrooms toadstool",
+    "eggplant": "eggplants aubergine",
+    "bread": "loaf toast",
+    "pizza": "pizzas",
+    "hamburger": "burger hamburgers cheeseburger",
+    "cake": "cakes",
+    "donut": "donuts doughnut",
+    "cup": "cups mug coffee tea",
+    "key": "keys",
+    "lock": "locks padlock",
+    "hammer": "hammers",
+    "wrench": "wrenches spanner",
+    "scissors": "shears",
+    "pencil": "pencils",
+    "book": "books",
+    "camera": "cameras",
+    "phone": "phones smartphone cellphone",
+    "telephone": "telephones landline",
+    "television": "tv televisions monitor screen",
+    "clock": "clocks alarm",
+    "bulb": "bulbs lightbulb lamp light",
+    "candle": "candles",
+    "umbrella": "umbrellas parasol",
+    "gift": "gifts present presents",
+    "balloon": "balloons",
+    "trophy": "trophies",
+    "bell": "bells",
+    "guitar": "guitars",
+    "violin": "violins fiddle",
+    "trumpet": "trumpets",
+    "ball": "balls football basketball",
+    "hat": "hats",
+    "crown": "crowns",
+    "shoe": "shoes sneaker",
+    "shirt": "shirts tshirt",
+    "dress": "dresses gown",
+    "glasses": "sunglasses spectacles eyeglasses",
+    "car": "cars automobile taxi",
+    "bus": "buses",
+    "truck": "trucks lorry",
+    "tractor": "tractors",
+    "train": "trains locomotive",
+    "airplane": "airplanes plane aeroplane jet aircraft",
+    "helicopter": "helicopters chopper",
+    "rocket": "rockets spaceship",
+    "boat": "boats sailboat ship",
+    "bicycle": "bicycles bike",
+    "motorcycle": "motorcycles motorbike",
+    "house": "houses home cottage",
+    "castle": "castles fortress",
+    "tent": "tents",
+    "tree": "trees",
+    "palm": "palms",
+    "cactus": "cacti cactuses",
+    "rose": "roses",
+    "tulip": "tulips",
+    "sunflower": "sunflowers",
     "leaf": "leaves",
-    "grapes": "grapes",
-    "scissors": "scissors",
-    "cactus": "cactuses",
-    "corn": "corn",
-    "bread": "breads",
+    "star": "stars",
+    "heart": "hearts",
+    "snowman": "snowmen",
+    "robot": "robots",
+    "ghost": "ghosts",
+    "pumpkin": "pumpkins",
 }
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    noun: tuple(
-        dict.fromkeys([*(w for w in words.split(",") if w), _IRREGULAR.get(noun, _plural(noun))])
-    )
-    for noun, (_, words, _) in _TABLE.items()
-}
-"""Other words, plurals included, that a person would type for a noun."""
 
-ICONS: dict[str, tuple[str, ...]] = {noun: tuple(row[0].split()) for noun, row in _TABLE.items()}
-STAMP_WORDS: dict[str, tuple[str, ...]] = {
-    noun: tuple(w for w in row[2].split(",") if w) for noun, row in _TABLE.items()
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    noun: tuple(words.split()) for noun, words in _SAID_OTHERWISE.items()
 }
+"""Noun to other words for it: synonyms and plurals, each of one word."""
 
 
 def vocabulary_words() -> list[str]:
-    """Every noun, synonym and plural, nouns first: the whole-word pieces of the tokenizer."""
+    """Every noun and synonym once, nouns first, in a fixed order."""
     words = dict.fromkeys(NOUNS)
     for others in SYNONYMS.values():
         words.update(dict.fromkeys(others))
     return list(words)
+
+
+def wanted_names(style: str) -> set[str]:
+    """Names of a style's pictures that the noun table uses."""
+    return {name for pictures in NOUNS.values() for name in pictures.names(style)}

@@ -352,7 +352,7 @@ def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
     contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     contour = max(contours, key=cv2.contourArea)[:, 0].astype(np.float64)
     if len(contour) < 3:
-        contour = np.repeat(contour, 3, axis=0) + [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5]]
+        contour = contour[:1] + np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5]])
     # Contours run through pixel centres: push each point out by half a fine pixel.
     low, high = contour.min(0), contour.max(0)
     centre, extent = (low + high) / 2, np.maximum(high - low, 1e-6)

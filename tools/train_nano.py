@@ -26,6 +26,10 @@ from nouns import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 
+LOSSES = ("tokens", "coord", "size", "dense")
+FIGURES = ("iou", "box_iou", "right", "absent")
+FIELDS = ["minutes", "step", "scenes_per_s", *LOSSES, "norm", *FIGURES]
+
 
 def learning_rate(progress: float, peak: float) -> float:
     """Warm-up over 2 % of the budget, then cosine to 2 % of the peak."""
@@ -144,10 +148,10 @@ def plot(log: Path) -> None:
     with log.open() as file:
         rows = list(csv.DictReader(file))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("tokens", "coord", "size", "dense"):
+    for name in LOSSES:
         points = [(float(r["minutes"]), float(r[name])) for r in rows if r[name]]
         left.plot(*zip(*points, strict=True), label=name)
-    for name in ("iou", "box_iou", "right"):
+    for name in FIGURES:
         points = [(float(r["minutes"]), float(r[name])) for r in rows if r[name]]
         if points:
             right.plot(*zip(*points, strict=True), marker=".", label=name)
@@ -158,14 +162,6 @@ def plot(log: Path) -> None:
         axis.legend()
     figure.savefig(log.with_name("curves.png"), dpi=90)
     plt.close(figure)
-
-
-FIELDS = ["minutes", "step", "scenes_per_s", "tokens", "coord", "size", "dense", "norm"] + [
-    "iou",
-    "box_iou",
-    "right",
-    "absent",
-]
 
 
 def main() -> None:

@@ -1,0 +1,246 @@
+"""Judge the shipped checkpoint on held-out scenes, through the engine that serves it.
+
+    python tools/eval_nano.py --scenes 500 --out runs/eval
+
+Prints a table, writes ``figures.json``, ``nouns.csv`` and ``sheet.png`` (best, median and worst
+answers; truth in white, coarse in orange, refined in cyan). Masks are those of ``return_base64``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import csv
+import json
+import platform
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from scenes import Scene, SceneGenerator, SceneObject
+
+from kestrel.config import RefinerConfig, RuntimeConfig
+from kestrel.engine import InferenceEngine
+
+SEED = 30_000
+
+
+@dataclass
+class Answer:
+    """One question and how well it was answered."""
+
+    noun: str
+    style: str
+    share: float
+    coarse: float
+    refined: float
+    boundary: float
+    index: int
+    masks: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    union = int((a | b).sum())
+    return float((a & b).sum() / union) if union else 1.0
+
+
+def boundary_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """IoU of the bands inside each outline, 2 % of the diagonal wide (Cheng et al. 2021)."""
+    width = max(1, round(0.02 * float(np.hypot(*a.shape))))
+    kernel = np.ones((3, 3), np.uint8)
+
+    def band(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask.astype(np.uint8), 1)
+        eroded = cv2.erode(padded, kernel, iterations=width)[1:-1, 1:-1]
+        return mask & ~eroded.astype(bool)
+
+    return iou(band(a), band(b))
+
+
+def decoded(segment: dict, key: str, like: np.ndarray) -> np.ndarray:
+    """A mask of the answer as bool, all False where it is absent."""
+    if key not in segment:
+        return np.zeros(like.shape, bool)
+    raw = np.frombuffer(base64.b64decode(segment[key]), np.uint8)
+    return cv2.imdecode(raw, cv2.IMREAD_UNCHANGED) > 0
+
+
+async def ask(engine: InferenceEngine, scene: Scene, found: SceneObject, index: int, refs=None):
+    result = await engine.segment(
+        image=scene.image, object=found.noun, return_base64=True, spatial_refs=refs
+    )
+    segment = result.output["segments"][0]
+    coarse = decoded(segment, "coarse_mask_base64", found.mask)
+    refined = decoded(segment, "refined_mask_base64", found.mask)
+    if not refined.any():
+        refined = coarse
+    return Answer(
+        found.noun,
+        found.style,
+        float(found.mask.mean()),
+        iou(coarse, found.mask),
+        iou(refined, found.mask),
+        boundary_iou(coarse, found.mask),
+        index,
+        (found.mask, coarse, refined),
+    )
+
+
+def size_of(rng: np.random.Generator, aspect: float) -> tuple[int, int]:
+    """Width and height of a rendering with about 200,000 pixels."""
+    area = float(rng.uniform(120_000, 300_000))
+    return round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+
+
+async def judge_scenes(
+    engine: InferenceEngine, generator: SceneGenerator, count: int, per_scene: int = 2
+) -> tuple[list[Answer], list[bool], list[Answer]]:
+    """Answers to unambiguous questions, whether absent nouns gave nothing, answers by reference."""
+    rng = np.random.default_rng(SEED)
+    answers: list[Answer] = []
+    silent: list[bool] = []
+    referred: list[Answer] = []
+    for index in range(count):
+        aspect = generator.scene(index, 16, 16).aspect
+        scene = generator.scene(index, *size_of(rng, aspect))
+        nouns = [found.noun for found in scene.objects]
+        clear = [found for found in scene.objects if nouns.count(found.noun) == 1]
+        for found in clear[:per_scene]:
+            answers.append(await ask(engine, scene, found, index))
+        for found in scene.objects:
+            if nouns.count(found.noun) > 1:
+                rows, columns = np.nonzero(found.mask)
+                height, width = found.mask.shape
+                box = [
+                    columns.min() / width,
+                    rows.min() / height,
+                    (columns.max() + 1) / width,
+                    (rows.max() + 1) / height,
+                ]
+                referred.append(await ask(engine, scene, found, index, [[float(v) for v in box]]))
+        absent = sorted(set(generator.nouns) - set(nouns))
+        noun = absent[int(rng.integers(len(absent)))]
+        result = await engine.segment(image=scene.image, object=noun)
+        silent.append(result.output["segments"][0]["svg_path"] == "")
+    return answers, silent, referred
+
+
+def summary(answers: list[Answer]) -> dict[str, float]:
+    coarse = np.array([a.coarse for a in answers])
+    refined = np.array([a.refined for a in answers])
+    return {
+        "questions": len(answers),
+        "coarse_iou": float(coarse.mean()),
+        "coarse_boundary_iou": float(np.mean([a.boundary for a in answers])),
+        "refined_iou": float(refined.mean()),
+        "right_object": float((coarse > 0.5).mean()),
+    }
+
+
+def contact_sheet(answers: list[Answer], generator: SceneGenerator, file: Path) -> None:
+    """Best, median and worst eight answers with their outlines."""
+    ranked = sorted(answers, key=lambda a: -a.coarse)
+    middle = len(ranked) // 2
+    rows = []
+    for group in (ranked[:8], ranked[middle - 4 : middle + 4], ranked[-8:]):
+        tiles = []
+        for answer in group:
+            truth, coarse, refined = answer.masks
+            height, width = truth.shape
+            picture = generator.scene(answer.index, width, height).image.copy()
+            marks = [(truth, (255, 255, 255)), (coarse, (255, 140, 0)), (refined, (0, 220, 255))]
+            for mask, colour in marks:
+                lines, _ = cv2.findContours(
+                    mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE
+                )
+                cv2.drawContours(picture, lines, -1, colour, 2)
+            tile = cv2.resize(picture, (200, 200), interpolation=cv2.INTER_AREA)
+            label = f"{answer.noun} {answer.coarse:.2f} {answer.refined:.2f}"
+            cv2.putText(tile, label, (4, 194), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3)
+            cv2.putText(tile, label, (4, 194), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255,) * 3, 1)
+            tiles.append(tile)
+        rows.append(np.hstack(tiles))
+    cv2.imwrite(str(file), np.vstack(rows)[..., ::-1])
+
+
+def by_noun(answers: list[Answer], file: Path) -> None:
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        groups[answer.noun].append(answer)
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["noun", "questions", "coarse_iou", "refined_iou", "right_object"])
+        for noun, group in sorted(groups.items()):
+            s = summary(group)
+            writer.writerow(
+                [noun, len(group)]
+                + [round(s[k], 3) for k in ("coarse_iou", "refined_iou", "right_object")]
+            )
+
+
+async def latency(engine: InferenceEngine, generator: SceneGenerator, count: int = 60) -> float:
+    """Median milliseconds of one request, image to refined path, no masks."""
+    times = []
+    for index in range(count):
+        scene = generator.scene(index, 640, 480)
+        if scene.objects:
+            start = time.perf_counter()
+            await engine.segment(image=scene.image, object=scene.objects[0].noun)
+            times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times[5:]))
+
+
+async def run(args: argparse.Namespace) -> dict:
+    config = RuntimeConfig(
+        model_path=str(args.model) if args.model else None,
+        torch_threads=1,
+        refiner=RefinerConfig(),
+    )
+    engine = await InferenceEngine.create(config)
+    figures: dict = {"scenes": args.scenes, "machine": platform.processor() or platform.machine()}
+    usual = SceneGenerator("eval", SEED)
+    answers, silent, referred = await judge_scenes(engine, usual, args.scenes)
+    figures["training styles"] = summary(answers)
+    figures["absent_nothing"] = float(np.mean(silent))
+    if referred:
+        figures["referred"] = summary(referred)
+    contact_sheet(answers, usual, args.out / "sheet.png")
+    by_noun(answers, args.out / "nouns.csv")
+    few = max(40, args.scenes // 4)
+    for name, styles, photos in (
+        ("style never trained on", ("twemoji",), 0.3),
+        ("photographic cut-outs on photographs", ("stamps",), 1.0),
+    ):
+        other = SceneGenerator("eval", SEED + 1, styles=styles, photos=photos)
+        figures[name] = summary((await judge_scenes(engine, other, few))[0])
+    crowded = SceneGenerator("eval", SEED + 2, objects=(3, 5))
+    figures["3 to 5 objects"] = summary((await judge_scenes(engine, crowded, few))[0])
+    figures["p50_ms"] = await latency(engine, usual)
+    await engine.shutdown()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=None, help="checkpoint; default: shipped")
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures = asyncio.run(run(args))
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    columns = ("questions", "coarse_iou", "coarse_boundary_iou", "refined_iou", "right_object")
+    print(f"{'scenes':40}" + "".join(f"{c:>21}" for c in columns))
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"{name:40}" + "".join(f"{value[c]:21.3f}" for c in columns))
+    print(f"absent noun, empty path: {figures['absent_nothing']:.3f}")
+    print(f"one request, one core, p50: {figures['p50_ms']:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
