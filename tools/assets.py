@@ -240,7 +240,7 @@ def _stamp_entries(wanted: set[str]) -> Iterator[Entry]:
             continue
         x0, y0, x1, y1 = box
         cut = premultiplied(image[y0:y1, x0:x1])
-        if min(cut.shape[:2]) < 12 or max(cut.shape[:2]) < 60:
+        if min(cut.shape[:2]) < 12 or max(cut.shape[:2]) < (40 if name in wanted else 60):
             continue
         size = _fit(x1 - x0, y1 - y0, SIDE)
         kind = cv2.INTER_AREA if max(cut.shape[:2]) > SIDE else cv2.INTER_CUBIC

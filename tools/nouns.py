@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 EMOJI_STYLES = ("noto", "fluent", "flat", "emojione", "twemoji")
@@ -384,6 +385,52 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     noun: tuple(words.split()) for noun, words in _SAID_OTHERWISE.items()
 }
 """Noun to other words for it: synonyms and plurals, each of one word."""
+
+
+_RELATED = (
+    "poodle wolf fox dingo leopard panther lion cheetah lynx jaguar zebra donkey mule unicorn moose "
+    "deer bison buffalo yak zebu bull blackbuck gnu goat ram boar llama mammoth hippo hamster "
+    "chick hen turkey swan goose parrot peacock peahen eagle crow crane heron pelican vulture "
+    "ostrich magpie toucan tucan gull cuckoo quetzal rosella lorikeet swallow fowl drake gander "
+    "dodo phoenix feather nandou rhea lark lizard dragon shark blowfish wrasse fishing orca seal "
+    "squid lobster shrimp shell slug fly bug moth beetle hornet wasp kiwi lime mandarin melon "
+    "prune cherimoya apricot peach mango pomegranate tamarillo blueberr raspberr bagel croissant "
+    "baguette pretzel sandwich hotdog pancake cupcake pie cookie bagle tart pudding beverage mug "
+    "glass coffee tea teapot sake beer tools tool pick pen crayon brush notebook ledger notepad "
+    "video movie photo screen desktop computer laptop monitor mobile receiver pager watch "
+    "hourglass lantern lamp flashlight torch diya package parcel bouquet medal vibration "
+    "musical banjo harp cello bass horn saxophone fiddle baseball softball rugby football tennis "
+    "volleyball basketball bowling billiard cricket sports helmet cap fedora sombrero boot sandal "
+    "heel slipper skate sneaker shorts kimono coat jacket sari gown bikini goggles vest "
+    "automobile police taxi van minibus suv vehicle auto ambulance engine lorry railway rail "
+    "metro tram monorail locomotive carriage boxcar caboose tender tanker tug canoe ferry ship "
+    "boat yacht raft scooter bike tricycle cycle jet satellite spaceship shuttle building office "
+    "hotel school hospital bank store church mosque temple shrine synagogue home hut tower "
+    "fortress inn tavern cottage farm stable jail circus camping tepee tipi island park desert "
+    "city sunrise sunset plant herb seedling flower blossom hibiscus lotus anemone daffodil iris "
+    "gazania petunia marigold hyacinth adeenia anthoorium holly bolsom chemparathi shamrock clover "
+    "leafy lettuce wood tanabata pine sparkl sun moon dizzy shooting love alien invader monster "
+    "skull gourd squash turnip potato onion radish pepper chil beet yam avocado broccoli bento "
+    "loudspeaker megaphone mailbox postbox card heartbeat anatomical spade club drum toy teddy "
+    "fungi blacksmith university warehouse windmill hunter cathedral igloo townhall monastery "
+    "well fishery docks shipwreck ruins lighthouse gate mine obelisk statue totem pyramid tux "
+    "pengwin cub baby spider worm cub bunny hare mandrill rat squirrel chipmunk beaver badger "
+    "skunk otter raccoon marmot capybara ferret weasel wombat koala possum hedgehog echidna "
+    "sloth bear panda kangaroo monkey gorilla chimp orangutan tamarin rhino walrus crocodile "
+    "alligator dinosaur sauropod t-rex trex wheel tyre truck bulldozer forklift dumper cement race "
+    "racing f1 indy bradley stryker mustang raptor plane wright stars medical coin"
+)
+
+LOOKALIKES = re.compile(
+    "|".join(
+        [rf"(?<![a-z]){word}(?![a-z])" for word in _RELATED.split()]
+        + [rf"(?<![a-z]){w}s?(?![a-z])" for n in NOUNS for w in (n, *SYNONYMS.get(n, ()))]
+        # Sets without hyphens in their names: longer words count anywhere.
+        + [word for word in _RELATED.split() if len(word) > 3]
+        + [w for n in NOUNS for w in (n, *SYNONYMS.get(n, ())) if len(w) > 3]
+    )
+)
+"""Names of pictures that show a noun of the table, part of one, or something too like one."""
 
 
 def vocabulary_words() -> list[str]:

@@ -1,373 +1,659 @@
-"""Scenes: named pictures composited on a background, with the visible part of each as truth.
+"""Generated scenes with truth: named pictures on backgrounds, and outlines of their visible parts.
 
-A scene is described in coordinates of the picture (0..1), so the same scene renders at 126 x 126
-for training and at any size for evaluation.
+A scene is sampled as a description in units of the shorter side of a virtual canvas, which may be
+wider or taller than the rendered image: the model squashes every aspect to a square, so training
+images are rendered squashed. The same description renders at any size.
+
+    python tools/scenes.py --contact-sheet /tmp/sheet.png --split eval
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
-from assets import CACHE, HELD_OUT_STYLE, Sprite, load_sprites
+from assets import LEVELS, SIDE, SOURCES, Pack, backgrounds, held_out
+from nouns import LOOKALIKES, NOUNS, wanted_names
 
-PHOTOS = Path("/usr/share/backgrounds")
-MIN_VISIBLE = 0.4
-"""Share of an object that must show for it to count as present."""
-MIN_AREA = 0.004
-"""Share of the picture that must show it."""
-HELD_OUT_STAMPS = 7
-"""Every n-th photographic stamp with a noun is kept for evaluation."""
+TRAIN_SIZE = 126
+"""Side of the model's input, px."""
+MIN_VISIBLE = 0.35
+"""Objects of which less can be seen are taken out of the scene."""
+MIN_PIXELS = 60 / TRAIN_SIZE**2
+"""Smallest visible area of an object, share of the image."""
+MIN_WHOLE = 0.8
+"""Objects whose largest visible piece is a smaller share of what is visible are taken out."""
+HELD_OUT_STYLE = "twemoji"
 
 
 @dataclass
 class SceneObject:
-    """A named object: ``mask`` bool [H, W], its visible part."""
+    """A named object as seen: ``mask`` bool [H, W], its visible part."""
 
     noun: str
     mask: np.ndarray
     style: str
+    name: str = ""
+    full_mask: np.ndarray | None = None
+    """bool [H, W], with the parts that others hide."""
 
 
 @dataclass
 class Scene:
-    """``image`` uint8 [H, W, 3] RGB and the named objects that show, back to front."""
+    """``image`` uint8 [H, W, 3] RGB and its named objects, back to front."""
 
     image: np.ndarray
     objects: list[SceneObject]
-    aspect: float
+    description: Description
 
 
-@dataclass
+@dataclass(frozen=True)
 class Placement:
-    """A sprite in a scene: centre in 0..1, size as a share of the picture's geometric mean side."""
+    """One sprite: centre and longer side in units of the canvas's shorter side."""
 
-    sprite: Sprite
+    style: str
+    name: str
+    noun: str | None
     x: float
     y: float
     size: float
-    angle: float
+    rotation: float
+    """Degrees, clockwise."""
     flip: bool
-    gain: np.ndarray
+    stretch: float
+    """Width over height, relative to the sprite's own."""
+    colour: np.ndarray
+    """float32 [4, 4]: premultiplied RGBA in, RGBA out."""
+    shadow: float
+    """Darkness 0..1 of a soft shadow."""
 
 
-def _mips(rgba: np.ndarray) -> list[np.ndarray]:
-    """Premultiplied float32 levels, each half the one before."""
-    level = rgba.astype(np.float32)
-    level[..., :3] *= level[..., 3:] / 255
-    levels = [level]
-    while min(levels[-1].shape[:2]) > 16:
-        h, w = levels[-1].shape[:2]
-        levels.append(
-            cv2.resize(levels[-1], (-(-w // 2), -(-h // 2)), interpolation=cv2.INTER_AREA)
-        )
-    return levels
+@dataclass(frozen=True)
+class Description:
+    """A scene before it is rendered."""
+
+    seed: tuple[int, ...]
+    aspect: float
+    """Width over height of the virtual canvas."""
+    placements: list[Placement]
+    photo: bool = False
+    effects: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def canvas(self) -> tuple[float, float]:
+        """Width and height in units of the shorter side."""
+        return max(1.0, self.aspect), max(1.0, 1 / self.aspect)
+
+
+@lru_cache(maxsize=1)
+def _packs() -> dict[str, Pack]:
+    return {style: Pack(style, wanted_names(style)) for style in SOURCES}
+
+
+@lru_cache(maxsize=1)
+def _photos() -> list[np.ndarray]:
+    return backgrounds()
+
+
+def _is_clutter(style: str, name: str) -> bool:
+    """Whether a picture may stand in a scene unnamed: nothing that a noun could mean."""
+    return name not in wanted_names(style) and not LOOKALIKES.search(name.lower())
 
 
 class SceneGenerator:
-    """Scenes by index, the same for the same (split, seed, index).
+    """Scenes by number: the same (split, seed, index) is the same scene on any machine.
 
-    ``split`` ``train`` or ``eval``: the streams never meet, and the held-out style and stamps
-    appear in ``eval`` only. ``styles`` narrows the named objects to some styles.
+    ``styles`` limits where pictures come from; by default training sees every style but
+    ``twemoji`` and 85 % of the stamps, evaluation sees all. ``size`` is (width, height) px; without
+    it images are 126 × 126 with a random aspect squashed.
     """
 
     def __init__(
         self,
         split: str,
         seed: int,
-        styles: tuple[str, ...] | None = None,
-        objects: tuple[int, int] = (1, 5),
-        photos: float = 0.3,
+        styles: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+        max_objects: int = 5,
+        photos: float = 0.35,
+        clean: bool = False,
+        large_sprites: bool | None = None,
     ) -> None:
-        self.split, self.seed, self.objects, self.photos = split, seed, objects, photos
-        named: dict[str, list[Sprite]] = {}
-        self.clutter: list[Sprite] = []
-        stamp = 0
-        for sprite in load_sprites():
-            held_out = sprite.style == HELD_OUT_STYLE
-            if sprite.style == "stamps" and sprite.noun:
-                stamp += 1
-                held_out = stamp % HELD_OUT_STAMPS == 0
-            wanted = sprite.style in styles if styles else sprite.style != HELD_OUT_STYLE
-            if not wanted or (held_out and split == "train"):
-                continue
-            if sprite.noun is None:
-                self.clutter.append(sprite)
-            else:
-                named.setdefault(sprite.noun, []).append(sprite)
-        self.named = named
-        self.nouns = sorted(named)
-        self._levels: dict[int, list[np.ndarray]] = {}
-        self._backgrounds = _photo_backgrounds() if photos else []
+        """``photos`` is the share of photographic backgrounds, ``clean`` leaves noise out."""
+        if split not in ("train", "eval"):
+            raise ValueError(f"split must be train or eval, not {split!r}")
+        self.split, self.seed, self.size = split, seed, size
+        self.max_objects, self.photos, self.clean = max_objects, photos, clean
+        longer = max(size) if size else TRAIN_SIZE
+        self.large = longer > 2 * TRAIN_SIZE if large_sprites is None else large_sprites
+        if styles is None:
+            styles = [s for s in SOURCES if split == "eval" or s != HELD_OUT_STYLE]
+        packs = _packs()
+        self.sprites: dict[str, dict[str, list[str]]] = {}
+        for noun, pictures in NOUNS.items():
+            by_style = {
+                style: [
+                    n
+                    for n in pictures.names(style)
+                    if n in packs[style].number and self._allowed(style, n)
+                ]
+                for style in styles
+            }
+            by_style = {style: names for style, names in by_style.items() if names}
+            if by_style:
+                self.sprites[noun] = by_style
+        self.nouns = list(self.sprites)
+        self.clutter = [
+            (style, sprite["name"])
+            for style in styles
+            for sprite in packs[style].sprites
+            if _is_clutter(style, sprite["name"]) and self._allowed(style, sprite["name"])
+        ]
 
-    def scene(self, index: int, width: int = 126, height: int = 126) -> Scene:
-        """Scene ``index`` rendered at ``width`` x ``height``.
+    def _allowed(self, style: str, name: str) -> bool:
+        return self.split == "eval" or style != "stamps" or not held_out(name)
 
-        A scene has an aspect ratio of its own; rendering it at another squashes it, as the model's
-        input does.
-        """
-        key = (self.split == "eval", self.seed, index)
-        rng = np.random.default_rng([int(k) for k in key])
-        aspect = float(np.exp(rng.uniform(np.log(0.62), np.log(1.7))))
-        placements = self._arrange(rng)
-        image = self._background(rng, width, height)
-        return self._compose(image, placements, aspect, rng)
+    def scene(self, index: int) -> Scene:
+        """The scene of this number, rendered at the generator's size."""
+        width, height = self.size or (TRAIN_SIZE, TRAIN_SIZE)
+        return self.render(self.describe(index), width, height)
 
-    def _arrange(self, rng: np.random.Generator) -> list[Placement]:
-        count = int(rng.integers(self.objects[0], self.objects[1] + 1))
-        nouns = list(rng.choice(self.nouns, min(count, len(self.nouns)), replace=False))
-        if count > 1 and rng.random() < 0.12:
-            nouns[-1] = nouns[0]
-        crowd = max(0, count - 2)
-        placements = []
+    def describe(self, index: int) -> Description:
+        """Sample a scene without rendering it."""
+        seed = (zlib.crc32(self.split.encode()), self.seed, index)
+        rng = np.random.default_rng(seed)
+        if self.size:
+            aspect = self.size[0] / self.size[1]
+        else:
+            aspect = float(np.exp(np.clip(rng.normal(0.1, 0.3), -0.5, 0.53)))
+        weights = np.array([0.24, 0.27, 0.22, 0.16, 0.11])[: self.max_objects]
+        count = 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
+        nouns = [self.nouns[i] for i in rng.choice(len(self.nouns), count, replace=False)]
+        if count > 1 and rng.random() < 0.1:
+            nouns[1] = nouns[0]
+        favourite = None
+        if rng.random() < 0.3:
+            favourite = list(SOURCES)[rng.integers(len(SOURCES))]
+        placements: list[Placement] = []
+        limits = [(0.3, 0.92), (0.22, 0.75), (0.18, 0.62), (0.17, 0.55), (0.16, 0.5)]
+        low, high = limits[min(count, len(limits)) - 1]
         for noun in nouns:
-            choices = self.named[noun]
-            sprite = choices[rng.integers(len(choices))]
-            high = 0.95 if count == 1 else 0.72 - 0.07 * crowd
-            placements.append(self._place(rng, sprite, 0.18, high))
-        if self.clutter and rng.random() < 0.45:
-            for _ in range(int(rng.integers(1, 4))):
-                sprite = self.clutter[rng.integers(len(self.clutter))]
-                spot = int(rng.integers(len(placements) + 1))
-                placements.insert(spot, self._place(rng, sprite, 0.12, 0.45))
-        self._spread(rng, placements)
-        return placements
-
-    def _place(
-        self, rng: np.random.Generator, sprite: Sprite, low: float, high: float
-    ) -> Placement:
-        size = float(rng.uniform(low, high))
-        angle = float(rng.normal(0, 14) if rng.random() < 0.85 else rng.uniform(-180, 180))
-        gain = rng.normal(1.0, 0.08, 3) * rng.normal(1.0, 0.08)
-        return Placement(sprite, 0.5, 0.5, size, angle, bool(rng.random() < 0.5), gain)
-
-    def _spread(self, rng: np.random.Generator, placements: list[Placement]) -> None:
-        """Positions: of some random ones, that which overlaps the others least."""
-        done: list[Placement] = []
-        for placement in placements:
-            reach = placement.size * 0.38
-            best, best_cost = (0.5, 0.5), np.inf
-            for _ in range(6):
-                x, y = rng.uniform(min(reach, 0.5), max(1 - reach, 0.5), 2)
-                cost = sum(
-                    max(0.0, 0.48 * (placement.size + p.size) - np.hypot(x - p.x, y - p.y))
-                    for p in done
+            by_style = self.sprites[noun]
+            styles = list(by_style)
+            style = styles[rng.integers(len(styles))]
+            if favourite in by_style:
+                style = favourite
+            names = by_style[style]
+            size = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+            placements.append(
+                self._placement(
+                    rng, style, names[rng.integers(len(names))], noun, size, aspect, placements
                 )
-                if cost < best_cost:
-                    best, best_cost = (float(x), float(y)), cost
-                if cost == 0:
-                    break
-            placement.x, placement.y = best
-            done.append(placement)
+            )
+        for _ in range(int(rng.choice([0, 1, 2, 3, 4], p=[0.35, 0.25, 0.2, 0.12, 0.08]))):
+            style, name = self.clutter[rng.integers(len(self.clutter))]
+            size = float(np.exp(rng.uniform(np.log(0.08), np.log(0.45))))
+            placements.append(self._placement(rng, style, name, None, size, aspect, placements))
+        if rng.random() < 0.65:
+            placements.sort(key=lambda p: -p.size)
+        else:
+            rng.shuffle(placements)  # type: ignore[arg-type]
+        effects = {} if self.clean else self._effects(rng)
+        return Description(seed, aspect, placements, rng.random() < self.photos, effects)
 
-    def _background(self, rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-        if self._backgrounds and rng.random() < self.photos:
-            photo = self._backgrounds[rng.integers(len(self._backgrounds))]
-            share = rng.uniform(0.3, 1.0)
-            h, w = (int(s * share) for s in photo.shape[:2])
-            y, x = rng.integers(photo.shape[0] - h + 1), rng.integers(photo.shape[1] - w + 1)
-            cut = photo[y : y + h, x : x + w]
-            if rng.random() < 0.5:
-                cut = cut[:, ::-1]
-            shrink = width < w
-            return cv2.resize(
-                cut,
-                (width, height),
-                interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR,
-            ).astype(np.float32)
-        return _procedural(rng, width, height)
-
-    def _compose(
+    def _placement(
         self,
-        image: np.ndarray,
-        placements: list[Placement],
-        aspect: float,
         rng: np.random.Generator,
-    ) -> Scene:
-        height, width = image.shape[:2]
-        masks: list[np.ndarray | None] = []
-        areas = []
-        for placement in placements:
-            patch = self._warped(placement, width, height, aspect)
-            if patch is None:
-                masks.append(None)
-                areas.append(0.0)
-                continue
-            x, y, layer, full_area = patch
-            h, w = layer.shape[:2]
-            alpha = layer[..., 3:] / 255
-            region = image[y : y + h, x : x + w]
-            region *= 1 - alpha
-            region += np.minimum(layer[..., :3] * placement.gain.astype(np.float32), 255 * alpha)
-            opaque = alpha[..., 0] > 0.5
-            for below in masks:
-                if below is not None:
-                    below[y : y + h, x : x + w] &= ~opaque
-            mask = np.zeros((height, width), bool)
-            mask[y : y + h, x : x + w] = opaque
-            masks.append(mask)
-            areas.append(full_area)
-        objects = []
-        for placement, mask, area in zip(placements, masks, areas, strict=True):
-            if mask is None or placement.sprite.noun is None:
-                continue
-            shown = int(mask.sum())
-            if shown >= MIN_VISIBLE * area and shown >= MIN_AREA * width * height:
-                objects.append(SceneObject(placement.sprite.noun, mask, placement.sprite.style))
-        return Scene(_finish(image, rng), objects, aspect)
-
-    def _warped(
-        self, placement: Placement, width: int, height: int, aspect: float
-    ) -> tuple[int, int, np.ndarray, float] | None:
-        """Sprite as seen in the picture: x, y, premultiplied float32 [h, w, 4], its full area."""
-        rgba = placement.sprite.rgba
-        # Picture of aspect w/h with area 1 in virtual units: sides sqrt(aspect), 1/sqrt(aspect).
-        unit_x, unit_y = width / aspect**0.5, height * aspect**0.5
-        scale = placement.size / max(rgba.shape[:2])
-        levels = self._levels.get(id(placement.sprite))
-        if levels is None:
-            levels = self._levels[id(placement.sprite)] = _mips(rgba)
-        pixel = scale * (unit_x * unit_y) ** 0.5
-        level = int(np.clip(np.round(-np.log2(pixel)), 0, len(levels) - 1))
-        source = levels[level]
-        zoom = max(rgba.shape[:2]) / max(source.shape[:2]) * scale
-        cos, sin = np.cos(np.radians(placement.angle)), np.sin(np.radians(placement.angle))
-        mirror = -1.0 if placement.flip else 1.0
-        matrix = np.array(
-            [
-                [unit_x * zoom * cos * mirror, -unit_x * zoom * sin],
-                [unit_y * zoom * sin * mirror, unit_y * zoom * cos],
-            ]
+        style: str,
+        name: str,
+        noun: str | None,
+        size: float,
+        aspect: float,
+        others: list[Placement],
+    ) -> Placement:
+        width, height = max(1.0, aspect), max(1.0, 1 / aspect)
+        # Most objects look for room; the rest land where they land and may be hidden in part.
+        tries = 8 if rng.random() < 0.72 else 1
+        best, best_cost = (0.5, 0.5), np.inf
+        for _ in range(tries):
+            # Near the rim an object is cut: allowed, but not the rule.
+            margin = 0.42 * size if rng.random() < 0.85 else 0.15 * size
+            x = rng.uniform(min(margin, width / 2), max(width - margin, width / 2))
+            y = rng.uniform(min(margin, height / 2), max(height - margin, height / 2))
+            cost = 0.0
+            for other in others:
+                reach = 0.4 * (size + other.size)
+                near = max(0.0, 1 - np.hypot(x - other.x, y - other.y) / reach)
+                cost += near * min(size, other.size)
+            if cost < best_cost:
+                best, best_cost = (float(x), float(y)), cost
+            if cost == 0:
+                break
+        pick = rng.random()
+        if pick < 0.3:
+            rotation = rng.normal(0, 4)
+        elif pick < 0.86:
+            rotation = float(np.clip(rng.normal(0, 15), -35, 35))
+        else:
+            rotation = rng.uniform(-180, 180)
+        return Placement(
+            style,
+            name,
+            noun,
+            *best,
+            size,
+            float(rotation),
+            bool(rng.random() < 0.5),
+            float(np.exp(rng.normal(0, 0.06))),
+            self._colour(rng),
+            float(rng.uniform(0.15, 0.5)) if rng.random() < 0.2 else 0.0,
         )
-        h, w = source.shape[:2]
-        corners = (np.array([[0, 0], [w, 0], [0, h], [w, h]]) - [w / 2, h / 2]) @ matrix.T
-        centre = np.array([placement.x * width, placement.y * height])
-        low = np.floor(np.maximum(corners.min(0) + centre, 0)).astype(int)
-        high = np.ceil(np.minimum(corners.max(0) + centre, [width, height])).astype(int)
-        if (high - low < 2).any():
-            return None
-        # warpAffine works on pixel centres: shift by a half on both sides.
-        offset = centre - low - matrix @ [w / 2 - 0.5, h / 2 - 0.5] - 0.5
-        affine = np.hstack([matrix, offset[:, None]])
-        size = (int(high[0] - low[0]), int(high[1] - low[1]))
-        layer = cv2.warpAffine(source, affine, size, flags=cv2.INTER_LINEAR)
-        solid = float((source[..., 3] > 127).sum()) * abs(float(np.linalg.det(matrix)))
-        return int(low[0]), int(low[1]), layer, solid
 
+    @staticmethod
+    def _colour(rng: np.random.Generator) -> np.ndarray:
+        """Gain, contrast, saturation and a little hue, as one matrix on premultiplied RGBA."""
+        matrix = np.eye(4, dtype=np.float32)
+        if rng.random() < 0.15:
+            return matrix
+        gain = np.exp(rng.normal(0, 0.1)) * np.exp(rng.normal(0, 0.05, 3))
+        saturation = np.exp(rng.normal(0, 0.15)) if rng.random() > 0.04 else 0.1
+        luma = np.array([0.299, 0.587, 0.114])
+        colour = saturation * np.eye(3) + (1 - saturation) * luma[None, :]
+        angle = rng.normal(0, 0.08)
+        axis = np.full(3, 1 / np.sqrt(3))
+        cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+        hue = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
+        contrast = np.exp(rng.normal(0, 0.08))
+        matrix[:3, :3] = contrast * gain[:, None] * (hue @ colour)
+        matrix[:3, 3] = 0.5 * (1 - contrast) + rng.normal(0, 0.04)
+        return matrix
 
-def _photo_backgrounds() -> list[np.ndarray]:
-    """Debian wallpaper photographs, longer side 640, cached; empty where none is installed."""
-    packed = CACHE / "photos.npz"
-    if not packed.exists():
-        photos = []
-        for file in sorted(PHOTOS.rglob("*")):
-            if file.suffix.lower() not in (".jpg", ".jpeg", ".webp", ".png"):
-                continue
-            photo = cv2.imread(str(file), cv2.IMREAD_COLOR)
-            if photo is None:
-                continue
-            scale = 640 / max(photo.shape[:2])
-            photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            photos.append(photo[..., ::-1])
-        CACHE.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(packed, *photos)
-    with np.load(packed) as saved:
-        return [saved[name] for name in saved.files]
-
-
-def _procedural(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A painted background, float32 [H, W, 3] in 0..255."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    x /= width
-    y /= height
-    colours = rng.uniform(0, 255, (3, 3)).astype(np.float32)
-    if rng.random() < 0.4:
-        colours = 255 - (255 - colours) * 0.35
-    kind = rng.integers(6)
-    angle = rng.uniform(0, 2 * np.pi)
-    ramp = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) + 0.5
-    if kind == 0:
-        image = np.broadcast_to(colours[0], (height, width, 3)).copy()
-    elif kind == 1:
-        image = colours[0] + (colours[1] - colours[0]) * np.clip(ramp, 0, 1)[..., None]
-    elif kind == 2:
-        waves = 0.5 + 0.5 * np.sin(ramp * rng.uniform(10, 60))
+    @staticmethod
+    def _effects(rng: np.random.Generator) -> dict[str, float]:
+        """What happens to the whole picture; blur in px of a 126 px side, noise in grey levels."""
+        effects: dict[str, float] = {}
         if rng.random() < 0.5:
-            waves = (waves > 0.5).astype(np.float32)
-        image = colours[0] + (colours[1] - colours[0]) * waves[..., None]
-    elif kind == 3:
-        cells = rng.integers(3, 14)
-        checks = ((np.floor(x * cells) + np.floor(y * cells)) % 2)[..., None]
-        image = colours[0] + (colours[1] - colours[0]) * checks
-    else:
-        image = np.broadcast_to(colours[0], (height, width, 3)).copy()
-        for octave in range(int(rng.integers(1, 4))):
-            cells = 3 * 3**octave
-            noise = rng.normal(0, 45 / (octave + 1), (cells, cells, 3)).astype(np.float32)
-            image = image + cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    if kind in (1, 5):
-        for _ in range(int(rng.integers(0, 9))):
-            colour = rng.uniform(0, 255, 3).tolist()
-            centre = (int(rng.integers(width)), int(rng.integers(height)))
-            radius = max(1, int(rng.uniform(0.02, 0.25) * width))
-            canvas = np.ascontiguousarray(image, np.float32)
-            if rng.random() < 0.5:
-                cv2.circle(canvas, centre, radius, colour, -1, cv2.LINE_AA)
-            else:
-                other = (int(rng.integers(width)), int(rng.integers(height)))
-                thick = max(1, int(radius * 0.2))
-                cv2.line(canvas, centre, other, colour, thick, cv2.LINE_AA)
-            image = canvas
-    return np.ascontiguousarray(np.clip(image, 0, 255), np.float32)
+            effects["gain"] = float(np.exp(rng.normal(0, 0.12)))
+            effects["bias"] = float(rng.normal(0, 8))
+        if rng.random() < 0.3:
+            effects["blur"] = float(rng.uniform(0.3, 0.9))
+        if rng.random() < 0.4:
+            effects["noise"] = float(rng.uniform(1, 11))
+        if rng.random() < 0.2:
+            effects["jpeg"] = float(rng.integers(40, 92))
+        return effects
+
+    def render(self, scene: Description, width: int, height: int) -> Scene:
+        """Draw a described scene at (width, height) px; the truth is exact for that size."""
+        rng = np.random.default_rng((*scene.seed, 1))
+        warped = [self._warp(p, scene.canvas, width, height) for p in scene.placements]
+        kept = self._kept(scene.placements, warped, width, height)
+        canvas = _background(rng, width, height, scene.photo and bool(_photos()))
+        owner = np.full((height, width), -1, np.int16)
+        for number in kept:
+            placement = scene.placements[number]
+            pixels, (x0, y0), _ = warped[number]
+            h, w = pixels.shape[:2]
+            if placement.shadow:
+                _shade(canvas, pixels[..., 3], x0, y0, placement.shadow)
+            part = canvas[y0 : y0 + h, x0 : x0 + w]
+            alpha = pixels[..., 3:]
+            coloured = cv2.transform(pixels, placement.colour)[..., :3]
+            np.clip(coloured, 0, alpha, out=coloured)
+            part *= 1 - alpha
+            part += coloured
+            owner[y0 : y0 + h, x0 : x0 + w][pixels[..., 3] >= 0.5] = number
+        objects = []
+        for number in kept:
+            placement = scene.placements[number]
+            if placement.noun is None:
+                continue
+            pixels, (x0, y0), _ = warped[number]
+            full = np.zeros((height, width), bool)
+            full[y0 : y0 + pixels.shape[0], x0 : x0 + pixels.shape[1]] = pixels[..., 3] >= 0.5
+            objects.append(
+                SceneObject(placement.noun, owner == number, placement.style, placement.name, full)
+            )
+        return Scene(_finish(canvas, scene.effects, rng), objects, scene)
+
+    def _warp(
+        self, placement: Placement, canvas: tuple[float, float], width: int, height: int
+    ) -> tuple[np.ndarray, tuple[int, int], float]:
+        """Sprite on the pixel grid: float32 [h, w, 4] in 0..1, its corner, its whole area (px)."""
+        pack = _packs()[placement.style]
+        across, down = width / canvas[0], height / canvas[1]
+        longest = placement.size * max(across, down)
+        if self.large and longest > SIDE:
+            sprite = pack.large(placement.name, int(min(1024, np.ceil(longest / 64) * 64)))
+        else:
+            level = int(np.clip(np.floor(np.log2(SIDE / max(longest, 1.0)) + 0.15), 0, LEVELS - 1))
+            sprite = pack.image(placement.name, level)
+        h, w = sprite.shape[:2]
+        scale = placement.size / max(h, w)
+        angle = np.deg2rad(placement.rotation)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        shape = np.diag([scale * np.sqrt(placement.stretch), scale / np.sqrt(placement.stretch)])
+        if placement.flip:
+            shape[0, 0] *= -1
+        linear = np.diag([across, down]) @ turn @ shape
+        centre = np.array([placement.x * across, placement.y * down])
+        reach = np.abs(linear) @ np.array([w, h]) / 2 + 1
+        low = np.clip(np.floor(centre - reach), 0, [width - 1, height - 1]).astype(int)
+        high = np.clip(np.ceil(centre + reach), low + 1, [width, height]).astype(int)
+        # Coordinates are of pixel edges; OpenCV counts pixel centres.
+        shift = centre - low - 0.5 - linear @ (np.array([w, h]) / 2 - 0.5)
+        pixels = cv2.warpAffine(
+            sprite,
+            np.column_stack([linear, shift]),
+            (int(high[0] - low[0]), int(high[1] - low[1])),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+        ).astype(np.float32)
+        pixels *= 1 / 255
+        small = pack.image(placement.name, LEVELS - 1)[..., 3]
+        solid = float((small >= 128).mean()) * w * h
+        return pixels, (int(low[0]), int(low[1])), solid * abs(float(np.linalg.det(linear)))
+
+    @staticmethod
+    def _kept(
+        placements: list[Placement],
+        warped: list[tuple[np.ndarray, tuple[int, int], float]],
+        width: int,
+        height: int,
+    ) -> list[int]:
+        """Numbers of the placements to draw: named ones must be seen well, or they go."""
+        kept = list(range(len(placements)))
+        while True:
+            owner = np.full((height, width), -1, np.int16)
+            solid = {}
+            for number in kept:
+                pixels, (x0, y0), _ = warped[number]
+                inside = solid[number] = pixels[..., 3] >= 0.5
+                h, w = inside.shape
+                owner[y0 : y0 + h, x0 : x0 + w][inside] = number
+            worst, worst_share = -1, np.inf
+            for number in kept:
+                if placements[number].noun is None:
+                    continue
+                _, (x0, y0), area = warped[number]
+                h, w = solid[number].shape
+                seen = owner[y0 : y0 + h, x0 : x0 + w] == number
+                count = int(seen.sum())
+                share = count / max(area, 1.0)
+                if count < solid[number].sum() and count:
+                    _, _, stats, _ = cv2.connectedComponentsWithStats(seen.view(np.uint8))
+                    if stats[1:, cv2.CC_STAT_AREA].max() < MIN_WHOLE * count:
+                        share = 0.0
+                if count < MIN_PIXELS * width * height:
+                    share = 0.0
+                if share < MIN_VISIBLE and share < worst_share:
+                    worst, worst_share = number, share
+            if worst < 0:
+                return kept
+            kept.remove(worst)
 
 
-def _finish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Camera and codec: contrast, blur, noise, JPEG; gives uint8."""
-    image = (image - 127) * rng.uniform(0.75, 1.15) + 127 + rng.normal(0, 12)
-    scale = image.shape[1] / 126
-    if rng.random() < 0.2:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.8) * scale)
-    if rng.random() < 0.3:
-        noise = rng.normal(0, rng.uniform(2, 10), image.shape)
-        image = image + noise
-    image = np.clip(image, 0, 255).astype(np.uint8)
-    if rng.random() < 0.25:
-        quality = int(rng.integers(40, 95))
-        coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+def _shade(canvas: np.ndarray, alpha: np.ndarray, x0: int, y0: int, darkness: float) -> None:
+    """Darken the canvas with a blurred copy of ``alpha`` a little down and right, in place."""
+    height, width = canvas.shape[:2]
+    step = max(1, round(0.02 * min(width, height)))
+    soft = cv2.GaussianBlur(alpha, (0, 0), 0.7 * step + 0.5)
+    h, w = min(alpha.shape[0], height - y0 - step), min(alpha.shape[1], width - x0 - step)
+    if h > 0 and w > 0:
+        part = canvas[y0 + step : y0 + step + h, x0 + step : x0 + step + w]
+        part *= 1 - darkness * soft[:h, :w, None]
+
+
+def _finish(canvas: np.ndarray, effects: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    """Effects on the whole picture, and the way to uint8."""
+    height, width = canvas.shape[:2]
+    canvas *= 255 * effects.get("gain", 1.0)
+    if "bias" in effects:
+        canvas += effects["bias"]
+    if "blur" in effects:
+        sigma = effects["blur"] * min(width, height) / TRAIN_SIZE
+        canvas = cv2.GaussianBlur(canvas, (0, 0), sigma)
+    if "noise" in effects:
+        noise = np.empty(canvas.shape, np.int16)
+        cv2.setRNGSeed(int(rng.integers(1 << 31)))
+        cv2.randn(noise, 0, effects["noise"])  # a tenth of numpy's time
+        canvas += noise
+    image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    if "jpeg" in effects:
+        _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(effects["jpeg"])])
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     return image
 
 
-def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
-    """Outer contour of the largest piece of ``mask`` bool [H, W] as a polygon [vertices, 2].
+def _tint(rng: np.random.Generator) -> np.ndarray:
+    """A random colour, float32 [3] in 0..1, greyish more often than vivid."""
+    grey = rng.uniform(0.08, 0.98)
+    return np.clip(grey + rng.normal(0, 1, 3) * rng.uniform(0.02, 0.3), 0, 1).astype(np.float32)
 
-    Coordinates are pixel edges (a mask of all ones gives 0 and W). Starts at the point straight
-    above the centre of the box, runs clockwise, vertices evenly spread along the contour.
+
+def _grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of pixel centres in 0..1: float32 x [1, W] and y [H, 1]."""
+    x = (np.arange(width, dtype=np.float32) + 0.5) / width
+    y = (np.arange(height, dtype=np.float32) + 0.5) / height
+    return x[None, :], y[:, None]
+
+
+def _octaves(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Smooth noise of several scales, float32 [H, W] in 0..1."""
+    total = np.zeros((height, width), np.float32)
+    cells, strength, weight = int(rng.integers(2, 6)), 1.0, 0.0
+    for _ in range(int(rng.integers(1, 5))):
+        grid = rng.random((cells + 1, cells + 1), dtype=np.float32)
+        total += strength * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+        weight += strength
+        cells, strength = cells * 2, strength * rng.uniform(0.4, 0.8)
+    return np.clip(total / weight, 0, 1)
+
+
+def _mix(share: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """float32 [H, W, 3] between two colours."""
+    return first + share[..., None] * (second - first)
+
+
+def _background(rng: np.random.Generator, width: int, height: int, photo: bool) -> np.ndarray:
+    """float32 [H, W, 3] in 0..1; the same pattern at every size."""
+    if photo:
+        photos = _photos()
+        source = photos[rng.integers(len(photos))]
+        h, w = source.shape[:2]
+        side = rng.uniform(0.3, 1.0) * min(h, w)
+        cut_w, cut_h = side, side * rng.uniform(0.7, 1.0)
+        left, top = rng.uniform(0, w - cut_w), rng.uniform(0, h - cut_h)
+        cut = source[int(top) : int(top + cut_h), int(left) : int(left + cut_w)]
+        if rng.random() < 0.5:
+            cut = cut[:, ::-1]
+        kind = cv2.INTER_AREA if cut.shape[1] > width else cv2.INTER_CUBIC
+        canvas = cv2.resize(np.ascontiguousarray(cut), (width, height), interpolation=kind)
+        canvas = canvas.astype(np.float32) / 255
+        gain = np.exp(rng.normal(0, 0.15, 3) + rng.normal(0, 0.2)).astype(np.float32)
+        return np.clip(canvas * gain, 0, 1)
+    x, y = _grid(width, height)
+    first, second = _tint(rng), _tint(rng)
+    pick = rng.random()
+    angle = rng.uniform(0, np.pi)
+    along = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)
+    if pick < 0.14:
+        share = np.zeros((height, width), np.float32)
+    elif pick < 0.32:
+        share = along + 0.5
+    elif pick < 0.4:
+        cx, cy = rng.uniform(0, 1, 2)
+        share = np.sqrt((x - cx) ** 2 + (y - cy) ** 2)
+    elif pick < 0.62:
+        share = _octaves(rng, width, height)
+    elif pick < 0.7:
+        period = rng.uniform(0.05, 0.4)
+        share = (np.mod(along / period, 1) < rng.uniform(0.2, 0.8)).astype(np.float32)
+    elif pick < 0.76:
+        period = rng.uniform(0.08, 0.35)
+        cells = np.floor(x / period) + np.floor(y / period)
+        share = np.mod(cells, 2).astype(np.float32)
+    elif pick < 0.9:
+        # A horizon: ground and sky, each with a slope of its own.
+        line = rng.uniform(0.3, 0.8) + 0.06 * np.sin(x * rng.uniform(2, 9) + rng.uniform(0, 6))
+        share = (y > line).astype(np.float32) + 0.25 * (y - 0.5)
+    else:
+        share = np.clip((_octaves(rng, width, height) - 0.5) * rng.uniform(4, 16) + 0.5, 0, 1)
+    canvas = _mix(np.broadcast_to(share, (height, width)).astype(np.float32), first, second)
+    if rng.random() < 0.35:
+        for _ in range(int(rng.integers(1, 7))):
+            _blob(canvas, rng)
+    if rng.random() < 0.3:
+        texture = _octaves(rng, width, height) - 0.5
+        canvas += rng.uniform(0.05, 0.35) * texture[..., None]
+    return np.clip(canvas, 0, 1, out=canvas)
+
+
+def _blob(canvas: np.ndarray, rng: np.random.Generator) -> None:
+    """An ellipse, rectangle or line of one colour, in place."""
+    height, width = canvas.shape[:2]
+    scale = min(width, height)
+    colour = tuple(float(v) for v in _tint(rng))
+    x, y = int(rng.uniform(0, width)), int(rng.uniform(0, height))
+    a, b = (int(v) for v in rng.uniform(0.03, 0.35, 2) * scale)
+    pick = rng.random()
+    if pick < 0.45:
+        turn = float(rng.uniform(0, 180))
+        cv2.ellipse(canvas, (x, y), (a, b), turn, 0, 360, colour, -1, cv2.LINE_AA)
+    elif pick < 0.75:
+        cv2.rectangle(canvas, (x - a, y - b), (x + a, y + b), colour, -1)
+    else:
+        end = (int(rng.uniform(0, width)), int(rng.uniform(0, height)))
+        thick = max(1, int(rng.uniform(0.008, 0.05) * scale))
+        cv2.line(canvas, (x, y), end, colour, thick, cv2.LINE_AA)
+
+
+# ---- outlines -----------------------------------------------------------------------------------
+
+_DENSE = 16
+"""Samples of the contour for each vertex of the polygon fitted to it."""
+
+
+@lru_cache(maxsize=8)
+def _spline(vertices: int) -> np.ndarray:
+    """float64 [vertices, 16 · vertices]: contour samples to the least-squares closed polygon.
+
+    With the samples at even steps, the polygon is a linear spline with even knots: its vertices
+    depend linearly and smoothly on the contour, unlike those of any corner search.
     """
-    up = max(1, int(np.ceil(256 / max(mask.shape))))
-    smooth = cv2.resize(mask.astype(np.float32), None, fx=up, fy=up, interpolation=cv2.INTER_LINEAR)
-    fine = np.pad((smooth > 0.5).astype(np.uint8), 1)
-    contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    contour = max(contours, key=cv2.contourArea)[:, 0].astype(np.float64)
-    if len(contour) < 3:
-        contour = contour[:1] + np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5]])
-    # Contours run through pixel centres: push each point out by half a fine pixel.
-    low, high = contour.min(0), contour.max(0)
-    centre, extent = (low + high) / 2, np.maximum(high - low, 1e-6)
-    contour = (contour - centre) * (1 + 1 / extent) + centre
-    points = (contour - 0.5) / up
-    area = 0.5 * np.sum(
-        points[:, 0] * np.roll(points[:, 1], -1) - np.roll(points[:, 0], -1) * points[:, 1]
-    )
-    if area < 0:  # y runs down: a positive shoelace sum is clockwise on screen
-        points = points[::-1]
-    top = (points.min(0) + points.max(0)) / 2
-    top[1] = points[:, 1].min()
-    above = np.abs(points[:, 0] - top[0]) * 2 + (points[:, 1] - top[1])
-    points = np.roll(points, -int(above.argmin()), axis=0)
-    closed = np.vstack([points, points[:1]])
-    along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(closed, axis=0).T))])
-    where = np.arange(vertices) / vertices * along[-1]
-    return np.stack([np.interp(where, along, closed[:, i]) for i in (0, 1)], axis=1)
+    count = vertices * _DENSE
+    knots = np.arange(count) / _DENSE
+    low = np.floor(knots).astype(int)
+    share = knots - low
+    basis = np.zeros((count, vertices))
+    basis[np.arange(count), low] = 1 - share
+    basis[np.arange(count), (low + 1) % vertices] += share
+    return np.linalg.pinv(basis)
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """float64 [n, 2] (x, y) px: outer contour of the largest piece along pixel edges, clockwise."""
+    height, width = mask.shape
+    # Every second element is a pixel edge or corner, set where a pixel that touches it is set.
+    cracks = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+    cracks[1::2, 1::2] = mask
+    cracks = cv2.dilate(cracks, np.ones((3, 3), np.uint8))
+    found, _ = cv2.findContours(cracks, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if not found:
+        return np.zeros((0, 2))
+    points = max(found, key=cv2.contourArea)[:, 0].astype(np.float64) / 2
+    x, y = points.T
+    turn = np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))
+    return points if turn > 0 else points[::-1]
+
+
+def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
+    """Polygon of the largest piece of a bool [H, W] mask: float64 [vertices, 2] (x, y) px.
+
+    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. Vertices go clockwise
+    at even steps along the contour, from the topmost point on the box's vertical middle line. The
+    polygon's box is the mask's. An empty mask gives [0, 2].
+    """
+    points = contour(mask)
+    if not len(points):
+        return points
+    low, high = points.min(0), points.max(0)
+    middle = (low[0] + high[0]) / 2
+    from_middle = np.abs(points[:, 0] - middle)
+    on_line = np.flatnonzero(from_middle <= from_middle.min() + 0.25)
+    start = on_line[np.argmin(points[on_line, 1])]
+    loop = np.concatenate([points[start:], points[: start + 1]])
+    loop = _smooth(loop)
+    walked = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(loop, axis=0).T))])
+    steps = np.arange(vertices * _DENSE) * (walked[-1] / (vertices * _DENSE))
+    dense = np.column_stack([np.interp(steps, walked, loop[:, axis]) for axis in (0, 1)])
+    polygon = _spline(vertices) @ dense
+    own_low, own_high = polygon.min(0), polygon.max(0)
+    return low + (polygon - own_low) * ((high - low) / np.maximum(own_high - own_low, 1e-6))
+
+
+def _smooth(loop: np.ndarray) -> np.ndarray:
+    """Average a closed loop (first point repeated last) over five steps of half a pixel.
+
+    Stairs along slanted edges would otherwise count for more length than straight edges.
+    """
+    ring = loop[:-1]
+    if len(ring) < 16:
+        return loop
+    total = sum(np.roll(ring, shift, axis=0) for shift in (-2, -1, 0, 1, 2))
+    ring = total / 5
+    return np.concatenate([ring, ring[:1]])
+
+
+def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool [height, width]: pixels whose centre lies in the polygon (px, pixel edges)."""
+    scale = 8
+    big = np.zeros((height * scale, width * scale), np.uint8)
+    cv2.fillPoly(big, [np.round(points * scale - 0.5).astype(np.int32)], 1)
+    return cv2.resize(big * 255, (width, height), interpolation=cv2.INTER_AREA) >= 128
+
+
+def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom: int) -> np.ndarray:
+    """Scenes with outlines, numbers at the first vertex, and names; uint8 RGB."""
+    tiles = []
+    for index in range(first, first + columns * rows):
+        scene = generator.scene(index)
+        tile = cv2.resize(scene.image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
+        for number, found in enumerate(scene.objects):
+            hue = np.uint8([[[(number * 47) % 180, 255, 255]]])
+            colour = tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
+            points = np.round(outline(found.mask) * zoom).astype(np.int32)
+            cv2.polylines(tile, [points], True, colour, 1, cv2.LINE_AA)
+            for point in points[1:]:
+                cv2.circle(tile, point.tolist(), 2, colour, -1)
+            cv2.circle(tile, points[0].tolist(), 4, (255, 255, 255), -1)
+            corner = (int(points[:, 0].min()), int(points[:, 1].mean()))
+            for width, ink in ((3, (0, 0, 0)), (1, (255, 255, 255))):
+                text = f"{found.noun}/{found.style[:5]}"
+                cv2.putText(tile, text, corner, cv2.FONT_HERSHEY_PLAIN, 0.9, ink, width)
+        tiles.append(cv2.copyMakeBorder(tile, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(0, 0, 0)))
+    return np.vstack([np.hstack(tiles[r * columns : (r + 1) * columns]) for r in range(rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contact-sheet", type=Path, required=True)
+    parser.add_argument("--split", choices=["train", "eval"], default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--grid", type=int, nargs=2, default=(6, 4), metavar=("COLUMNS", "ROWS"))
+    parser.add_argument("--zoom", type=int, default=2)
+    args = parser.parse_args()
+    generator = SceneGenerator(args.split, args.seed)
+    sheet = _sheet(generator, args.first, *args.grid, args.zoom)
+    cv2.imwrite(str(args.contact_sheet), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+
+
+if __name__ == "__main__":
+    main()
