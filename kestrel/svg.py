@@ -111,7 +111,7 @@ def _read_arguments(d: str, at: int, name: str, builder: _Builder) -> int:
     comma = False
     groups = 0
     while True:
-        values = []
+        values: list[float] = []
         for pattern in patterns:
             match = pattern.match(d, at)
             if match is None:
@@ -254,7 +254,7 @@ def _arc_to_cubics(
     pieces = max(1, math.ceil(abs(span) / (math.pi / 2) - 1e-9))
     step = span / pieces
     k = 4 / 3 * math.tan(step / 4)
-    curves = []
+    curves: list[tuple[float, ...]] = []
     for i in range(pieces):
         a, b = angle + i * step, angle + (i + 1) * step
         c1 = at(math.cos(a) - k * math.sin(a), math.sin(a) + k * math.cos(a))

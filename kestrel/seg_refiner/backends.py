@@ -1,0 +1,45 @@
+"""Mask refinement backends by name.
+
+A backend is built once from the configuration and then called per request::
+
+    def _mine(config: RefinerConfig) -> Refine:
+        from kestrel.seg_refiner.mine import MyRefiner  # heavy imports only when it is asked for
+
+        return MyRefiner(config)
+
+    BACKENDS["mine"] = _mine  # then RefinerConfig(refiner="mine")
+
+It gets the whole picture (uint8 [H, W, 3] RGB) and the coarse mask (uint8 [H, W], 0/1), must not
+change either, and gives the refined mask (uint8 [H, W], 0/1). It may raise: the caller then keeps
+the model's own path. Calls may come from several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kestrel.config import ConfigError, RefinerConfig
+
+Refine = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _none(config: RefinerConfig) -> Refine:
+    return lambda image, mask: mask
+
+
+def _guided(config: RefinerConfig) -> Refine:
+    from kestrel.seg_refiner.guided import GuidedRefiner
+
+    return GuidedRefiner(config)
+
+
+BACKENDS: dict[str, Callable[[RefinerConfig], Refine]] = {"none": _none, "guided": _guided}
+
+
+def check_backend(name: str) -> None:
+    """Raises :class:`ConfigError`, listing the known names, for a name that is not registered."""
+    if name not in BACKENDS:
+        known = ", ".join(sorted(BACKENDS))
+        raise ConfigError(f"refiner {name!r} is not known; known refiners are {known}")

@@ -1,0 +1,171 @@
+"""Path data to masks: Skia for serving, resvg as the reference.
+
+Both paint with the non-zero winding rule (SVG's default ``fill-rule``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+
+from kestrel.config import Limits
+from kestrel.seg_refiner.box import PixelBox
+from kestrel.svg import Path, parse_path, path_to_string, place_path
+
+SVG_DECIMALS = 3
+"""Digits of pixel coordinates in a written SVG: a thousandth of a pixel."""
+
+
+def _skia() -> ModuleType:
+    try:
+        import skia
+    except ImportError as error:
+        raise ImportError(
+            f"the rasteriser needs skia-python: pip install skia-python ({error})"
+        ) from error
+    return skia
+
+
+def _resvg() -> ModuleType:
+    try:
+        import resvg
+    except ImportError as error:
+        raise ImportError(
+            f'the reference rasteriser needs resvg: pip install "resvg>=0.2,<0.3" ({error})'
+        ) from error
+    return resvg
+
+
+def svg_from_path(svg_path: str, width: int, height: int, bbox_cxcywh: Sequence[float]) -> str:
+    """A whole SVG document that paints the path white on nothing, in pixels.
+
+    ``svg_path`` is relative to the box, 0..1; ``bbox_cxcywh`` is the box's centre, width and
+    height, normalised to the ``width`` x ``height`` image. Raises ``SvgPathError`` (a ValueError)
+    for path data out of grammar, ValueError for a box that is not four finite numbers.
+    """
+    if len(bbox_cxcywh) != 4:
+        raise ValueError(f"bbox_cxcywh must be four numbers, not {len(bbox_cxcywh)}")
+    cx, cy, w, h = map(float, bbox_cxcywh)
+    bbox = {"x_min": cx - w / 2, "y_min": cy - h / 2, "x_max": cx + w / 2, "y_max": cy + h / 2}
+    return svg_document(place_path(parse_path(svg_path), bbox, width, height), width, height)
+
+
+def svg_document(path: Path, width: int, height: int) -> str:
+    """A whole SVG document that paints ``path`` (pixels) white on nothing."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><path fill="#fff" fill-rule="nonzero" '
+        f'd="{path_to_string(path, SVG_DECIMALS)}"/></svg>'
+    )
+
+
+def render_svg_to_soft_mask(svg: str, width: int, height: int, scale: int = 2) -> np.ndarray:
+    """Coverage float32 [height, width], 0..1: resvg at ``scale`` times the size, area-averaged.
+
+    The document's own size must be ``width`` x ``height``. Raises ValueError when it is no SVG or
+    when ``scale`` is not a positive integer, ImportError when resvg is missing.
+    """
+    import cv2
+
+    if not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale must be a positive integer, not {scale!r}")
+    resvg = _resvg()
+    try:
+        tree = resvg.usvg.Tree.from_str(svg, resvg.usvg.Options.default())
+        # Row-major 2x3 matrix; bg_size is the canvas, which would else keep the document's size.
+        png = resvg.render(
+            tree, (scale, 0, 0, 0, scale, 0), bg_size=(width * scale, height * scale)
+        )
+    except BaseException as error:
+        # resvg 0.2 reports bad documents as a Rust panic, which is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"resvg cannot render this SVG: {error}") from error
+        raise
+    alpha = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)[..., 3]
+    alpha = np.ascontiguousarray(alpha, dtype=np.float32) * np.float32(1 / 255)
+    if scale == 1:
+        return alpha
+    return cv2.resize(alpha, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def rasterize(path: Path, width: int, height: int, rasterizer: str = "skia") -> np.ndarray:
+    """Mask uint8 [height, width], 0/1: pixels that ``path`` (pixels) covers by more than half.
+
+    Raises ValueError for a size that is not positive, ImportError when the rasteriser is missing.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"cannot rasterise at {width}x{height}")
+    if rasterizer == "resvg":
+        soft = render_svg_to_soft_mask(svg_document(path, width, height), width, height)
+        return (soft > 0.5).astype(np.uint8)
+    return _skia_mask(path, width, height)
+
+
+def rasterize_relative(
+    svg_path: str,
+    bbox: Mapping[str, float],
+    width: int,
+    height: int,
+    rasterizer: str = "skia",
+    limits: Limits | None = None,
+) -> np.ndarray:
+    """:func:`rasterize` for path data relative to a normalised box."""
+    path = place_path(parse_path(svg_path, limits), bbox, width, height)
+    return rasterize(path, width, height, rasterizer)
+
+
+TILE = 4096
+"""Skia draws without anti-aliasing where 4 x the coordinate overflows 32767: tiles stay below."""
+
+
+def _skia_mask(path: Path, width: int, height: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    box = _pixel_bounds(path, width, height)
+    if box is None:
+        return mask
+    skia = _skia()
+    outline = _skia_path(skia, path)
+    paint = skia.Paint(AntiAlias=True, Color=skia.ColorBLACK)
+    x0, y0, x1, y1 = box
+    for top in range(y0, y1, TILE):
+        for left in range(x0, x1, TILE):
+            bottom, right = min(y1, top + TILE), min(x1, left + TILE)
+            coverage = np.zeros((bottom - top, right - left), np.uint8)
+            info = skia.ImageInfo.MakeA8(right - left, bottom - top)
+            surface = skia.Surface.MakeRasterDirect(info, coverage, right - left)
+            canvas = surface.getCanvas()
+            canvas.translate(-left, -top)
+            canvas.drawPath(outline, paint)
+            # bool and uint8 share their bytes: no conversion pass over the mask.
+            np.greater(coverage, 127, out=mask[top:bottom, left:right].view(np.bool_))
+    return mask
+
+
+def _pixel_bounds(path: Path, width: int, height: int) -> PixelBox | None:
+    """The part of the image that the path's control points span; None when there is none."""
+    points = [coords for _, coords in path.commands if coords]
+    if not points or path.is_empty:
+        return None
+    xs = [v for coords in points for v in coords[::2]]
+    ys = [v for coords in points for v in coords[1::2]]
+    x0, y0 = max(0, math.floor(min(xs))), max(0, math.floor(min(ys)))
+    x1, y1 = min(width, math.ceil(max(xs))), min(height, math.ceil(max(ys)))
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _skia_path(skia: ModuleType, path: Path):  # type: ignore[no-untyped-def]
+    builder = skia.PathBuilder()
+    draw = {
+        "M": builder.moveTo,
+        "L": builder.lineTo,
+        "C": builder.cubicTo,
+        "Q": builder.quadTo,
+        "Z": builder.close,
+    }
+    for name, coords in path.commands:
+        draw[name](*coords)
+    builder.setFillType(skia.PathFillType.kWinding)
+    return builder.detach()

@@ -1,0 +1,246 @@
+"""Rasterise, refine, clean, trace, encode: one request through the CPU half."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from kestrel.config import Limits, RefinerConfig
+from kestrel.seg_refiner import png, raster, trace
+from kestrel.seg_refiner.backends import BACKENDS, Refine, check_backend
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from kestrel.svg import parse_path, place_path
+
+log = logging.getLogger(__name__)
+
+Bbox = dict[str, float]
+
+
+class _Stopped(Exception):
+    """A stage ended the refinement; ``reason`` is one of ``REASONS``."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SegmentRefiner:
+    """Turns a model's path into a mask that follows the picture's edges, and that into a path.
+
+    Safe to call from several threads. ``outcomes`` counts results by reason since construction.
+    Raises :class:`kestrel.config.ConfigError` for a backend that is not registered. Missing
+    libraries raise nothing here: requests then end with the reason ``unavailable``, and
+    :meth:`self_check` says what to install.
+    """
+
+    def __init__(
+        self, config: RefinerConfig | None = None, *, limits: Limits | None = None
+    ) -> None:
+        self.config = config or RefinerConfig()
+        self.limits = limits or Limits()
+        check_backend(self.config.refiner)
+        self.outcomes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._backend: Refine | None = None
+
+    def __call__(
+        self, image: np.ndarray, svg_path: str, bbox: Mapping[str, float] | None
+    ) -> tuple[str | None, Bbox | None]:
+        """Refined path and box, or ``(None, None)``: see :meth:`refine_with_bitmaps`."""
+        result = self.refine_with_bitmaps(image, svg_path, bbox)
+        return result.refined_svg_path, result.refined_bbox
+
+    def refine_encoded(
+        self,
+        image_bytes: bytes,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        *,
+        return_base64: bool = False,
+        limits: Limits | None = None,
+    ) -> SegmentRefineBitmapsResult:
+        """:meth:`refine_with_bitmaps` of a JPEG, PNG or WebP file.
+
+        Raises what ``kestrel.image.decode`` raises for bytes that are no picture.
+        """
+        from kestrel.image import decode
+
+        started = time.perf_counter()
+        image = decode(image_bytes, limits or self.limits)
+        decode_ms = (time.perf_counter() - started) * 1e3
+        result = self.refine_with_bitmaps(image, svg_path, bbox, return_base64=return_base64)
+        result.timings_ms = {"decode": decode_ms, **result.timings_ms}
+        return result
+
+    def refine_with_bitmaps(
+        self,
+        image: np.ndarray | None,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        *,
+        return_base64: bool = False,
+    ) -> SegmentRefineBitmapsResult:
+        """Refine one object.
+
+        ``image``: uint8 [H, W, 3] RGB. ``svg_path``: SVG path data, 0..1 relative to ``bbox``;
+        ``bbox``: ``x_min, y_min, x_max, y_max`` normalised to the image.
+
+        Path and box of the result are both set, or both None: then the model's own are to be
+        used and ``reason`` says why. Masks are set only with ``return_base64``; without it no
+        mask is encoded at all. Raises ValueError for an image that is not such an array, and for
+        nothing else.
+        """
+        result = SegmentRefineBitmapsResult()
+        try:
+            if image is None:
+                raise _Stopped("no_image", "there is no image to refine on")
+            check_image(image)
+            self._run(image, svg_path, bbox, return_base64, result)
+        except _Stopped as stop:
+            result.reason = stop.reason
+            # The cause's traceback says where; a stop without a cause needs none.
+            log.warning("not refined (%s): %s", stop.reason, stop, exc_info=stop.__cause__)
+        with self._lock:
+            self.outcomes[result.reason] += 1
+        return result
+
+    def _run(
+        self,
+        image: np.ndarray,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        return_base64: bool,
+        result: SegmentRefineBitmapsResult,
+    ) -> None:
+        height, width = image.shape[:2]
+        timings = result.timings_ms
+
+        with _stage("raster", "raster_failed", timings):
+            coarse = self._rasterize(svg_path, bbox, width, height)
+        if return_base64:
+            with _stage("encode", "raster_failed", timings):
+                result.coarse_mask_base64 = png._encode_mask_png_base64(coarse)
+        if not coarse.any():
+            raise _Stopped("empty_coarse", "the model's path covers no pixel")
+
+        with _stage("refine", "refine_failed", timings):
+            refined = self._refine(image, coarse)
+        if self.config.refiner != "none":
+            with _stage("clean", "refine_failed", timings):
+                from kestrel.seg_refiner.clean import clean_mask
+
+                refined = clean_mask(refined, coarse)
+        if not refined.any():
+            raise _Stopped("empty_refined", "nothing is left of the mask after refinement")
+        agreement = mask_iou(coarse, refined)
+        if agreement < self.config.min_agreement:
+            raise _Stopped(
+                "rejected",
+                f"IoU of refined and coarse mask is {agreement:.2f}, "
+                f"under min_agreement {self.config.min_agreement:.2f}",
+            )
+
+        if return_base64:
+            with _stage("encode", "refine_failed", timings):
+                result.refined_mask_base64 = png._encode_mask_png_base64(refined)
+        with _stage("trace", "trace_failed", timings, missing="trace_failed"):
+            traced = self._trace(refined)
+        if traced is None:
+            raise _Stopped("trace_failed", "the refined mask holds only specks")
+        result.refined_svg_path, result.refined_bbox = traced
+
+    def _rasterize(
+        self, svg_path: str, bbox: Mapping[str, float] | None, width: int, height: int
+    ) -> np.ndarray:
+        try:
+            path = parse_path(svg_path, self.limits)
+        except ValueError as error:
+            raise _Stopped("no_path", f"the model gave no SVG path: {error}") from error
+        if path.is_empty:
+            raise _Stopped("no_path", "the model gave an empty path")
+        if bbox is None:
+            raise _Stopped("no_path", "the model gave a path without a box")
+        placed = place_path(path, bbox, width, height)
+        return raster.rasterize(placed, width, height, self.config.rasterizer)
+
+    def _refine(self, image: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+        with self._lock:
+            if self._backend is None:
+                self._backend = BACKENDS[self.config.refiner](self.config)
+            backend = self._backend
+        refined = backend(image, coarse)
+        if refined.shape != coarse.shape or refined.dtype != np.uint8:
+            raise ValueError(
+                f"refiner {self.config.refiner!r} gave {refined.dtype} {refined.shape}, "
+                f"not uint8 {coarse.shape}"
+            )
+        return refined
+
+    def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:
+        config = self.config
+        return trace.bitmap_to_path(
+            mask,
+            turdsize=config.turdsize,
+            alphamax=config.alphamax,
+            opttolerance=config.opttolerance,
+            tracer=config.tracer,
+        )
+
+    def self_check(self) -> None:
+        """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""
+        size = 64
+        y, x = np.mgrid[:size, :size]
+        disc = (x - 31.5) ** 2 + (y - 31.5) ** 2 < 20**2
+        image = np.where(disc[..., None], np.uint8(200), np.uint8(50)).repeat(3, axis=2)
+        box = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
+        result = SegmentRefiner(self.config, limits=self.limits).refine_with_bitmaps(
+            image, "M.5 0A.5.5 0 1 1 .49 0Z", box, return_base64=True
+        )
+        if result.reason != "refined":
+            raise RuntimeError(f"the refiner does not work: {result.reason} (see the log)")
+
+
+def check_image(image: Any) -> None:
+    """Raises ValueError unless ``image`` is a uint8 array [H, W, 3] with H and W at least 1."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image must be a numpy array, not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image must be uint8 with shape [H, W, 3], not {image.dtype} {list(image.shape)}"
+        )
+    if image.size == 0:
+        raise ValueError(f"image has no pixels: shape {list(image.shape)}")
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks (uint8 or bool, 0/1); 1 when both are empty."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+@contextmanager
+def _stage(
+    name: str, reason: str, timings: dict[str, float], missing: str = "unavailable"
+) -> Iterator[None]:
+    """Add the block's milliseconds to ``timings[name]``; turn what it raises into ``_Stopped``.
+
+    ``missing`` is the reason when a library is not installed.
+    """
+    started = time.perf_counter()
+    try:
+        yield
+    except _Stopped:
+        raise
+    except ImportError as error:
+        raise _Stopped(missing, f"{name}: {error}") from error
+    except Exception as error:
+        raise _Stopped(reason, f"{name}: {error}") from error
+    finally:
+        timings[name] = timings.get(name, 0.0) + (time.perf_counter() - started) * 1e3
