@@ -317,11 +317,10 @@ def _all_icons(style: str) -> dict[str, dict]:
 
 
 @lru_cache(maxsize=64)
-def _large(style: str, name: str, crop: tuple[float, float, float, float], side: int) -> np.ndarray:
-    icon = _all_icons(style)[name]
-    image = render_svg(_document(icon, crop, *_fit(crop[2], crop[3], side)))
+def _large(style: str, name: str, box: tuple[float, float, float, float], side: int) -> np.ndarray:
+    image = _draw_box(_all_icons(style)[name], box, side)
     assert image is not None, name
-    return premultiplied(image)
+    return image
 
 
 def held_out(name: str) -> bool:

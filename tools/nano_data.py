@@ -95,18 +95,28 @@ class SceneQuestions:
         high = np.clip([cx + w / 2, cy + h / 2], low + 0.02, 1)
         return (*((low + high) / 2), *(high - low))
 
-    def patch_shares(self, scene: Scene, grid: int = 9) -> np.ndarray:
-        """Share of each patch that shows each noun, background last: float32 [grid², nouns + 1]."""
+    def patch_labels(self, scene: Scene, grid: int = 9) -> tuple[np.ndarray, np.ndarray]:
+        """Shares [grid², nouns + 1] and boxes [grid², 4] of ``Batch``, float32."""
         shares = np.zeros((grid * grid, len(self.nouns) + 1), np.float32)
+        boxes = np.full((grid * grid, 4), np.nan, np.float32)
+        row, column = np.mgrid[0:grid, 0:grid]
+        centre = (np.stack([column.ravel(), row.ravel()], 1) + 0.5) / grid
         for found in scene.objects:
             height, width = found.mask.shape
             cells = found.mask.reshape(grid, height // grid, grid, width // grid).mean((1, 3))
             shares[:, self.index[found.noun]] += cells.ravel()
+            rows, columns = np.nonzero(found.mask.any(1))[0], np.nonzero(found.mask.any(0))[0]
+            low = np.array([columns[0] / width, rows[0] / height])
+            high = np.array([(columns[-1] + 1) / width, (rows[-1] + 1) / height])
+            mostly = cells.ravel() > 0.5
+            boxes[mostly] = np.hstack([centre - low, high - centre])[mostly]
         shares[:, -1] = np.clip(1 - shares.sum(1), 0, 1)
-        return shares / shares.sum(1, keepdims=True)
+        return shares / shares.sum(1, keepdims=True), boxes
 
 
 class _Batches(IterableDataset):
+    """Endless batches; without ``questions`` only what the vision tower learns from."""
+
     def __init__(self, asker: SceneQuestions, scenes: int, questions: int, seed: int) -> None:
         self.asker, self.scenes, self.questions, self.seed = asker, scenes, questions, seed
 
@@ -116,23 +126,24 @@ class _Batches(IterableDataset):
         number = worker.id if worker else 0
         generator = SceneGenerator("train", seed=self.seed * 16 + number)
         rng = np.random.default_rng((self.seed, number))
+        prompt = self.asker.prompt_ids
         index = 0
         while True:
-            images, asked, shares = [], [], []
+            images, asked, labels = [], [], []
             while len(images) < self.scenes:
                 scene = generator.scene(index)
                 index += 1
                 if not scene.objects:
                     continue
                 images.append(scene.image)
-                asked.append(self.asker.ask(scene, self.questions, rng))
-                shares.append(self.asker.patch_shares(scene))
-            prompt = self.asker.prompt_ids
-            arrays = lay_out(asked, LENGTH, prompt.coord_id, prompt.size_id, prompt.eos_id)
+                labels.append(self.asker.patch_labels(scene))
+                asked.append(self.asker.ask(scene, self.questions, rng) if self.questions else [])
+            length = LENGTH if self.questions else 0
+            arrays = lay_out(asked, length, prompt.coord_id, prompt.size_id, prompt.eos_id)
             yield Batch(
                 torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
                 *(torch.from_numpy(a) for a in arrays),
-                torch.from_numpy(np.stack(shares)),
+                *(torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True)),
             )
 
 

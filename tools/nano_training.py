@@ -42,7 +42,9 @@ class Batch:
     ``images`` uint8 [B, 3, 126, 126]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
-    ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last.
+    ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last;
+    ``boxes`` float [B, 81, 4] distances from the patch centre to the left, top, right and bottom
+    of the box of the object it shows, in sides of the picture, NaN where it shows none.
     """
 
     images: Tensor
@@ -52,6 +54,7 @@ class Batch:
     target: Tensor
     target_value: Tensor
     patches: Tensor
+    boxes: Tensor
 
 
 def outline_tokens(points: np.ndarray, box: tuple[float, float, float, float], ids: dict[str, int]):
@@ -155,14 +158,25 @@ class Losses:
         # Row l: target distribution over the vocabulary for level l (sigma 1 level).
         self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 1.0)
         self.dense_weight = 1.0
+        self.box_weight = 2.0
         self.region_weight = 0.5
         dim = model.config.text.dim
         self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
         self.scale = torch.nn.Parameter(torch.tensor(10.0))
+        self.box_head = torch.nn.Linear(dim, 4)
 
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the auxiliary loss, not part of the model."""
-        return [self.background, self.scale]
+        return [self.background, self.scale, *self.box_head.parameters()]
+
+    def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The dense losses alone: what the vision tower learns from before anything is asked."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = self.model.vision.features(batch.images)
+            image = self.model.vision.project(features, features)
+        dense, boxes = self._dense_losses(image.float(), batch)
+        total = self.dense_weight * dense + self.box_weight * boxes
+        return total, {"dense": dense.item(), "boxes": boxes.item()}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Total loss and its parts as floats."""
@@ -186,16 +200,16 @@ class Losses:
             size_rows = target == config.prompt.size_id
             coord_logits = model.coord_logits(picked[coord_rows])
             size_logits = model.size_logits(picked[size_rows])
-            nouns = model.text.wte[self.noun_ids]
         tokens = self._token_loss(logits.float(), target)
         coord = _soft_cross_entropy(
             coord_logits.float(), soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
         )
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits.float(), soft_bins(size_bins, 1024, 6.0))
-        dense = self._dense_loss(image.float(), nouns.float(), batch.patches)
-        total = tokens + self.region_weight * (coord + size) + self.dense_weight * dense
-        parts = {"tokens": tokens, "coord": coord, "size": size, "dense": dense}
+        dense, boxes = self._dense_losses(image.float(), batch)
+        total = tokens + self.region_weight * (coord + size)
+        total = total + self.dense_weight * dense + self.box_weight * boxes
+        parts = {"tokens": tokens, "coord": coord, "size": size, "dense": dense, "boxes": boxes}
         return total, {name: part.item() for name, part in parts.items()}
 
     def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -206,10 +220,17 @@ class Losses:
         hard_part = F.nll_loss(log_probs[hard], target[hard], reduction="sum")
         return (soft_part + hard_part) / max(1, len(target))
 
-    def _dense_loss(self, image: Tensor, nouns: Tensor, patches: Tensor) -> Tensor:
+    def _dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each patch: cosine to the noun it shows, over all nouns and background; its object's box.
+
+        ``image`` float32 [B, patches, dim], the very vectors that the decoder reads.
+        """
+        nouns = self.model.text.wte[self.noun_ids]
         classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
         scores = F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
-        return _soft_cross_entropy(scores, patches)
+        shown = ~batch.boxes[..., 0].isnan()
+        boxes = F.smooth_l1_loss(self.box_head(image[shown]), batch.boxes[shown], beta=0.05)
+        return _soft_cross_entropy(scores, batch.patches), boxes
 
 
 def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -51,14 +51,15 @@ NOUNS: dict[str, Pictures] = {
         "camel two-hump-camel",
         "dromedarycamel bactriancamel",
         "animals/mammals/camel/camel animals/mammals/camel/dromedary",
+        "emojione:camel",
     ),
     "penguin": _row("penguin", "penguin", f"{_BIRDS}penguin {_BIRDS}magellanic_penguin"),
     "rooster": _row("rooster", "rooster", f"{_BIRDS}rooster {_BIRDS}chicken_profile"),
-    "duck": _row("duck", "", f"{_BIRDS}duck {_BIRDS}drake household/rubberduck"),
+    "duck": _row("duck", "", f"{_BIRDS}duck {_BIRDS}drake household/rubberduck", "emojione:duck"),
     "bird": _row(
-        "bird blackbird dove",
-        "bird doveofpeace",
-        f"{_BIRDS}blackbird {_BIRDS}pigeon {_BIRDS}seagull {_BIRDS}lark seasonal/easter/bluebird",
+        "bird blackbird black-bird dove",
+        "doveofpeace",
+        f"{_BIRDS}blackbird {_BIRDS}pigeon {_BIRDS}seagull {_BIRDS}lark",
     ),
     "owl": _row("owl", "", f"{_BIRDS}owl"),
     "flamingo": _row("flamingo", "", f"{_BIRDS}pink_flamingo"),
@@ -70,10 +71,9 @@ NOUNS: dict[str, Pictures] = {
         "animals/fish/clownfish animals/fish/coraltrout animals/fish/butterflyfish "
         "animals/fish/bluegroper animals/fish/stripedfish",
     ),
-    "dolphin": _row("dolphin", "dolphin", "animals/mammals/aquatic/dolphin"),
+    "dolphin": _row("dolphin", "dolphin", "animals/mammals/aquatic/dolphin", "emojione:dolphin"),
     "whale": _row("whale spouting-whale", "whale spurtingwhale", "animals/mammals/aquatic/whale"),
     "octopus": _row("octopus", "octopus"),
-    "crab": _row("crab"),
     "snail": _row("snail", "snail", "animals/insects/cartoon/snail animals/insects/cartoon/snail2"),
     "butterfly": _row(
         "butterfly",
@@ -105,7 +105,7 @@ NOUNS: dict[str, Pictures] = {
         f"{_FRUIT}strawberry {_FRUIT}Strawberry2 {_FRUIT}cartoon/strawberry",
     ),
     "cherries": _row("cherries", "cherries", f"{_FRUIT}Cherry_Stella {_FRUIT}cartoon/cherries"),
-    "watermelon": _row("watermelon", "watermelon", f"{_FRUIT}watermelon.svg"),
+    "watermelon": _row("watermelon", "watermelon", f"{_FRUIT}cartoon/watermelon.svg"),
     "tomato": _row("tomato", "tomato", "food/vegetables/tomato"),
     "carrot": _row("carrot", "", "food/vegetables/carrot"),
     "corn": _row("ear-of-corn", "earofmaize", "food/vegetables/corn"),
@@ -130,7 +130,7 @@ NOUNS: dict[str, Pictures] = {
         "hotbeverage",
         "household/dishes/coffeecup.svg household/dishes/expresso.svg household/dishes/mug",
     ),
-    "key": _row("key old-key", "key oldkey", "household/key"),
+    "key": _row("key old-key", "key oldkey", "household/key", "noto:old-key emojione:old-key"),
     "lock": _row(
         "locked unlocked",
         "lock openlock",
@@ -148,20 +148,17 @@ NOUNS: dict[str, Pictures] = {
         "closed-book green-book blue-book orange-book", "closedbook greenbook bluebook orangebook"
     ),
     "camera": _row(
-        "camera camera-with-flash",
+        "camera",
         "camera",
         "hobbies/camera_35mm household/electronics/DSLR_Camera.svg "
         "household/electronics/digitalcamera.svg",
     ),
     "phone": _row("mobile-phone", "cellphone", "household/electronics/mobile.svg"),
-    "telephone": _row(
-        "telephone", "telephoneonmodem blacktelephone", "household/electronics/phone.svg"
-    ),
     "television": _row("television", "television", "household/electronics/monitor.svg"),
     "clock": _row("alarm-clock mantelpiece-clock", "alarmclock"),
     "bulb": _row("light-bulb", "lightbulb", "household/Lightbulb"),
-    "candle": _row("candle", "candle", "seasonal/candle seasonal/hanukkah/holiday_candle"),
-    "umbrella": _row("umbrella umbrella-with-rain-drops", "umbrella", "household/umbrella.svg"),
+    "candle": _row("candle", "candle"),
+    "umbrella": _row("umbrella", "umbrella", "household/umbrella.svg"),
     "gift": _row("wrapped-gift", "present", "seasonal/christmas/present.svg"),
     "balloon": _row("balloon", "balloon", "seasonal/balloon.svg"),
     "trophy": _row("trophy", "trophy", "sports/trophy_cup"),
@@ -173,11 +170,11 @@ NOUNS: dict[str, Pictures] = {
         "hobbies/music/string/guitar2",
     ),
     "violin": _row("violin", "violin", "hobbies/music/string/violin"),
-    "trumpet": _row("trumpet", "trumpet", "hobbies/music/brass/trumpet"),
     "ball": _row(
         "soccer-ball basketball volleyball baseball",
         "soccerball baseball",
         "sports/soccer sports/basketball sports/cartoon/volleyball",
+        "emojione:basketball emojione:baseball",
     ),
     # Clothes
     "hat": _row(
@@ -186,7 +183,7 @@ NOUNS: dict[str, Pictures] = {
         "clothes/hats/tophat clothes/hats/blue_fedora clothes/hats/cowboy_hat.svg "
         "clothes/hats/brownhat.svg",
     ),
-    "crown": _row("crown", "crown", "clothes/hats/crown1.svg clothes/hats/crown2.svg"),
+    "crown": _row("crown", "crown", "clothes/hats/crown2.svg"),
     "shoe": _row("mans-shoe running-shoe", "mensshoe mensrunner", ""),
     "shirt": _row(
         "t-shirt",
@@ -194,7 +191,7 @@ NOUNS: dict[str, Pictures] = {
         "clothes/t-shirt_01.svg clothes/t_tshirt clothes/t_poloshirt",
     ),
     "dress": _row("dress", "dress", "clothes/black_dress.svg"),
-    "glasses": _row("glasses sunglasses", "glasses darksunglasses", "clothes/glasses1.svg"),
+    "glasses": _row("glasses sunglasses", "darksunglasses", skip="emojione:glasses"),
     # Vehicles
     "car": _row(
         "automobile sport-utility-vehicle taxi police-car",
@@ -228,22 +225,20 @@ NOUNS: dict[str, Pictures] = {
     "rocket": _row("rocket", "rocket", "space/rocket1.svg space/rocket2.svg space/rocket3.svg"),
     "boat": _row(
         "sailboat speedboat",
-        "sailboat speedboat",
+        "",
         "vehicles/ship/sail_boat1.svg vehicles/ship/sail_boat2.svg vehicles/ship/chineseJunk",
+        "fluent:speedboat flat:speedboat emojione:speedboat twemoji:speedboat",
     ),
-    "bicycle": _row("bicycle", "bicycle", "vehicles/cycle/bluebike.svg"),
-    "motorcycle": _row("motorcycle", "", "vehicles/cycle/motorbike.svg"),
+    "motorcycle": _row("motorcycle", "", "vehicles/cycle/motorbike.svg", "emojione:motorcycle"),
     # Places and plants
     "house": _row(
-        "house house-with-garden",
-        "housebuilding housewithgarden",
+        "house",
+        "housebuilding",
         "town/houses/cartoon/pinkhome town/houses/cartoon/swisshome "
         "town/houses/cartoon/wooden_cottage",
     ),
-    "castle": _row(
-        "castle", "europeancastle", "town/houses/cartoon/fairytale_castle town/houses/cartoon/fort"
-    ),
-    "tent": _row("tent", "tent", "town/houses/cartoon/tent"),
+    "castle": _row("castle", "europeancastle", "town/houses/cartoon/fairytale_castle"),
+    "tent": _row("tent", "", "town/houses/cartoon/tent", "emojione:tent"),
     "tree": _row(
         "deciduous-tree evergreen-tree",
         "deciduoustree evergreen",
@@ -251,20 +246,29 @@ NOUNS: dict[str, Pictures] = {
     ),
     "palm": _row("palm-tree", "palmtree", "plants/trees/liberia-palm"),
     "cactus": _row("cactus", "cactus"),
-    "rose": _row("rose", "rose", "plants/flowers/rose"),
-    "tulip": _row("tulip", "tulip"),
-    "sunflower": _row("sunflower", "sunflower", "plants/flowers/yellow-flower"),
-    "leaf": _row("maple-leaf fallen-leaf", "mapleleaf fallingleaf"),
+    "flower": _row(
+        "rose tulip hibiscus",
+        "rose tulip hibiscus",
+        "plants/flowers/rose plants/flowers/yellow-flower plants/flowers/daffodil "
+        "plants/flowers/flower1 plants/flowers/flower2 plants/flowers/flower5 "
+        "plants/flowers/red-gazania plants/flowers/anemone_red",
+    ),
+    "sunflower": _row("sunflower", "sunflower"),
+    "leaf": _row(
+        "maple-leaf fallen-leaf",
+        "mapleleaf",
+        skip="noto:fallen-leaf fluent:fallen-leaf flat:fallen-leaf twemoji:fallen-leaf",
+    ),
     # Others
-    "star": _row("star glowing-star", "whitemediumstar star", "symbols/shapes/star"),
+    "star": _row("star", "whitemediumstar", "seasonal/christmas/star"),
     "heart": _row("red-heart", "redheart", "symbols/shapes/heart.svg"),
     "snowman": _row(
-        "snowman-without-snow snowman",
+        "snowman-without-snow",
         "snowmanwithoutsnow",
         "seasonal/winter/snowman.svg seasonal/winter/snowman2.svg",
     ),
     "robot": _row("robot"),
-    "ghost": _row("ghost", "ghost", "seasonal/halloween/ghost"),
+    "ghost": _row("ghost", "ghost"),
     "pumpkin": _row(
         "jack-o-lantern",
         "jackolantern",
@@ -297,7 +301,6 @@ _SAID_OTHERWISE = {
     "dolphin": "dolphins",
     "whale": "whales",
     "octopus": "octopuses squid",
-    "crab": "crabs",
     "snail": "snails",
     "butterfly": "butterflies",
     "bee": "bees wasp honeybee",
@@ -332,7 +335,6 @@ _SAID_OTHERWISE = {
     "book": "books",
     "camera": "cameras",
     "phone": "phones smartphone cellphone",
-    "telephone": "telephones landline",
     "television": "tv televisions monitor screen",
     "clock": "clocks alarm",
     "bulb": "bulbs lightbulb lamp light",
@@ -344,7 +346,6 @@ _SAID_OTHERWISE = {
     "bell": "bells",
     "guitar": "guitars",
     "violin": "violins fiddle",
-    "trumpet": "trumpets",
     "ball": "balls football basketball",
     "hat": "hats",
     "crown": "crowns",
@@ -361,7 +362,6 @@ _SAID_OTHERWISE = {
     "helicopter": "helicopters chopper",
     "rocket": "rockets spaceship",
     "boat": "boats sailboat ship",
-    "bicycle": "bicycles bike",
     "motorcycle": "motorcycles motorbike",
     "house": "houses home cottage",
     "castle": "castles fortress",
@@ -369,8 +369,7 @@ _SAID_OTHERWISE = {
     "tree": "trees",
     "palm": "palms",
     "cactus": "cacti cactuses",
-    "rose": "roses",
-    "tulip": "tulips",
+    "flower": "flowers rose tulip blossom",
     "sunflower": "sunflowers",
     "leaf": "leaves",
     "star": "stars",
@@ -388,37 +387,37 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 _RELATED = (
-    "poodle wolf fox dingo leopard panther lion cheetah lynx jaguar zebra donkey mule unicorn moose "
-    "deer bison buffalo yak zebu bull blackbuck gnu goat ram boar llama mammoth hippo hamster "
-    "chick hen turkey swan goose parrot peacock peahen eagle crow crane heron pelican vulture "
-    "ostrich magpie toucan tucan gull cuckoo quetzal rosella lorikeet swallow fowl drake gander "
-    "dodo phoenix feather nandou rhea lark lizard dragon shark blowfish wrasse fishing orca seal "
-    "squid lobster shrimp shell slug fly bug moth beetle hornet wasp kiwi lime mandarin melon "
-    "prune cherimoya apricot peach mango pomegranate tamarillo blueberr raspberr bagel croissant "
-    "baguette pretzel sandwich hotdog pancake cupcake pie cookie bagle tart pudding beverage mug "
-    "glass coffee tea teapot sake beer tools tool pick pen crayon brush notebook ledger notepad "
-    "video movie photo screen desktop computer laptop monitor mobile receiver pager watch "
-    "hourglass lantern lamp flashlight torch diya package parcel bouquet medal vibration "
-    "musical banjo harp cello bass horn saxophone fiddle baseball softball rugby football tennis "
-    "volleyball basketball bowling billiard cricket sports helmet cap fedora sombrero boot sandal "
-    "heel slipper skate sneaker shorts kimono coat jacket sari gown bikini goggles vest "
-    "automobile police taxi van minibus suv vehicle auto ambulance engine lorry railway rail "
-    "metro tram monorail locomotive carriage boxcar caboose tender tanker tug canoe ferry ship "
-    "boat yacht raft scooter bike tricycle cycle jet satellite spaceship shuttle building office "
-    "hotel school hospital bank store church mosque temple shrine synagogue home hut tower "
-    "fortress inn tavern cottage farm stable jail circus camping tepee tipi island park desert "
-    "city sunrise sunset plant herb seedling flower blossom hibiscus lotus anemone daffodil iris "
-    "gazania petunia marigold hyacinth adeenia anthoorium holly bolsom chemparathi shamrock clover "
-    "leafy lettuce wood tanabata pine sparkl sun moon dizzy shooting love alien invader monster "
-    "skull gourd squash turnip potato onion radish pepper chil beet yam avocado broccoli bento "
-    "loudspeaker megaphone mailbox postbox card heartbeat anatomical spade club drum toy teddy "
-    "fungi blacksmith university warehouse windmill hunter cathedral igloo townhall monastery "
-    "well fishery docks shipwreck ruins lighthouse gate mine obelisk statue totem pyramid tux "
-    "pengwin cub baby spider worm cub bunny hare mandrill rat squirrel chipmunk beaver badger "
-    "skunk otter raccoon marmot capybara ferret weasel wombat koala possum hedgehog echidna "
-    "sloth bear panda kangaroo monkey gorilla chimp orangutan tamarin rhino walrus crocodile "
-    "alligator dinosaur sauropod t-rex trex wheel tyre truck bulldozer forklift dumper cement race "
-    "racing f1 indy bradley stryker mustang raptor plane wright stars medical coin"
+    "telephone landline bicycle bike crab trumpet poodle wolf fox dingo leopard panther lion cheetah lynx jaguar zebra donkey mule unicorn "
+    "moose deer bison buffalo yak zebu bull blackbuck gnu goat ram boar llama mammoth hippo "
+    "hamster chick hen turkey swan goose parrot peacock peahen eagle crow crane heron pelican "
+    "vulture ostrich magpie toucan tucan gull cuckoo quetzal rosella lorikeet swallow fowl drake "
+    "gander dodo phoenix feather nandou rhea lark lizard dragon shark blowfish wrasse fishing "
+    "orca seal squid lobster shrimp shell slug fly bug moth beetle hornet wasp kiwi lime mandarin "
+    "melon prune cherimoya apricot peach mango pomegranate tamarillo blueberr raspberr bagel "
+    "croissant baguette pretzel sandwich hotdog pancake cupcake pie cookie bagle tart pudding "
+    "beverage mug glass coffee tea teapot sake beer tools tool pick pen crayon brush notebook "
+    "ledger notepad video movie photo screen desktop computer laptop monitor mobile receiver "
+    "pager watch hourglass lantern lamp flashlight torch diya package parcel bouquet medal "
+    "vibration musical banjo harp cello bass horn saxophone fiddle baseball softball rugby "
+    "football tennis volleyball basketball bowling billiard cricket sports helmet cap fedora "
+    "sombrero boot sandal heel slipper skate sneaker shorts kimono coat jacket sari gown bikini "
+    "goggles vest automobile police taxi van minibus suv vehicle auto ambulance engine lorry "
+    "railway rail metro tram monorail locomotive carriage boxcar caboose tender tanker tug canoe "
+    "ferry ship boat yacht raft scooter bike tricycle cycle jet satellite spaceship shuttle "
+    "building office hotel school hospital bank store church mosque temple shrine synagogue home "
+    "hut tower fortress inn tavern cottage farm stable jail circus camping tepee tipi island park "
+    "desert city sunrise sunset plant herb seedling flower blossom hibiscus lotus anemone "
+    "daffodil iris gazania petunia marigold hyacinth adeenia anthoorium holly bolsom chemparathi "
+    "shamrock clover leafy lettuce wood tanabata pine sparkl sun moon dizzy shooting love alien "
+    "invader monster skull gourd squash turnip potato onion radish pepper chil beet yam avocado "
+    "broccoli bento loudspeaker megaphone mailbox postbox card heartbeat anatomical spade club "
+    "drum toy teddy fungi blacksmith university warehouse windmill hunter cathedral igloo "
+    "townhall monastery well fishery docks shipwreck ruins lighthouse gate mine obelisk statue "
+    "totem pyramid tux pengwin cub baby spider worm bunny hare mandrill rat squirrel chipmunk "
+    "beaver badger skunk otter raccoon marmot capybara ferret weasel wombat koala possum hedgehog "
+    "echidna sloth bear panda kangaroo monkey gorilla chimp orangutan tamarin rhino walrus "
+    "crocodile alligator dinosaur sauropod t-rex trex wheel tyre truck bulldozer forklift dumper "
+    "cement race racing f1 indy bradley stryker mustang raptor plane wright stars medical coin"
 )
 
 LOOKALIKES = re.compile(
@@ -431,6 +430,18 @@ LOOKALIKES = re.compile(
     )
 )
 """Names of pictures that show a noun of the table, part of one, or something too like one."""
+
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "rooster": ("bird",),
+    "duck": ("bird",),
+    "owl": ("bird",),
+    "flamingo": ("bird",),
+    "penguin": ("bird",),
+    "sunflower": ("flower",),
+    "palm": ("tree",),
+}
+"""Noun to nouns that are not to be called absent where it is seen: a duck is a bird too."""
 
 
 def vocabulary_words() -> list[str]:

@@ -1,0 +1,587 @@
+"""The segment contract: request and response types, their validation, their errors.
+
+Every door (Python, HTTP, Ray handle) validates here and composes its answers here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kestrel.config import Limits
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Bbox = dict[str, float]
+"""``{"x_min", "y_min", "x_max", "y_max"}``, normalised to the image, 0..1."""
+SpatialRef = tuple[float, ...]
+"""A point (x, y) or a box (x_min, y_min, x_max, y_max), 0..1."""
+MAX_CONTEXT = 32_768
+"""Largest ``max_tokens`` that any model takes; a served model's own context bounds it further."""
+
+
+class RequestError(ValueError):
+    """A request that is refused: HTTP status, message, the field at fault, when to come back."""
+
+    status = 400
+
+    def __init__(
+        self, message: str, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.field, self.retry_after_s)
+
+    def body(self) -> dict[str, str]:
+        """The JSON body of the HTTP answer."""
+        return {"error": self.message} | ({"field": self.field} if self.field else {})
+
+    def headers(self) -> dict[str, str]:
+        """``Retry-After`` in whole seconds where there is one, ``WWW-Authenticate`` for a 401."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class InvalidRequest(RequestError):
+    """400: a field of the wrong type or out of range."""
+
+
+class Unauthorized(RequestError):
+    """401: an API key is configured and the request's is not it."""
+
+    status = 401
+
+    def __init__(
+        self,
+        message: str = "missing or wrong API key (Authorization: Bearer or X-Moondream-Auth)",
+        field: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, field, retry_after_s)
+
+
+class UnknownModel(RequestError):
+    """404: the named model is not served here."""
+
+    status = 404
+
+
+class TooLarge(RequestError):
+    """413: too many bytes or pixels."""
+
+    status = 413
+
+
+class PromptTooLong(RequestError):
+    """422: the prompt does not fit the model's context."""
+
+    status = 422
+
+
+class Overloaded(RequestError):
+    """503: queue full, starting, or a part is away; ``retry_after_s`` says when to come back."""
+
+    status = 503
+
+    def __init__(
+        self, message: str, field: str | None = None, retry_after_s: float | None = 1.0
+    ) -> None:
+        super().__init__(message, field, retry_after_s)
+
+
+class DeadlineExceeded(RequestError):
+    """504: the deadline passed; the work is cancelled."""
+
+    status = 504
+
+    def __init__(
+        self,
+        message: str = "the request's deadline passed",
+        field: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, field, retry_after_s)
+
+
+class ServiceFault(RequestError):
+    """500 as a client sees it: the answer carries a request id and nothing of the server."""
+
+    status = 500
+
+
+def error_from_response(
+    status: int, body: Mapping[str, Any], retry_after: str | None
+) -> RequestError:
+    """The error that a server meant by its HTTP answer; the client's side of ``body``."""
+    kinds: tuple[type[RequestError], ...] = (
+        InvalidRequest,
+        Unauthorized,
+        UnknownModel,
+        TooLarge,
+        PromptTooLong,
+        Overloaded,
+        DeadlineExceeded,
+    )
+    by_status = {kind.status: kind for kind in kinds}
+    by_status[429] = Overloaded
+    after = float(retry_after) if retry_after and retry_after.isdigit() else None
+    kind = by_status.get(status, ServiceFault)
+    return kind(str(body.get("error", f"HTTP {status}")), body.get("field"), after)
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """How the model samples and how long it may go on."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    max_tokens: int = 768
+    """Generated tokens, box and path together."""
+
+
+@dataclass
+class SegmentRequest:
+    """A validated request. ``image`` is encoded bytes or uint8 [H, W, 3] RGB."""
+
+    object: str
+    image: bytes | np.ndarray | None = None
+    stream: bool = False
+    settings: SegmentSettings = field(default_factory=SegmentSettings)
+    spatial_refs: list[SpatialRef] | None = None
+    return_base64: bool = False
+
+
+@dataclass
+class ModelMetrics:
+    """What the model half of one request cost."""
+
+    input_tokens: int = 0
+    """Prompt positions, image included."""
+    output_tokens: int = 0
+    prefill_time_ms: float = 0.0
+    decode_time_ms: float = 0.0
+    ttft_ms: float = 0.0
+    """From submission to the first token."""
+
+
+@dataclass
+class ModelResult:
+    """What the model half gives: the path before refinement, and the tokens behind it."""
+
+    request_id: str
+    finish_reason: str
+    """``stop`` or ``length``."""
+    object: str
+    path: str
+    """SVG path data in 0..1 relative to ``bbox``; empty when there is none."""
+    bbox: Bbox | None
+    metrics: ModelMetrics
+    parse_error: str | None = None
+    text: str = ""
+    """The path as the model spelled it, on its own grid."""
+    token_ids: list[int] = field(default_factory=list)
+    path_tokens: list[str] = field(default_factory=list)
+    points: list[tuple[float, float]] = field(default_factory=list)
+    sizes: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass
+class BboxEvent:
+    """The model's own box."""
+
+    bbox: Bbox
+
+
+@dataclass
+class PathDelta:
+    """One whole path command; the chunks of a request joined are the model's path."""
+
+    chunk: str
+    token_index: int
+    """Number of generated tokens up to and including the chunk's last."""
+
+
+@dataclass
+class ModelDone:
+    """The end of the model half."""
+
+    result: ModelResult
+
+
+ModelEvent = BboxEvent | PathDelta | ModelDone
+
+
+# Validation: one function a field, each names the field and the rule.
+
+
+def _object(value: Any, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest("object must be a string", "object")
+    text = value.strip()
+    if not text:
+        raise InvalidRequest("object must not be empty", "object")
+    if len(text) > limits.max_object_chars:
+        raise InvalidRequest(
+            f"object must be at most {limits.max_object_chars} characters, not {len(text)}",
+            "object",
+        )
+    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidRequest("object must be text without NUL or lone surrogates", "object")
+    return text
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {_kind(value)}", name)
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidRequest(f"{name} must be a number, not {_kind(value)}", name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} must be finite", name)
+    return number
+
+
+def _settings(value: Any, max_context: int) -> SegmentSettings:
+    if value is None:
+        value = {}
+    if isinstance(value, SegmentSettings):
+        value = {
+            "temperature": value.temperature,
+            "top_p": value.top_p,
+            "max_tokens": value.max_tokens,
+        }
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"settings must be an object, not {_kind(value)}", "settings")
+    known = ("temperature", "top_p", "max_tokens")
+    for key in value:
+        if key not in known:
+            raise InvalidRequest(
+                f"settings has no key {str(key)[:64]!r}; known keys are {', '.join(known)}",
+                f"settings.{str(key)[:64]}",
+            )
+    temperature = _number(value.get("temperature", 0.0), "settings.temperature")
+    if temperature < 0:
+        raise InvalidRequest("settings.temperature must be at least 0", "settings.temperature")
+    top_p = _number(value.get("top_p", 1.0), "settings.top_p")
+    if not 0 < top_p <= 1:
+        raise InvalidRequest("settings.top_p must be over 0 and at most 1", "settings.top_p")
+    default = min(SegmentSettings.max_tokens, max_context)
+    max_tokens = value.get("max_tokens", default)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+        raise InvalidRequest("settings.max_tokens must be an integer", "settings.max_tokens")
+    if not 1 <= max_tokens <= max_context:
+        raise InvalidRequest(
+            f"settings.max_tokens must be in 1..{max_context}", "settings.max_tokens"
+        )
+    return SegmentSettings(temperature, top_p, max_tokens)
+
+
+def _spatial_refs(value: Any, has_image: bool, limits: Limits) -> list[SpatialRef] | None:
+    name = "spatial_refs"
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{name} must be a list of points and boxes", name)
+    if len(value) > limits.max_spatial_refs:
+        raise InvalidRequest(
+            f"{name} must have at most {limits.max_spatial_refs} entries, not {len(value)}", name
+        )
+    if value and not has_image:
+        raise InvalidRequest(f"{name} needs an image", name)
+    refs: list[SpatialRef] = []
+    for i, ref in enumerate(value):
+        where = f"{name}[{i}]"
+        if not isinstance(ref, (list, tuple)) or len(ref) not in (2, 4):
+            raise InvalidRequest(f"{where} must be [x, y] or [x_min, y_min, x_max, y_max]", name)
+        numbers = tuple(_ref_number(v, f"{where}[{j}]") for j, v in enumerate(ref))
+        if len(numbers) == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+            raise InvalidRequest(f"{where} must be ordered: x_min < x_max and y_min < y_max", name)
+        refs.append(numbers)
+    return refs or None
+
+
+def _ref_number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InvalidRequest(f"{where} must be a number in 0..1", "spatial_refs")
+    return float(value)
+
+
+def validate_segment(
+    *,
+    object: Any,
+    image: Any = None,
+    spatial_refs: Any = None,
+    stream: Any = False,
+    return_base64: Any = False,
+    settings: Any = None,
+    limits: Limits | None = None,
+    max_context: int | None = None,
+    image_field: str = "image",
+) -> SegmentRequest:
+    """Check the arguments of the Python door and give the request; ``RequestError`` (a ValueError).
+
+    The image's header is read (format, size, pixel limit); its pixels are not decoded.
+    ``image_field`` is what the image is called in messages.
+    """
+    from kestrel.image import check_array, probe
+
+    limits = limits or Limits()
+    noun = _object(object, limits)
+    want_masks = _flag(return_base64, "return_base64")
+    want_stream = _flag(stream, "stream")
+    checked = _settings(settings, min(max_context or MAX_CONTEXT, MAX_CONTEXT))
+    refs = _spatial_refs(spatial_refs, image is not None, limits)
+    if want_masks and image is None:
+        raise InvalidRequest(
+            f"return_base64 needs {image_field}: masks have the size of the image", "return_base64"
+        )
+    if isinstance(image, (bytearray, memoryview)):
+        image = bytes(image)
+    if isinstance(image, bytes):
+        probe(image, limits, image_field)
+    elif image is not None:
+        check_array(image, limits, image_field)
+    return SegmentRequest(noun, image, want_stream, checked, refs, want_masks)
+
+
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+
+
+def image_bytes(value: Any) -> bytes:
+    """The bytes behind ``image_url``: raw base64 or a base64 data URL, ASCII white space allowed.
+
+    Other URLs are refused: the server fetches nothing.
+    """
+    name = "image_url"
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string", name)
+    text = value.strip()
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
+    if scheme and scheme.group(1).lower() != "data":
+        raise InvalidRequest(
+            f"{name} must be base64 or a data:image/...;base64, URL; "
+            f"{scheme.group(1).lower()}:// is not fetched by the server",
+            name,
+        )
+    if scheme:
+        match = _DATA_URL.match(text)
+        if match is None:
+            raise InvalidRequest(f"{name} must start with data:image/...;base64,", name)
+        text = text[match.end() :]
+    if any(c in text for c in " \t\r\n"):
+        text = "".join(text.split())
+    if not text:
+        raise InvalidRequest(f"{name} must not be empty", name)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(f"{name} is not valid base64", name) from error
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object from a request body; NaN and Infinity are no JSON."""
+
+    def refuse(constant: str) -> float:
+        raise InvalidRequest(f"the body is not JSON: {constant} is not a JSON number")
+
+    try:
+        payload = json.loads(body, parse_constant=refuse)
+    except InvalidRequest:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("the body is not JSON") from error
+    if not isinstance(payload, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_kind(payload)}")
+    return payload
+
+
+def parse_segment_json(
+    body: bytes, *, limits: Limits, served_model: str, max_context: int | None = None
+) -> SegmentRequest:
+    """The HTTP door: a JSON body to a validated request. Unknown top-level fields are ignored."""
+    payload = parse_json(body)
+    if "object" not in payload:
+        raise InvalidRequest("object is required", "object")
+    check_model(payload.get("model"), served_model)
+    raw = payload.get("image_url")
+    return validate_segment(
+        object=payload["object"],
+        image=None if raw is None else image_bytes(raw),
+        spatial_refs=payload.get("spatial_refs"),
+        stream=payload.get("stream", False),
+        return_base64=payload.get("return_base64", False),
+        settings=payload.get("settings"),
+        limits=limits,
+        max_context=max_context,
+        image_field="image_url",
+    )
+
+
+def check_model(name: Any, served: str) -> None:
+    """``UnknownModel`` unless ``name`` is None or the served model."""
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise InvalidRequest("model must be a string", "model")
+    if name != served:
+        raise UnknownModel(f"model {name[:128]!r} is not served here; served: {served}", "model")
+
+
+def check_auth(headers: Mapping[str, str], api_keys: Iterable[str]) -> None:
+    """``Unauthorized`` unless no key is configured or the request carries one of them.
+
+    ``headers`` looks names up without regard to case (Starlette's do).
+    """
+    keys = [key.encode() for key in api_keys]
+    if not keys:
+        return
+    given = headers.get("x-moondream-auth") or ""
+    kind, _, token = (headers.get("authorization") or "").partition(" ")
+    if kind.lower() == "bearer":
+        given = token.strip()
+    offered = given.encode("utf-8", "surrogateescape")
+    # Every key is compared, so that the time tells nothing about which one came close.
+    if not any([hmac.compare_digest(offered, key) for key in keys]):  # noqa: C419
+        raise Unauthorized()
+
+
+def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
+    """Seconds from ``X-Request-Timeout-Ms``, at most ``longest_s``; that where it is absent."""
+    name = "X-Request-Timeout-Ms"
+    value = headers.get(name.lower())
+    if value is None:
+        return longest_s
+    if not value.isascii() or not value.isdigit() or int(value[:12]) < 1:
+        raise InvalidRequest(f"{name} must be a positive whole number of milliseconds", name)
+    return min(longest_s, int(value[:12]) / 1e3)
+
+
+# Answers.
+
+
+def _metrics(metrics: ModelMetrics) -> dict[str, float]:
+    return {
+        "input_tokens": metrics.input_tokens,
+        "output_tokens": metrics.output_tokens,
+        "prefill_time_ms": round(metrics.prefill_time_ms, 3),
+        "decode_time_ms": round(metrics.decode_time_ms, 3),
+        "ttft_ms": round(metrics.ttft_ms, 3),
+    }
+
+
+def _outline(
+    model: ModelResult, refined: SegmentRefineBitmapsResult | None
+) -> tuple[str, Bbox | None]:
+    if refined is not None and refined.refined_svg_path and refined.refined_bbox:
+        return refined.refined_svg_path, refined.refined_bbox
+    return model.path, model.bbox
+
+
+def _masks(refined: SegmentRefineBitmapsResult | None, return_base64: bool) -> dict[str, str]:
+    """The mask keys; one that there is no mask for is not there."""
+    if refined is None or not return_base64:
+        return {}
+    pairs = {
+        "coarse_mask_base64": refined.coarse_mask_base64,
+        "refined_mask_base64": refined.refined_mask_base64,
+    }
+    return {key: mask for key, mask in pairs.items() if mask is not None}
+
+
+def segment_response(
+    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
+) -> dict[str, Any]:
+    """The body of a plain HTTP answer."""
+    path, bbox = _outline(model, refined)
+    body: dict[str, Any] = {
+        "request_id": model.request_id,
+        "finish_reason": model.finish_reason,
+        "path": path,
+        "bbox": bbox,
+        "metrics": _metrics(model.metrics),
+    }
+    if model.parse_error is not None:
+        body["parse_error"] = model.parse_error
+    return body | _masks(refined, return_base64)
+
+
+def segment_output(
+    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
+) -> dict[str, Any]:
+    """One entry of ``EngineResult.output["segments"]``."""
+    path, bbox = _outline(model, refined)
+    segment: dict[str, Any] = {
+        "object": model.object,
+        "text": model.text,
+        "svg_path": path,
+        "bbox": bbox,
+        "coarse_path": model.path,
+        "coarse_bbox": model.bbox,
+        "path_tokens": model.path_tokens,
+        "token_ids": model.token_ids,
+        "points": model.points,
+        "sizes": model.sizes,
+    }
+    if model.parse_error is not None:
+        segment["parse_error"] = model.parse_error
+    return segment | _masks(refined, return_base64)
+
+
+def event_payload(event: BboxEvent | PathDelta) -> dict[str, Any]:
+    """The SSE event of a model event."""
+    if isinstance(event, BboxEvent):
+        return {"type": "bbox", "bbox": event.bbox}
+    return {
+        "type": "path_delta",
+        "chunk": event.chunk,
+        "completed": False,
+        "token_index": event.token_index,
+    }
+
+
+def final_event(
+    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
+) -> dict[str, Any]:
+    """The last SSE event of a request that went well: the plain answer's fields."""
+    head = {"type": "final", "chunk": "", "completed": True}
+    return head | segment_response(model, refined, return_base64=return_base64)
+
+
+def error_event(error: BaseException, request_id: str) -> dict[str, Any]:
+    """The last SSE event of a request that failed after its first event."""
+    message = error.message if isinstance(error, RequestError) else "internal error"
+    return {"type": "error", "error": message, "request_id": request_id, "completed": True}
+
+
+def sse_frame(payload: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"

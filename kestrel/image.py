@@ -1,0 +1,114 @@
+"""Encoded bytes or an array to an RGB array, within limits."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kestrel.api import InvalidRequest, TooLarge
+from kestrel.config import Limits
+
+UInt8Array = npt.NDArray[np.uint8]
+FORMATS = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image's header says; width and height in pixels, orientation applied."""
+
+    width: int
+    height: int
+    format: str
+
+
+def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit decides; Pillow's warning below its error would only be noise.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"{name} has too many pixels", name) from error
+    except UnidentifiedImageError as error:
+        raise InvalidRequest(f"{name} is not a JPEG, PNG or WebP image", name) from error
+    except Exception as error:  # decoders raise many types for broken headers
+        raise InvalidRequest(f"{name} cannot be read ({type(error).__name__})", name) from error
+    _check_pixels(image.width, image.height, limits, name)
+    return image
+
+
+def _check_pixels(width: int, height: int, limits: Limits, name: str) -> None:
+    if width < 1 or height < 1:
+        raise InvalidRequest(f"{name} has no pixels", name)
+    if width * height > limits.max_image_pixels:
+        raise TooLarge(
+            f"{name} is {width} x {height} pixels; the limit is {limits.max_image_pixels} in all",
+            name,
+        )
+
+
+def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> ImageHeader:
+    """Read the header only.
+
+    Raises ``InvalidRequest`` (not an image of a known format) or ``TooLarge`` (pixel limit).
+    """
+    with _open(data, limits or Limits(), name) as image:
+        width, height = image.size
+        try:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # a broken EXIF block is no reason to refuse the picture
+            orientation = 1
+        if orientation in _SWAPS_SIDES:
+            width, height = height, width
+        return ImageHeader(width, height, str(image.format))
+
+
+def check_array(image: Any, limits: Limits | None = None, name: str = "image") -> None:
+    """``InvalidRequest`` unless ``image`` is uint8 [H, W, 3]; ``TooLarge`` past the pixel limit."""
+    if not isinstance(image, np.ndarray):
+        raise InvalidRequest(
+            f"{name} must be encoded bytes or an HxWx3 uint8 array, not {type(image).__name__}",
+            name,
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InvalidRequest(
+            f"{name} must be an HxWx3 uint8 array, not {list(image.shape)} {image.dtype}", name
+        )
+    _check_pixels(image.shape[1], image.shape[0], limits or Limits(), name)
+
+
+def decode(
+    image: bytes | UInt8Array, limits: Limits | None = None, name: str = "image"
+) -> UInt8Array:
+    """RGB uint8 [H, W, 3], contiguous, EXIF orientation applied; arrays are checked and passed on.
+
+    Grey, palette, CMYK, alpha (dropped, as ``PIL.Image.convert`` does) and 16-bit (scaled to 8)
+    are accepted; of an animation the first frame. A truncated or broken image is refused.
+    """
+    limits = limits or Limits()
+    if not isinstance(image, bytes):
+        check_array(image, limits, name)
+        return np.ascontiguousarray(image)
+    with _open(image, limits, name) as opened:
+        try:
+            picture = ImageOps.exif_transpose(opened)
+            picture.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise many types for broken data
+            raise InvalidRequest(
+                f"{name} cannot be decoded: it is truncated or broken", name
+            ) from error
+        if picture.mode.startswith("I"):
+            # 16-bit grey: Pillow's own conversion clips at 255, the high byte is meant.
+            grey = np.clip(np.asarray(picture, np.int64) >> 8, 0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.array(picture.convert("RGB"))
