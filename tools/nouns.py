@@ -74,6 +74,7 @@ NOUNS: dict[str, Pictures] = {
     "dolphin": _row("dolphin", "dolphin", "animals/mammals/aquatic/dolphin", "emojione:dolphin"),
     "whale": _row("whale spouting-whale", "whale spurtingwhale", "animals/mammals/aquatic/whale"),
     "octopus": _row("octopus", "octopus"),
+    "crab": _row("crab"),
     "snail": _row("snail", "snail", "animals/insects/cartoon/snail animals/insects/cartoon/snail2"),
     "butterfly": _row(
         "butterfly",
@@ -170,6 +171,7 @@ NOUNS: dict[str, Pictures] = {
         "hobbies/music/string/guitar2",
     ),
     "violin": _row("violin", "violin", "hobbies/music/string/violin"),
+    "trumpet": _row("trumpet", "trumpet", "hobbies/music/brass/trumpet"),
     "ball": _row(
         "soccer-ball basketball volleyball baseball",
         "soccerball baseball",
@@ -229,6 +231,7 @@ NOUNS: dict[str, Pictures] = {
         "vehicles/ship/sail_boat1.svg vehicles/ship/sail_boat2.svg vehicles/ship/chineseJunk",
         "fluent:speedboat flat:speedboat emojione:speedboat twemoji:speedboat",
     ),
+    "bicycle": _row("bicycle", "bicycle", "vehicles/cycle/bluebike.svg"),
     "motorcycle": _row("motorcycle", "", "vehicles/cycle/motorbike.svg", "emojione:motorcycle"),
     # Places and plants
     "house": _row(
@@ -301,6 +304,7 @@ _SAID_OTHERWISE = {
     "dolphin": "dolphins",
     "whale": "whales",
     "octopus": "octopuses squid",
+    "crab": "crabs",
     "snail": "snails",
     "butterfly": "butterflies",
     "bee": "bees wasp honeybee",
@@ -346,6 +350,7 @@ _SAID_OTHERWISE = {
     "bell": "bells",
     "guitar": "guitars",
     "violin": "violins fiddle",
+    "trumpet": "trumpets",
     "ball": "balls football basketball",
     "hat": "hats",
     "crown": "crowns",
@@ -362,6 +367,7 @@ _SAID_OTHERWISE = {
     "helicopter": "helicopters chopper",
     "rocket": "rockets spaceship",
     "boat": "boats sailboat ship",
+    "bicycle": "bicycles bike",
     "motorcycle": "motorcycles motorbike",
     "house": "houses home cottage",
     "castle": "castles fortress",
@@ -387,7 +393,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 _RELATED = (
-    "telephone landline bicycle bike crab trumpet poodle wolf fox dingo leopard panther lion "
+    "telephone landline poodle wolf fox dingo leopard panther lion "
     "cheetah lynx jaguar zebra donkey mule unicorn moose deer bison buffalo yak zebu bull "
     "blackbuck gnu goat ram boar llama mammoth hippo hamster chick hen turkey swan goose parrot "
     "peacock peahen eagle crow crane heron pelican vulture ostrich magpie toucan tucan gull "
