@@ -79,9 +79,9 @@ class RefinerConfig:
     """Potrace: corner threshold, 0 (polygon) to 4/3 (no corners)."""
     opttolerance: float = 0.2
     """Potrace: curve optimisation tolerance, pixels."""
-    guided_radius: float = 0.06
+    guided_radius: float = 0.08
     """Guided filter radius as a fraction of the object's size (square root of its area)."""
-    guided_eps: float = 1e-3
+    guided_eps: float = 1e-4
     """Guided filter regularisation, squared intensity with channels in 0..1."""
     min_agreement: float = 0.6
     """A refined mask whose IoU with the coarse mask is lower has drifted and is rejected."""

@@ -27,3 +27,8 @@ def grown_box(box: PixelBox, width: int, height: int, grow: float) -> PixelBox:
     x0, y0, x1, y1 = box
     dx, dy = max(2, math.ceil((x1 - x0) * grow)), max(2, math.ceil((y1 - y0) * grow))
     return max(0, x0 - dx), max(0, y0 - dy), min(width, x1 + dx), min(height, y1 + dy)
+
+
+def joined_box(a: PixelBox, b: PixelBox) -> PixelBox:
+    """The smallest box around both."""
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])

@@ -17,10 +17,16 @@ from kestrel.seg_refiner.box import grown_box, mask_box
 
 GROW = 0.25
 """The box is grown by this fraction of its sides before it is cut out."""
-WORKING_SIDE = 512
+WORKING_SIDE = 192
 """Longest side at which the filter's coefficients are found, pixels."""
 PASS_SCALES = (1.0, 0.7, 0.5)
 """Radius of each pass as a fraction of the configured one: coarse to fine."""
+SURE = 0.1
+"""Where the working-size result is within this of 0 or 1 the full size is not looked at."""
+TILE = 16
+"""Side of the tiles that are sure or not, working pixels."""
+
+_Planes = Sequence[np.ndarray]
 
 
 class GuidedRefiner:
@@ -42,64 +48,113 @@ class GuidedRefiner:
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         height, width = mask.shape
-        scale = min(1.0, WORKING_SIDE / max(height, width))
-        small_size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        guide = np.ascontiguousarray(image)
-        soft = np.ascontiguousarray(mask, dtype=np.float32)
-        if scale < 1:
-            small_guide = cv2.resize(guide, small_size, interpolation=cv2.INTER_AREA)
-            soft = cv2.resize(soft, small_size, interpolation=cv2.INTER_AREA)
-        else:
-            small_guide = guide
-        channels = cv2.split(small_guide.astype(np.float32) * np.float32(1 / 255))
-        size = math.sqrt(float(soft.sum()))  # side of the square of the object's area
-        coefficients: tuple[np.ndarray, ...] = ()
-        for pass_scale in PASS_SCALES:
-            radius = max(1, round(self.radius * size * pass_scale))
-            coefficients = _coefficients(channels, soft, radius, self.eps)
-            soft = _apply(channels, coefficients)
-        if scale == 1:
+        # A whole factor, so that tiles of both sizes line up and averaging takes its fast path.
+        factor = math.ceil(max(height, width) / WORKING_SIDE)
+        if factor == 1:
+            soft, _ = self._passes(_planes(image), mask.astype(np.float32))
             return (soft > 0.5).astype(np.uint8)
-        # The last pass once more at full size: that is where the outline follows real pixels.
-        large = [
-            cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
-            for plane in coefficients
-        ]
-        full = cv2.split(guide.astype(np.float32) * np.float32(1 / 255))
-        return (_apply(full, large) > 0.5).astype(np.uint8)
+        below, right = -height % factor, -width % factor
+        image = _padded(image, below, right)
+        small_size = (image.shape[1] // factor, image.shape[0] // factor)
+        small = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
+        coverage = cv2.resize(
+            _padded(mask * np.uint8(255), below, right), small_size, interpolation=cv2.INTER_AREA
+        )
+        soft, coefficients = self._passes(
+            _planes(small), coverage.astype(np.float32) * np.float32(1 / 255)
+        )
+        return _at_full_size(image, soft, coefficients, factor)[:height, :width]
+
+    def _passes(self, guide: _Planes, soft: np.ndarray) -> tuple[np.ndarray, _Planes]:
+        """Soft mask after the last pass and that pass's coefficients, all float32 [h, w]."""
+        size = math.sqrt(float(soft.sum()))  # side of the square of the object's area
+        coefficients: _Planes = ()
+        for scale in PASS_SCALES:
+            radius = max(1, round(self.radius * size * scale))
+            coefficients = _coefficients(guide, soft, radius, self.eps)
+            soft = _apply(guide, coefficients)
+        return soft, coefficients
 
 
-def _apply(channels: Sequence[np.ndarray], coefficients: Sequence[np.ndarray]) -> np.ndarray:
-    a0, a1, a2, b = coefficients
-    return a0 * channels[0] + a1 * channels[1] + a2 * channels[2] + b
+def _padded(picture: np.ndarray, below: int, right: int) -> np.ndarray:
+    return cv2.copyMakeBorder(
+        np.ascontiguousarray(picture), 0, below, 0, right, cv2.BORDER_REPLICATE
+    )
 
 
-def _coefficients(
-    channels: Sequence[np.ndarray], soft: np.ndarray, radius: int, eps: float
-) -> tuple[np.ndarray, ...]:
-    """Averaged ``a`` (three planes) and ``b`` of ``q = a . I + b``; all float32 [h, w]."""
+def _planes(picture: np.ndarray) -> _Planes:
+    """Three float32 planes, 0..1, of a uint8 [h, w, 3] picture."""
+    scaled = np.multiply(picture, np.float32(1 / 255), dtype=np.float32)
+    return [np.ascontiguousarray(scaled[..., k]) for k in range(3)]
+
+
+def _apply(guide: _Planes, coefficients: _Planes) -> np.ndarray:
+    """``q = a . I + b`` (eq. 19)."""
+    a0, a1, a2, offset = coefficients
+    soft = a0 * guide[0]
+    soft += a1 * guide[1]
+    soft += a2 * guide[2]
+    soft += offset
+    return soft
+
+
+def _coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _Planes:
+    """Window means of ``a`` (three planes) and ``b`` (eq. 18 to 20), float32 [h, w]."""
     window = (2 * radius + 1, 2 * radius + 1)
 
     def mean(plane: np.ndarray) -> np.ndarray:
         return cv2.blur(plane, window, borderType=cv2.BORDER_REFLECT)
 
-    r, g, b = channels
+    r, g, b = guide
     mr, mg, mb, mp = mean(r), mean(g), mean(b), mean(soft)
-    # Covariance of the guide in each window, with eps on the diagonal: symmetric 3x3.
-    rr, gg, bb = (
-        mean(r * r) - mr * mr + eps,
-        mean(g * g) - mg * mg + eps,
-        mean(b * b) - mb * mb + eps,
-    )
-    rg, rb, gb = mean(r * g) - mr * mg, mean(r * b) - mr * mb, mean(g * b) - mg * mb
-    cr, cg, cb = mean(r * soft) - mr * mp, mean(g * soft) - mg * mp, mean(b * soft) - mb * mp
-    # Inverse by the adjugate; the determinant is at least eps^3.
+    # Covariance of the guide in each window, symmetric 3x3, eps on its diagonal.
+    rr = mean(r * r) - mr * mr + eps
+    gg = mean(g * g) - mg * mg + eps
+    bb = mean(b * b) - mb * mb + eps
+    rg = mean(r * g) - mr * mg
+    rb = mean(r * b) - mr * mb
+    gb = mean(g * b) - mg * mb
+    # Covariance of the guide and the mask.
+    pr = mean(r * soft) - mr * mp
+    pg = mean(g * soft) - mg * mp
+    pb = mean(b * soft) - mb * mp
+    # Solved by the adjugate. A covariance has no negative eigenvalue, so det >= eps^3; the bound
+    # guards against float32 cancellation.
     irr, irg, irb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
     igg, igb, ibb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
-    det = rr * irr + rg * irg + rb * irb
-    det = np.maximum(det, eps**3)
-    ar = (irr * cr + irg * cg + irb * cb) / det
-    ag = (irg * cr + igg * cg + igb * cb) / det
-    ab = (irb * cr + igb * cg + ibb * cb) / det
-    offset = mp - ar * mr - ag * mg - ab * mb
-    return mean(ar), mean(ag), mean(ab), mean(offset)
+    scale = 1 / np.maximum(rr * irr + rg * irg + rb * irb, np.float32(eps**3))
+    ar = (irr * pr + irg * pg + irb * pb) * scale
+    ag = (irg * pr + igg * pg + igb * pb) * scale
+    ab = (irb * pr + igb * pg + ibb * pb) * scale
+    return mean(ar), mean(ag), mean(ab), mean(mp - ar * mr - ag * mg - ab * mb)
+
+
+def _at_full_size(
+    image: np.ndarray, soft: np.ndarray, coefficients: _Planes, factor: int
+) -> np.ndarray:
+    """The last pass at full size, where the outline follows real pixels.
+
+    ``image``: uint8 [h * factor, w * factor, 3]; ``soft`` and ``coefficients``: [h, w]. Only
+    tiles that the outline crosses are computed. Gives uint8 0/1 of the image's size.
+    """
+    height, width = soft.shape
+    refined = np.empty(image.shape[:2], np.uint8)
+    # One more pixel all round, for interpolation across the tile's rim.
+    stacked = cv2.copyMakeBorder(cv2.merge(coefficients), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    for y0 in range(0, height, TILE):
+        y1 = min(height, y0 + TILE)
+        for x0 in range(0, width, TILE):
+            x1 = min(width, x0 + TILE)
+            full = np.s_[y0 * factor : y1 * factor, x0 * factor : x1 * factor]
+            near = soft[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1]
+            low, high, _, _ = cv2.minMaxLoc(near)
+            if high < SURE or low > 1 - SURE:
+                refined[full] = low > 0.5
+                continue
+            part = stacked[y0 : y1 + 2, x0 : x1 + 2]
+            size = (part.shape[1] * factor, part.shape[0] * factor)
+            part = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
+            part = part[factor:-factor, factor:-factor]
+            fine = _apply(_planes(image[full]), [part[..., k] for k in range(4)])
+            np.greater(fine, 0.5, out=refined[full].view(np.bool_))
+    return refined

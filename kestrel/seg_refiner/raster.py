@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +85,10 @@ def render_svg_to_soft_mask(svg: str, width: int, height: int, scale: int = 2) -
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"resvg cannot render this SVG: {error}") from error
         raise
-    alpha = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)[..., 3]
-    alpha = np.ascontiguousarray(alpha, dtype=np.float32) * np.float32(1 / 255)
+    rgba = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if rgba is None:
+        raise ValueError("resvg gave no picture")
+    alpha = np.multiply(rgba[..., 3], np.float32(1 / 255), dtype=np.float32)
     if scale == 1:
         return alpha
     return cv2.resize(alpha, (width, height), interpolation=cv2.INTER_AREA)
@@ -156,7 +159,7 @@ def _pixel_bounds(path: Path, width: int, height: int) -> PixelBox | None:
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
-def _skia_path(skia: ModuleType, path: Path):  # type: ignore[no-untyped-def]
+def _skia_path(skia: ModuleType, path: Path) -> Any:
     builder = skia.PathBuilder()
     draw = {
         "M": builder.moveTo,

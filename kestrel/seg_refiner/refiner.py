@@ -15,12 +15,18 @@ import numpy as np
 from kestrel.config import Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
 from kestrel.seg_refiner.backends import BACKENDS, Refine, check_backend
+from kestrel.seg_refiner.box import PixelBox, joined_box, mask_box
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
 
 log = logging.getLogger(__name__)
 
 Bbox = dict[str, float]
+
+SMALL_SIDE = 256
+"""Objects of up to this many pixels a side have their trace checked against the mask."""
+FAITHFUL_IOU = 0.99
+"""A checked trace that gives the mask back less well is made again without rounded corners."""
 
 
 class _Stopped(Exception):
@@ -127,7 +133,8 @@ class SegmentRefiner:
         if return_base64:
             with _stage("encode", "raster_failed", timings):
                 result.coarse_mask_base64 = png._encode_mask_png_base64(coarse)
-        if not coarse.any():
+        coarse_box = mask_box(coarse)
+        if coarse_box is None:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
         with _stage("refine", "refine_failed", timings):
@@ -137,9 +144,11 @@ class SegmentRefiner:
                 from kestrel.seg_refiner.clean import clean_mask
 
                 refined = clean_mask(refined, coarse)
-        if not refined.any():
+        refined_box = mask_box(refined)
+        if refined_box is None:
             raise _Stopped("empty_refined", "nothing is left of the mask after refinement")
-        agreement = mask_iou(coarse, refined)
+        x0, y0, x1, y1 = joined_box(coarse_box, refined_box)
+        agreement = mask_iou(coarse[y0:y1, x0:x1], refined[y0:y1, x0:x1])
         if agreement < self.config.min_agreement:
             raise _Stopped(
                 "rejected",
@@ -151,7 +160,7 @@ class SegmentRefiner:
             with _stage("encode", "refine_failed", timings):
                 result.refined_mask_base64 = png._encode_mask_png_base64(refined)
         with _stage("trace", "trace_failed", timings, missing="trace_failed"):
-            traced = self._trace(refined)
+            traced = self._trace(refined, refined_box)
         if traced is None:
             raise _Stopped("trace_failed", "the refined mask holds only specks")
         result.refined_svg_path, result.refined_bbox = traced
@@ -183,15 +192,29 @@ class SegmentRefiner:
             )
         return refined
 
-    def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:
+    def _trace(self, mask: np.ndarray, box: PixelBox) -> tuple[str, Bbox] | None:
         config = self.config
-        return trace.bitmap_to_path(
-            mask,
-            turdsize=config.turdsize,
-            alphamax=config.alphamax,
-            opttolerance=config.opttolerance,
-            tracer=config.tracer,
-        )
+        traced = None
+        for alphamax in (config.alphamax, 0.0):
+            traced = trace.bitmap_to_path(
+                mask,
+                turdsize=config.turdsize,
+                alphamax=alphamax,
+                opttolerance=config.opttolerance,
+                tracer=config.tracer,
+            )
+            # Rounding a corner costs about a pixel: nothing for a large object, a tenth of a
+            # small one. A small one that lost too much is traced with its corners kept.
+            if traced is None or max(box[2] - box[0], box[3] - box[1]) > SMALL_SIDE:
+                break
+            x0, y0, x1, y1 = box
+            whole = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+            again = raster.rasterize(
+                place_path(parse_path(traced[0]), whole, x1 - x0, y1 - y0), x1 - x0, y1 - y0
+            )
+            if mask_iou(mask[y0:y1, x0:x1], again) >= FAITHFUL_IOU:
+                break
+        return traced
 
     def self_check(self) -> None:
         """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""
@@ -221,8 +244,8 @@ def check_image(image: Any) -> None:
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks (uint8 or bool, 0/1); 1 when both are empty."""
-    union = np.count_nonzero(a | b)
-    return np.count_nonzero(a & b) / union if union else 1.0
+    union = np.count_nonzero((a | b).view(np.bool_))
+    return np.count_nonzero((a & b).view(np.bool_)) / union if union else 1.0
 
 
 @contextmanager
