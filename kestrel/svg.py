@@ -54,7 +54,8 @@ _NUMBER = re.compile(
 )
 _FLAG = re.compile(r"([01])[ \t\r\n\f]*(?:(,)[ \t\r\n\f]*)?")
 
-_ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
+ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
+"""Numbers that one segment of a command takes."""
 
 
 def parse_path(d: str, limits: Limits | None = None, *, partial: bool = False) -> Path:
@@ -105,7 +106,7 @@ def _read(d: str, builder: _Builder) -> None:
 
 def _read_arguments(d: str, at: int, name: str, builder: _Builder) -> int:
     """Read one command's argument groups (at least one, then implicit repeats)."""
-    patterns = [_NUMBER] * _ARITY[name.upper()]
+    patterns = [_NUMBER] * ARITY[name.upper()]
     if name in "Aa":
         patterns[3] = patterns[4] = _FLAG
     comma = False
