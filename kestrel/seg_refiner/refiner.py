@@ -194,10 +194,12 @@ class SegmentRefiner:
 
     def _trace(self, mask: np.ndarray, box: PixelBox) -> tuple[str, Bbox] | None:
         config = self.config
-        traced = None
+        x0, y0, x1, y1 = box
+        crop = mask[y0:y1, x0:x1]
+        path = None
         for alphamax in (config.alphamax, 0.0):
-            traced = trace.bitmap_to_path(
-                mask,
+            path = trace.trace_crop(
+                crop,
                 turdsize=config.turdsize,
                 alphamax=alphamax,
                 opttolerance=config.opttolerance,
@@ -205,16 +207,14 @@ class SegmentRefiner:
             )
             # Rounding a corner costs about a pixel: nothing for a large object, a tenth of a
             # small one. A small one that lost too much is traced with its corners kept.
-            if traced is None or max(box[2] - box[0], box[3] - box[1]) > SMALL_SIDE:
+            if path is None or max(crop.shape) > SMALL_SIDE:
                 break
-            x0, y0, x1, y1 = box
-            whole = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
-            again = raster.rasterize(
-                place_path(parse_path(traced[0]), whole, x1 - x0, y1 - y0), x1 - x0, y1 - y0
-            )
-            if mask_iou(mask[y0:y1, x0:x1], again) >= FAITHFUL_IOU:
+            again = raster.rasterize(path, x1 - x0, y1 - y0, config.rasterizer)
+            if mask_iou(crop, again) >= FAITHFUL_IOU:
                 break
-        return traced
+        if path is None:
+            return None
+        return trace.write_traced(path, box, mask.shape[1], mask.shape[0])
 
     def self_check(self) -> None:
         """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from kestrel.seg_refiner.box import mask_box
-from kestrel.svg import Command, Path, path_to_string
+from kestrel.seg_refiner.box import PixelBox, mask_box
+from kestrel.svg import Command, Path, path_to_string, transform
 
 log = logging.getLogger(__name__)
 
@@ -62,28 +62,49 @@ def bitmap_to_path(
     if box is None:
         return None
     x0, y0, x1, y1 = box
-    crop = np.ascontiguousarray(mask[y0:y1, x0:x1] != 0).view(np.uint8)
-    commands = load_tracer(tracer)(crop, turdsize, alphamax, opttolerance)
+    path = trace_crop(
+        mask[y0:y1, x0:x1],
+        turdsize=turdsize,
+        alphamax=alphamax,
+        opttolerance=opttolerance,
+        tracer=tracer,
+    )
+    return None if path is None else write_traced(path, box, mask.shape[1], mask.shape[0])
+
+
+def trace_crop(
+    crop: np.ndarray, *, turdsize: int, alphamax: float, opttolerance: float, tracer: str
+) -> Path | None:
+    """Outline of a mask [h, w] (non-zero is inside), pixels, y down, within the crop; or None."""
+    inside = np.ascontiguousarray(crop != 0).view(np.uint8)
+    commands = load_tracer(tracer)(inside, turdsize, alphamax, opttolerance)
     if not commands:
         return None
+    height, width = crop.shape
+    return Path(tuple((name, _within(coords, width, height)) for name, coords in commands))
+
+
+def _within(coords: tuple[float, ...], width: int, height: int) -> tuple[float, ...]:
+    """Potrace may fit a vertex up to half a pixel outside the mask's box: cut there."""
+    return tuple(
+        min(float(height if i & 1 else width), max(0.0, value)) for i, value in enumerate(coords)
+    )
+
+
+def write_traced(
+    path: Path, box: PixelBox, image_width: int, image_height: int
+) -> tuple[str, dict[str, float]]:
+    """``path`` (pixels within ``box``) as text relative to the box, and the box normalised."""
+    x0, y0, x1, y1 = box
     width, height = x1 - x0, y1 - y0
-    path = Path(tuple((name, _relative(coords, width, height)) for name, coords in commands))
     decimals = max(1, math.ceil(math.log10(max(width, height) / QUANTUM / 2)))
-    image_height, image_width = mask.shape
     bbox = {
         "x_min": x0 / image_width,
         "y_min": y0 / image_height,
         "x_max": x1 / image_width,
         "y_max": y1 / image_height,
     }
-    return path_to_string(path, decimals), bbox
-
-
-def _relative(coords: tuple[float, ...], width: int, height: int) -> tuple[float, ...]:
-    """Pixels to 0..1. Potrace may fit a vertex up to half a pixel outside the box: cut there."""
-    return tuple(
-        min(1.0, max(0.0, value / (height if i & 1 else width))) for i, value in enumerate(coords)
-    )
+    return path_to_string(transform(path, 1 / width, 1 / height), decimals), bbox
 
 
 def load_tracer(name: str = "auto") -> Tracer:
