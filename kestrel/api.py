@@ -190,7 +190,7 @@ class ModelResult:
     """``stop`` or ``length``."""
     object: str
     path: str
-    """SVG path data in 0..1 relative to ``bbox``; empty when there is none."""
+    """SVG path data in 0..1 relative to ``bbox``: what could be read, empty when nothing was."""
     bbox: Bbox | None
     metrics: ModelMetrics
     parse_error: str | None = None
@@ -200,6 +200,11 @@ class ModelResult:
     path_tokens: list[str] = field(default_factory=list)
     points: list[tuple[float, float]] = field(default_factory=list)
     sizes: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def refinable(self) -> bool:
+        """Whether there is a whole path to refine."""
+        return bool(self.path) and self.bbox is not None and self.parse_error is None
 
 
 @dataclass
@@ -503,7 +508,7 @@ def _outline(
 ) -> tuple[str, Bbox | None]:
     if refined is not None and refined.refined_svg_path and refined.refined_bbox:
         return refined.refined_svg_path, refined.refined_bbox
-    return model.path, model.bbox
+    return ("" if model.parse_error is not None else model.path), model.bbox
 
 
 def _masks(refined: SegmentRefineBitmapsResult | None, return_base64: bool) -> dict[str, str]:
