@@ -15,29 +15,29 @@ class Pool(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
     """Logical CPUs that one replica reserves (0: none, it is only placed by memory)."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that one replica reserves; a fraction shares a GPU between replicas."""
-    min_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(default=1, ge=1)
     """Replicas kept when idle. At least 1: a cold start is longer than any deadline."""
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
     """Replicas at most. Equal to ``min_replicas``: a fixed pool, no autoscaling."""
-    target_ongoing_requests: float = Field(2.0, gt=0)
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
     """Autoscaling aims at this many running and queued requests per replica."""
-    upscale_delay_s: float = Field(10.0, ge=0)
+    upscale_delay_s: float = Field(default=10.0, ge=0)
     """Load must stay high this long before a replica is added, seconds."""
-    downscale_delay_s: float = Field(300.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
     """Load must stay low this long before a replica is removed, seconds."""
-    max_ongoing_requests: int = Field(16, ge=1)
+    max_ongoing_requests: int = Field(default=16, ge=1)
     """Requests that one replica runs at once."""
-    max_queued_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(default=64, ge=1)
     """Requests that may wait, per caller, for a free replica; more are refused (503)."""
-    graceful_shutdown_timeout_s: float = Field(20.0, gt=0)
+    graceful_shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """A replica that is taken down may finish its requests for this long, seconds."""
-    health_check_period_s: float = Field(10.0, gt=0)
+    health_check_period_s: float = Field(default=10.0, gt=0)
     """Seconds between two health checks of a replica."""
-    health_check_timeout_s: float = Field(30.0, gt=0)
+    health_check_timeout_s: float = Field(default=30.0, gt=0)
     """A replica that does not answer its health check for this long is replaced, seconds."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources of one replica, to pin a pool to marked nodes."""
@@ -89,7 +89,7 @@ class GraphArgs(BaseModel):
     """The model half. Its ``refiner`` is always None here: refinement is a pool of its own."""
     refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     """The CPU half."""
-    refine_timeout_s: float = Field(10.0, gt=0)
+    refine_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds that a request waits for its refinement before it goes on without one."""
     ingress_pool: Pool = Pool(num_cpus=0.5, max_ongoing_requests=256, max_queued_requests=512)
     model_pool: Pool = Pool()

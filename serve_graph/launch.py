@@ -92,7 +92,7 @@ class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
-    ``num_cpus`` are logical CPUs; ``dashboard_port`` and ``client_port`` are what their names say.
+    ``num_cpus`` are logical CPUs; ``environment`` adds to and overrides that of Ray's processes.
     """
 
     def __init__(
@@ -109,12 +109,9 @@ class LocalCluster:
         self.gcs_port = free_port()
         self.client_port = client_port or free_port()
         self.dashboard_port = dashboard_port or free_port()
-        self.variables = {
-            **FAST_SERVE,
-            **LOOPBACK,
-            **token_variables(self.dir),
-            **(environment or {}),
-        }
+        self.variables = {**FAST_SERVE, **LOOPBACK, **(environment or {})}
+        if "RAY_AUTH_TOKEN" not in self.variables:
+            self.variables.update(token_variables(self.dir))
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._object_store_bytes = object_store_bytes
         self._ray: subprocess.Popen[bytes] | None = None
@@ -151,7 +148,7 @@ class LocalCluster:
     ) -> None:
         self.stop(keep_logs=isinstance(error, LaunchError))
 
-    def start(self, timeout_s: float = 60.0) -> None:
+    def start(self, timeout_s: float = 180.0) -> None:
         """Start Ray and wait for its dashboard; LaunchError when it does not come up."""
         environment = {**os.environ, **self.variables}
         environment.pop("RAY_ADDRESS", None)
@@ -195,7 +192,7 @@ class LocalCluster:
             raise LaunchError(f"Serve refused the config: {reason}") from error
 
     def wait_ready(
-        self, url: str, timeout_s: float = 180.0, stop: threading.Event | None = None
+        self, url: str, timeout_s: float = 300.0, stop: threading.Event | None = None
     ) -> None:
         """Wait until ``url`` (a ``/healthz``) answers 200; LaunchError with the reason otherwise.
 
@@ -263,9 +260,7 @@ class LocalCluster:
             applications = self.status()["applications"].values()
         except (OSError, ValueError, KeyError):
             return ""
-        return "; ".join(
-            app["message"] for app in applications if app["status"] == "DEPLOY_FAILED"
-        )
+        return "; ".join(app["message"] for app in applications if app["status"] == "DEPLOY_FAILED")
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

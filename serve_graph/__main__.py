@@ -1,0 +1,126 @@
+"""``python -m serve_graph up`` serves on this machine; ``demo`` runs the samples through it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kestrel.config import SHIPPED_MODELS
+from serve_graph.launch import LaunchError, LocalCluster, free_port
+
+LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
+SAMPLES = SHIPPED_MODELS / "nano" / "samples"
+
+
+def read_config(path: Path, port: int | None) -> dict[str, Any]:
+    """A Serve config with its HTTP port replaced when ``port`` is given."""
+    config = yaml.safe_load(path.read_text())
+    if not isinstance(config, dict):
+        raise LaunchError(f"{path} is not a Serve config")
+    if port is not None:
+        config.setdefault("http_options", {})["port"] = port
+    return config
+
+
+def service_url(config: dict[str, Any]) -> str:
+    """Where this machine reaches the HTTP door of a config."""
+    http = config.get("http_options", {})
+    host = http.get("host", "127.0.0.1")
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{http.get('port', 8000)}"
+
+
+def sample_request(folder: Path) -> tuple[str, Path]:
+    """The noun of the first sample picture and a file with its JSON request, written to folder."""
+    sample = json.loads((SAMPLES / "samples.json").read_text())[0]
+    image = base64.b64encode((SAMPLES / sample["file"]).read_bytes()).decode()
+    path = folder / "request.json"
+    path.write_text(json.dumps({"object": sample["noun"], "image_url": image}))
+    return sample["noun"], path
+
+
+def up(options: argparse.Namespace) -> None:
+    """Start, say how to call it, wait for a signal, stop."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    config = read_config(options.config, options.port)
+    url = service_url(config)
+    began = time.monotonic()
+    cluster = LocalCluster(
+        num_cpus=options.num_cpus,
+        num_gpus=options.num_gpus,
+        dashboard_port=options.dashboard_port,
+        client_port=options.client_port,
+    )
+    with cluster:
+        cluster.deploy(config)
+        cluster.wait_ready(f"{url}/healthz", stop=stop)
+        if stop.is_set():
+            return
+        noun, request = sample_request(cluster.dir)
+        print(
+            f"""ready in {time.monotonic() - began:.0f} s: {url} (documentation at {url}/docs)
+
+  curl -s {url}/v1/segment -H 'Content-Type: application/json' -d @{request}   # a {noun}
+
+dashboard   {cluster.dashboard}
+Ray Client  SegmentClient("{cluster.client_address}")
+handle      RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS={cluster.address}
+token       {cluster.variables.get("RAY_AUTH_TOKEN_PATH", "as in your environment")}
+logs        {cluster.dir}/session_latest/logs/serve
+
+Ctrl-C stops it.""",
+            flush=True,
+        )
+        while not stop.wait(2):
+            cluster.check()
+    print("stopped")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve the local config on free ports, run the samples through it, stop."""
+    from serve_graph.demo import run
+
+    config = read_config(LOCAL, free_port())
+    url = service_url(config)
+    began = time.monotonic()
+    with LocalCluster() as cluster:
+        cluster.deploy(config)
+        cluster.wait_ready(f"{url}/healthz")
+        print(f"Ray, model and refiner are up after {time.monotonic() - began:.0f} s", flush=True)
+        run(url, options.output)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m serve_graph", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("up", help="start Ray and the graph, wait for Ctrl-C")
+    command.add_argument("--config", type=Path, default=LOCAL, help="Serve config to deploy")
+    command.add_argument("--port", type=int, help="HTTP port in place of the config's")
+    command.add_argument("--num-cpus", type=int, default=2, help="logical CPUs given to Ray")
+    command.add_argument("--num-gpus", type=int, default=0, help="GPUs given to Ray")
+    command.add_argument("--dashboard-port", type=int, default=8265)
+    command.add_argument("--client-port", type=int, default=10001, help="port of the Ray Client")
+    command.set_defaults(run=up)
+    command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
+    command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
+    command.set_defaults(run=demo)
+    options = parser.parse_args()
+    try:
+        options.run(options)
+    except LaunchError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The whole graph on one screen: ``build(args)`` turns the args of a Serve config into it.
+
+    client -> Ingress -> Model      (GPU or CPU: the path and the box)
+                      -> Refiner    (CPU: refine, rasterise, trace; no torch)
+
+Each stage has its own replicas, autoscaling bounds and queue. The encoded image goes to each half
+once, as bytes; the halves never talk to each other.
+"""
+
+# No ``from __future__ import annotations`` here: Serve reads the type of ``args`` at run time.
+from ray import serve
+from ray.serve import Application
+
+from serve_graph.args import GraphArgs
+from serve_graph.ingress import IngressDeployment
+from serve_graph.model import ModelDeployment
+from serve_graph.refiner import RefinerDeployment
+
+
+def build(args: GraphArgs) -> Application:
+    """The segmentation application; its ingress is also the handle that clients call.
+
+    Serve validates ``args`` before the call: an unknown key or a value out of range raises
+    ``pydantic.ValidationError`` and nothing is deployed.
+    """
+    model = serve.deployment(name="Model", **args.model_pool.options())(ModelDeployment)
+    refiner = serve.deployment(name="Refiner", **args.refiner_pool.options())(RefinerDeployment)
+    ingress = serve.deployment(name="Ingress", **args.ingress_pool.options())(
+        serve.ingress()(IngressDeployment)
+    )
+    return ingress.bind(
+        args.runtime,
+        args.refine_timeout_s,
+        model.bind(args.runtime),
+        refiner.bind(args.refiner, args.runtime.limits, args.refiner_pool.max_ongoing_requests),
+    )

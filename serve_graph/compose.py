@@ -1,0 +1,106 @@
+"""The two halves put together: what stands behind both doors of the graph."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from ray.util.metrics import Counter
+
+from kestrel.api import ModelResult, Overloaded, SegmentRequest
+from kestrel.config import RuntimeConfig
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from kestrel.server.compose import compose_events
+from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve")
+
+
+class GraphBackend:
+    """Model pool, then refiner pool, for each request: a ``kestrel.server.routes.Backend``."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        refine_timeout_s: float,
+        model: DeploymentHandle,
+        refiner: DeploymentHandle,
+    ) -> None:
+        self.config = config
+        self.max_context: int | None = None
+        """Positions of the model; None until a model replica has answered."""
+        self._starting = ["model", "refiner"]
+        self._model = ModelHalf(model)
+        self._refiner = RefinerHalf(refiner, refine_timeout_s)
+        self._reasons = Counter(
+            "segment_refinements",
+            description="Requests by what came of their refinement.",
+            tag_keys=("reason",),
+        )
+
+    async def wait_for_halves(self) -> None:
+        """Returns once a replica of each half has answered. A replica of either exists only after
+        it has segmented a built-in picture."""
+        while self._starting:
+            try:
+                if "model" in self._starting:
+                    self.max_context = await self._model.health()
+                    self._starting.remove("model")
+                await self._refiner.health()
+                self._starting.remove("refiner")
+            except Exception as error:
+                logger.info("waiting for %s: %r", " and ".join(self._starting), error)
+                await asyncio.sleep(0.5)
+
+    async def ready(self) -> str | None:
+        """None once both halves have answered, else which are still starting."""
+        if not self._starting:
+            return None
+        return f"{' and '.join(self._starting)} still starting"
+
+    async def complete(
+        self, request: SegmentRequest, request_id: str, timeout_s: float
+    ) -> tuple[ModelResult, SegmentRefineBitmapsResult]:
+        """The model's result and what refinement made of it; raises RequestError."""
+        deadline = Deadline(timeout_s)
+        model = await self._model.complete(request, request_id, deadline)
+        return model, await self._refined(request, model, deadline)
+
+    def events(
+        self, request: SegmentRequest, request_id: str, timeout_s: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The contract's events; RequestError before the first one only."""
+        deadline = Deadline(timeout_s)
+        return compose_events(
+            self._model.events(request, request_id, deadline),
+            lambda model: self._refined(request, model, deadline),
+            request_id=request_id,
+            timeout_s=timeout_s,
+            return_base64=request.return_base64,
+        )
+
+    async def _refined(
+        self, request: SegmentRequest, model: ModelResult, deadline: Deadline
+    ) -> SegmentRefineBitmapsResult:
+        if request.image is None:
+            refined = SegmentRefineBitmapsResult(reason="no_image")
+        elif not model.path:
+            refined = SegmentRefineBitmapsResult(reason="no_path")
+        else:
+            try:
+                refined = await self._refiner.refine(request, model, deadline)
+            except RefinerUnavailable as error:
+                self._reasons.inc(tags={"reason": "unavailable"})
+                logger.warning("request %s: refiner unavailable: %s", model.request_id, error)
+                if request.return_base64:
+                    raise Overloaded("the refiner is unavailable", retry_after_s=2.0) from error
+                return SegmentRefineBitmapsResult(reason="unavailable")
+        self._reasons.inc(tags={"reason": refined.reason})
+        if refined.reason != "refined":
+            logger.info("request %s: not refined: %s", model.request_id, refined.reason)
+        return refined

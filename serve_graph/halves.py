@@ -1,0 +1,188 @@
+"""Calls to the two halves: deadlines, queue-full answers, a second try when a replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from kestrel.api import (
+    DeadlineExceeded,
+    ModelDone,
+    ModelEvent,
+    ModelResult,
+    Overloaded,
+    RequestError,
+    SegmentRequest,
+)
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+logger = logging.getLogger("ray.serve")
+
+LOST = (RayActorError, ReplicaUnavailableError)
+"""The replica died or left while it held the request. Both halves are pure, so it may run again."""
+
+ATTEMPTS = 3
+"""Replicas that a request may lose before it fails."""
+
+RETRY_PAUSE_S = 0.1
+"""Lets the router learn of the death before the next try, seconds."""
+
+HEALTH_TIMEOUT_S = 10.0
+"""How long a half may take to say that it is there, seconds."""
+
+T = TypeVar("T")
+
+
+class RefinerUnavailable(Exception):
+    """No replica could refine this path in time; the model's own path is still good."""
+
+
+class Deadline:
+    """A moment on this process's monotonic clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds that are left; DeadlineExceeded when there are none."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded()
+        return left
+
+
+async def _within(deadline: Deadline, awaitable: Awaitable[T]) -> T:
+    try:
+        return await asyncio.wait_for(awaitable, deadline.left())
+    except asyncio.TimeoutError:
+        raise DeadlineExceeded() from None
+
+
+async def _finish(response: Any, deadline: Deadline) -> Any:
+    """The result of a handle call; on every other way out the call is cancelled."""
+    try:
+        return await _within(deadline, response)
+    except BaseException:
+        response.cancel()
+        raise
+
+
+def _refusal(error: Exception) -> Exception:
+    """What the caller gets for an error of a half: the contract's errors stay what they were."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, BackPressureError):
+        return Overloaded("every model replica is busy and the queue is full", retry_after_s=1.0)
+    if isinstance(error, (*LOST, DeploymentUnavailableError)):
+        return Overloaded("no model replica could finish the request", retry_after_s=2.0)
+    return error
+
+
+class ModelHalf:
+    """The model pool as two calls."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._complete = handle.options(method_name="complete")
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._health = handle.options(method_name="health")
+
+    async def health(self) -> int:
+        """The model's context in positions, once a replica has answered."""
+        context: int = await _finish(self._health.remote(), Deadline(HEALTH_TIMEOUT_S))
+        return context
+
+    async def complete(
+        self, request: SegmentRequest, request_id: str, deadline: Deadline
+    ) -> ModelResult:
+        """The finished path; RequestError when it is refused, late or lost."""
+        for attempt in range(1, ATTEMPTS + 1):
+            response = self._complete.remote(request, request_id, deadline.left())
+            try:
+                return await _finish(response, deadline)
+            except LOST as error:
+                if attempt == ATTEMPTS:
+                    raise _refusal(error) from error
+                logger.warning("request %s: model replica lost, trying another", request_id)
+                await asyncio.sleep(min(RETRY_PAUSE_S, deadline.left()))
+            except Exception as error:
+                raise _refusal(error) from error
+        raise AssertionError("unreachable")
+
+    async def events(
+        self, request: SegmentRequest, request_id: str, deadline: Deadline
+    ) -> AsyncGenerator[ModelEvent, None]:
+        """The model's events as they come. A lost replica is replaced until the first event."""
+        started = finished = False
+        for attempt in range(1, ATTEMPTS + 1):
+            response: Any = self._generate.remote(request, request_id, deadline.left())
+            try:
+                while True:
+                    try:
+                        event = await _within(deadline, response.__anext__())
+                    except StopAsyncIteration:
+                        return
+                    started, finished = True, isinstance(event, ModelDone)
+                    yield event
+            except LOST as error:
+                if started or attempt == ATTEMPTS:
+                    raise _refusal(error) from error
+                logger.warning("request %s: model replica lost, trying another", request_id)
+                await asyncio.sleep(min(RETRY_PAUSE_S, deadline.left()))
+            except Exception as error:
+                raise _refusal(error) from error
+            finally:
+                # Reached on every way out, a client that went away included: frees the slot.
+                if not finished:
+                    response.cancel()
+
+
+class RefinerHalf:
+    """The refiner pool as one call."""
+
+    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
+        self._refine = handle.options(method_name="refine")
+        self._health = handle.options(method_name="health")
+        self._timeout_s = timeout_s
+
+    async def health(self) -> None:
+        """Returns once a replica has answered."""
+        await _finish(self._health.remote(), Deadline(HEALTH_TIMEOUT_S))
+
+    async def refine(
+        self, request: SegmentRequest, model: ModelResult, deadline: Deadline
+    ) -> SegmentRefineBitmapsResult:
+        """Refined path and masks; RefinerUnavailable after three lost replicas, a full queue or
+        ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first."""
+        patience = Deadline(min(self._timeout_s, deadline.left()))
+        for _ in range(ATTEMPTS):
+            response = self._refine.remote(
+                request.image, model.path, model.bbox, request.return_base64
+            )
+            try:
+                return await _finish(response, patience)
+            except DeadlineExceeded:
+                deadline.left()
+                raise RefinerUnavailable(f"no answer in {self._timeout_s:g} s") from None
+            except LOST:
+                logger.warning("request %s: refiner replica lost, trying another", model.request_id)
+                await asyncio.sleep(RETRY_PAUSE_S)
+            except (BackPressureError, DeploymentUnavailableError) as error:
+                raise RefinerUnavailable(str(error)) from error
+            except RayTaskError as error:
+                if isinstance(error.cause, RequestError):
+                    raise error.cause from None
+                raise
+        raise RefinerUnavailable(f"{ATTEMPTS} refiner replicas were lost in a row")

@@ -1,0 +1,161 @@
+"""The door for Ray programs: a handle to the ingress, direct or through Ray Client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import Any
+
+from kestrel.api import DeadlineExceeded, Overloaded, RequestError, SegmentRequest
+from serve_graph.launch import LOOPBACK
+
+# Both are read when Ray is imported. A driver on the loopback address of a local cluster needs the
+# first; the second lets a program that shares the server's environment use handles from threads.
+if os.environ.get("RAY_ADDRESS", "").startswith("127."):
+    os.environ.update(LOOPBACK)
+os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
+
+
+class HandleDoor:
+    """Calls the ingress deployment's methods; the same composing happens as for HTTP."""
+
+    def __init__(self, address: str | None, *, app: str, timeout_s: float) -> None:
+        if address and address.startswith(("127.", "localhost:")):
+            os.environ.update(LOOPBACK)
+        import ray
+        from ray import serve
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        self._connected_here = not ray.is_initialized()
+        if self._connected_here:
+            try:
+                ray.init(address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+            except (ValueError, RuntimeError) as error:
+                raise ConnectionError(f"no Ray cluster at {address or 'auto'}: {error}") from error
+        self._ray = ray
+        self._timeout_s = timeout_s
+        self._task_error = RayTaskError
+        self._late = (GetTimeoutError, TimeoutError)
+        self._busy = BackPressureError
+        self._lost = (RayActorError,)
+        try:
+            self._handle = serve.get_app_handle(app)
+        except RayServeException as error:
+            self.close()
+            raise ConnectionError(f"no Serve application {app!r}: {error}") from error
+        # Ray Client carries no streaming calls: events then come through a Ray queue.
+        self._through_queue = bool(ray.util.client.ray.is_connected())
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """Ray's wrapping comes off: callers see the errors of the contract."""
+        try:
+            yield
+        except self._late:
+            raise DeadlineExceeded() from None
+        except self._busy as error:
+            raise Overloaded(str(error), retry_after_s=1.0) from None
+        except self._lost as error:
+            raise Overloaded("the ingress replica was lost", retry_after_s=1.0) from error
+        except self._task_error as error:
+            if isinstance(error.cause, RequestError):
+                raise error.cause from None
+            raise
+
+    def call(self, request: SegmentRequest) -> dict[str, Any]:
+        with self._plain_errors():
+            response = self._handle.segment.remote(**fields(request))
+            try:
+                answer: dict[str, Any] = response.result(timeout_s=self._timeout_s)
+                return answer
+            except BaseException:
+                response.cancel()
+                raise
+
+    async def acall(self, request: SegmentRequest) -> dict[str, Any]:
+        with self._plain_errors():
+            response = self._handle.segment.remote(**fields(request))
+            try:
+                answer: dict[str, Any] = await response
+                return answer
+            except BaseException:
+                response.cancel()
+                raise
+
+    def events(self, request: SegmentRequest) -> Iterator[dict[str, Any]]:
+        if self._through_queue:
+            yield from self._queued_events(request)
+            return
+        response: Any = self._handle.options(stream=True).stream.remote(**fields(request))
+        try:
+            with self._plain_errors():
+                yield from response
+        finally:
+            response.cancel()
+
+    async def aevents(self, request: SegmentRequest) -> AsyncIterator[dict[str, Any]]:
+        if self._through_queue:
+            events = self._queued_events(request)
+            try:
+                while (event := await asyncio.to_thread(next, events, None)) is not None:
+                    yield event
+            finally:
+                await asyncio.to_thread(events.close)
+            return
+        response: Any = self._handle.options(stream=True).stream.remote(**fields(request))
+        try:
+            with self._plain_errors():
+                async for event in response:
+                    yield event
+        finally:
+            response.cancel()
+
+    def _queued_events(self, request: SegmentRequest) -> Generator[dict[str, Any], None, None]:
+        from ray.util.queue import Empty, Queue
+
+        queue = Queue(actor_options={"num_cpus": 0})
+        response = self._handle.stream_into.remote(queue, **fields(request))
+        try:
+            with self._plain_errors():
+                while True:
+                    try:
+                        event = queue.get(timeout=1.0)
+                    except Empty:
+                        # Still running: a timeout. An ingress that died cannot say so in the queue.
+                        with contextlib.suppress(*self._late):
+                            response.result(timeout_s=0.0)
+                        continue
+                    if isinstance(event, RequestError):
+                        raise event
+                    yield event
+                    if event.get("completed") and event["type"] != "path_delta":
+                        return
+        finally:
+            response.cancel()
+            queue.shutdown(force=True)
+
+    def close(self) -> None:
+        if self._connected_here:
+            self._ray.shutdown()
+
+    async def aclose(self) -> None:
+        self.close()
+
+
+def fields(request: SegmentRequest) -> dict[str, Any]:
+    """A request as the keyword arguments of the ingress's methods."""
+    return {
+        "object": request.object,
+        "image": request.image,
+        "spatial_refs": request.spatial_refs,
+        "return_base64": request.return_base64,
+        "settings": {
+            "temperature": request.settings.temperature,
+            "top_p": request.settings.top_p,
+            "max_tokens": request.settings.max_tokens,
+        },
+    }

@@ -1,0 +1,122 @@
+"""The HTTP door of the client."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+
+from kestrel.api import DeadlineExceeded, SegmentRequest, error_from_response
+
+
+class HttpDoor:
+    """POST /v1/segment, plain and SSE."""
+
+    def __init__(self, address: str, *, api_key: str | None, timeout_s: float) -> None:
+        options: dict[str, Any] = {
+            "base_url": address.rstrip("/"),
+            "timeout": timeout_s,
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+        }
+        self._options = options
+        self._client = httpx.Client(**options)
+        self._async_client: httpx.AsyncClient | None = None
+
+    def call(self, request: SegmentRequest) -> dict[str, Any]:
+        with _plain_errors():
+            response = self._client.post("/v1/segment", json=_body(request, stream=False))
+            _check(response)
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    async def acall(self, request: SegmentRequest) -> dict[str, Any]:
+        with _plain_errors():
+            response = await self._aclient().post("/v1/segment", json=_body(request, stream=False))
+            _check(response)
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    def events(self, request: SegmentRequest) -> Iterator[dict[str, Any]]:
+        with (
+            _plain_errors(),
+            self._client.stream(
+                "POST", "/v1/segment", json=_body(request, stream=True)
+            ) as response,
+        ):
+            if response.is_error:
+                response.read()
+            _check(response)
+            for line in response.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line[5:])
+
+    async def aevents(self, request: SegmentRequest) -> AsyncIterator[dict[str, Any]]:
+        with _plain_errors():
+            async with self._aclient().stream(
+                "POST", "/v1/segment", json=_body(request, stream=True)
+            ) as response:
+                if response.is_error:
+                    await response.aread()
+                _check(response)
+                async for line in response.aiter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line[5:])
+
+    def _aclient(self) -> httpx.AsyncClient:
+        if self._async_client is None:
+            self._async_client = httpx.AsyncClient(**self._options)
+        return self._async_client
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def aclose(self) -> None:
+        self._client.close()
+        if self._async_client is not None:
+            await self._async_client.aclose()
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DeadlineExceeded() from error
+    except httpx.TransportError as error:
+        raise ConnectionError(str(error)) from error
+
+
+def _body(request: SegmentRequest, *, stream: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "object": request.object,
+        "stream": stream,
+        "return_base64": request.return_base64,
+        "settings": {
+            "temperature": request.settings.temperature,
+            "top_p": request.settings.top_p,
+            "max_tokens": request.settings.max_tokens,
+        },
+    }
+    if request.image is not None:
+        assert isinstance(request.image, bytes)
+        body["image_url"] = base64.b64encode(request.image).decode()
+    if request.spatial_refs is not None:
+        body["spatial_refs"] = [list(ref) for ref in request.spatial_refs]
+    return body
+
+
+def _check(response: httpx.Response) -> None:
+    if not response.is_error:
+        return
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    # A proxy in between, or Serve's own, may answer in plain text.
+    if not isinstance(body, dict):
+        body = {"error": response.text[:200] or f"HTTP {response.status_code}"}
+    raise error_from_response(response.status_code, body, response.headers.get("retry-after"))

@@ -1,0 +1,69 @@
+"""The ingress deployment: both doors of the graph. It decodes no pixels."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from kestrel import api
+from kestrel.api import RequestError, SegmentRequest
+from kestrel.config import RuntimeConfig
+from serve_graph.compose import GraphBackend
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from ray.util.queue import Queue
+    from starlette.applications import Starlette
+
+
+class IngressDeployment:
+    """HTTP, and by handle the methods ``segment`` and ``stream``: one validation, one composing."""
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: RuntimeConfig,
+        refine_timeout_s: float,
+        model: DeploymentHandle,
+        refiner: DeploymentHandle,
+    ) -> None:
+        self._backend = GraphBackend(config, refine_timeout_s, model, refiner)
+        # Kept, because asyncio itself holds its tasks weakly.
+        self._starting = asyncio.create_task(self._backend.wait_for_halves())
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        from kestrel.server.routes import build_app
+
+        return build_app(self._backend)
+
+    async def segment(self, **fields: Any) -> dict[str, Any]:
+        """The arguments of ``kestrel.api.validate_segment`` in, the plain HTTP answer's fields out;
+        raises RequestError."""
+        request = self._validated(fields)
+        model, refined = await self._backend.complete(
+            request, uuid.uuid4().hex, self._backend.config.request_timeout_s
+        )
+        return api.segment_response(model, refined, return_base64=request.return_base64)
+
+    async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
+        """The events that SSE sends; raises RequestError before the first one only."""
+        events = self._backend.events(
+            self._validated(fields), uuid.uuid4().hex, self._backend.config.request_timeout_s
+        )
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    async def stream_into(self, queue: Queue, **fields: Any) -> None:
+        """``stream`` for Ray Client, which has no streaming calls: the events go into a queue."""
+        try:
+            async for event in self.stream(**fields):
+                await queue.put_async(event)
+        except RequestError as error:
+            await queue.put_async(error)
+
+    def _validated(self, fields: dict[str, Any]) -> SegmentRequest:
+        limits, max_context = self._backend.config.limits, self._backend.max_context
+        return api.validate_segment(**fields, limits=limits, max_context=max_context)

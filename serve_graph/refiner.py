@@ -1,0 +1,75 @@
+"""The refiner deployment: the CPU half in a process without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kestrel.config import Limits, RefinerConfig
+    from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+
+class RefinerDeployment:
+    """Image and rough path in; refined path and, when asked for, two masks out.
+
+    Its replica is ready once it has refined a built-in picture; it fails to start, and says what
+    is missing, where it cannot.
+    """
+
+    def __init__(self, config: RefinerConfig, limits: Limits, threads: int) -> None:
+        import cv2
+
+        from kestrel.seg_refiner import SegmentRefiner
+
+        # Requests and replicas run beside each other; OpenCV's own threads would only compete.
+        cv2.setNumThreads(1)
+        self._refiner = SegmentRefiner(config, limits=limits)
+        self._refiner.self_check()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
+        self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
+
+    async def refine(
+        self,
+        image: bytes | np.ndarray,
+        path: str,
+        bbox: dict[str, float] | None,
+        return_base64: bool,
+    ) -> SegmentRefineBitmapsResult:
+        """Refine one path over its image; decoding happens here and only here, once."""
+        refine: Any = (
+            self._refiner.refine_encoded
+            if isinstance(image, bytes)
+            else self._refiner.refine_with_bitmaps
+        )
+        self._counts["running"] += 1
+        try:
+            # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
+            result: SegmentRefineBitmapsResult = await asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: refine(image, path, bbox, return_base64=return_base64)
+            )
+        except asyncio.CancelledError:
+            self._counts["cancelled"] += 1
+            raise
+        finally:
+            self._counts["running"] -= 1
+        self._counts["answered"] += 1
+        self._counts["encoded"] += "encode" in result.timings_ms
+        return result
+
+    async def health(self) -> None:
+        """Returns: a replica exists only after it has refined a picture."""
+
+    def stats(self) -> dict[str, Any]:
+        """What this process did: answers that encoded masks, outcomes by reason, torch loaded."""
+        return {
+            "pid": os.getpid(),
+            **self._counts,
+            "outcomes": dict(self._refiner.outcomes),
+            "torch": "torch" in sys.modules,
+        }

@@ -1,0 +1,68 @@
+"""A Ray driver that the tests command over its standard input, one JSON object per line.
+
+It runs beside pytest, because how Ray finds its cluster is fixed when Ray is first imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+from kestrel.api import RequestError
+from serve_graph.client import SegmentClient
+
+
+async def first_event_then_cancel(client: SegmentClient, ask: dict[str, Any]) -> None:
+    events = client.astream(**ask)
+    async for _ in events:
+        break
+    await events.aclose()  # type: ignore[attr-defined]
+
+
+def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
+    if command == "segment":
+        return client.segment(**ask)
+    if command == "stream":
+        return list(client.segment(**ask, stream=True))
+    if command == "asegment":
+        return asyncio.run(client.asegment(**ask))
+    if command == "leave_stream":
+        asyncio.run(first_event_then_cancel(client, ask))
+        return None
+    if command == "stats":
+        # Only a driver on the cluster can ask every replica.
+        from ray import serve
+
+        halves = {}
+        for name in ("Model", "Refiner"):
+            handle = serve.get_deployment_handle(name, "segment")
+            deadline = time.monotonic() + 30
+            while not handle.running_replicas_populated():
+                handle.stats.remote().result(timeout_s=deadline - time.monotonic())
+            halves[name] = handle.broadcast("stats").results(timeout_s=30)
+        return halves
+    raise ValueError(command)
+
+
+def main() -> None:
+    with SegmentClient(sys.argv[1]) as client:
+        print(json.dumps({"ok": "connected"}), flush=True)
+        for line in sys.stdin:
+            command, ask = json.loads(line)
+            try:
+                reply = {"ok": answer(client, command, ask)}
+            except RequestError as error:
+                reply = {
+                    "type": type(error).__name__,
+                    "status": error.status,
+                    "field": error.field,
+                    "message": error.message,
+                }
+            print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

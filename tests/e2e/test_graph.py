@@ -1,0 +1,336 @@
+"""The real graph, started once, seen from outside: HTTP, SSE, a handle, Ray Client."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve_graph.client import SegmentClient
+from serve_graph.demo import Sample, iou, read_mask
+
+from .conftest import KEY, REFINE_TIMEOUT_S, Driver, Graph
+
+pytestmark = pytest.mark.timeout(300)
+
+SLOW = {"temperature": 100.0, "max_tokens": 700}
+"""Tokens drawn nearly at random: the end token almost never comes, so the model stays busy."""
+
+
+def body(sample: Sample, **fields: Any) -> dict[str, Any]:
+    image = base64.b64encode(sample.image).decode()
+    return {"object": sample.noun, "image_url": image, **fields}
+
+
+def sse(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data:"):
+            yield json.loads(line[5:])
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer in what does not change from call to call."""
+    skipped = ("request_id", "metrics", "type", "chunk", "completed")
+    return {key: value for key, value in answer.items() if key not in skipped}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.fixture(scope="module")
+def answers(graph: Graph, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Each sample's plain answer with masks."""
+    replies = [graph.http.post("/v1/segment", json=body(s, return_base64=True)) for s in samples]
+    assert [reply.status_code for reply in replies] == [200] * len(samples)
+    return [reply.json() for reply in replies]
+
+
+def test_masks_have_the_size_of_the_picture_and_two_values(
+    answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    for answer, sample in zip(answers, samples, strict=True):
+        for key in ("coarse_mask_base64", "refined_mask_base64"):
+            png = Image.open(io.BytesIO(base64.b64decode(answer[key])))
+            assert (png.format, png.mode) == ("PNG", "L")
+            mask = np.asarray(png)
+            assert mask.shape == sample.truth.shape
+            assert set(np.unique(mask)) == {0, 255}
+
+
+def test_masks_cover_the_object_and_refinement_changes_them(
+    answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    coarse, refined = [], []
+    for answer, sample in zip(answers, samples, strict=True):
+        masks = [read_mask(answer[f"{kind}_mask_base64"]) for kind in ("coarse", "refined")]
+        assert not np.array_equal(*masks)
+        coarse.append(iou(masks[0], sample.truth))
+        refined.append(iou(masks[1], sample.truth))
+    assert np.mean(coarse) > 0.5
+    assert np.mean(refined) > 0.5
+
+
+def test_stream_is_box_then_path_then_the_plain_answer(
+    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    request = body(samples[0], stream=True, return_base64=True)
+    with graph.http.stream("POST", "/v1/segment", json=request) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        first, *deltas, final = sse(response)
+    assert first["type"] == "bbox"
+    assert deltas and all(delta["type"] == "path_delta" for delta in deltas)
+    assert not any("coarse_mask_base64" in event for event in (first, *deltas))
+    assert final["type"] == "final" and final["completed"]
+    assert without_times(final) == without_times(answers[0])
+
+
+def test_without_return_base64_no_mask_is_encoded_or_sent(
+    graph: Graph, samples: list[Sample]
+) -> None:
+    encoded, answered = graph.count("Refiner", "encoded"), graph.count("Refiner", "answered")
+    plain = graph.http.post("/v1/segment", json=body(samples[0])).json()
+    with graph.http.stream("POST", "/v1/segment", json=body(samples[0], stream=True)) as response:
+        *_, final = sse(response)
+    for answer in (plain, final):
+        assert not any("mask" in key for key in answer)
+        assert answer["path"]
+    assert graph.count("Refiner", "answered") == answered + 2
+    assert graph.count("Refiner", "encoded") == encoded
+
+
+def test_refiner_replicas_never_load_torch(graph: Graph) -> None:
+    stats = graph.stats()
+    assert len(stats["Refiner"]) == 2
+    assert not any(replica["torch"] for replica in stats["Refiner"])
+    assert all(replica["torch"] for replica in stats["Model"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "field"),
+    [
+        ({"object": "  "}, 400, "object"),
+        ({"stream": "true"}, 400, "stream"),
+        ({"image_url": "https://example.com/dog.png"}, 400, "image_url"),
+        ({"image_url": "bm90IGFuIGltYWdl"}, 400, "image_url"),
+        ({"image_url": None, "return_base64": True}, 400, "return_base64"),
+        ({"spatial_refs": [[0.5, 2]]}, 400, "spatial_refs"),
+        ({"settings": {"top_k": 1}}, 400, "settings.top_k"),
+        ({"model": "gpt"}, 404, "model"),
+    ],
+)
+def test_wrong_request_is_refused_by_field(
+    graph: Graph, samples: list[Sample], fields: dict[str, Any], status: int, field: str
+) -> None:
+    reply = graph.http.post("/v1/segment", json=body(samples[0]) | fields)
+    assert (reply.status_code, reply.json()["field"]) == (status, field)
+
+
+def test_other_errors_have_their_status(graph: Graph, samples: list[Sample]) -> None:
+    assert graph.http.post("/v1/segment", content=b"{").status_code == 400
+    assert graph.http.get("/v1/nothing").status_code == 404
+    assert graph.http.get("/v1/segment").status_code == 405
+    huge = b'{"object": "' + b"x" * (33 * 2**20) + b'"}'
+    assert graph.http.post("/v1/segment", content=huge).status_code == 413
+    wrong = {"Authorization": "Bearer wrong"}
+    assert graph.http.post("/v1/segment", json={}, headers=wrong).status_code == 401
+    with httpx.Client(base_url=graph.url) as anonymous:
+        assert anonymous.post("/v1/segment", json=body(samples[0])).status_code == 401
+        assert anonymous.get("/healthz").status_code == 200
+
+
+def test_truncated_picture_is_the_client_s_fault(graph: Graph, samples: list[Sample]) -> None:
+    cut = base64.b64encode(samples[0].image[: len(samples[0].image) // 2]).decode()
+    reply = graph.http.post("/v1/segment", json={"object": "dog", "image_url": cut})
+    assert reply.status_code == 400
+
+
+def test_documents_are_served(graph: Graph) -> None:
+    assert graph.http.get("/v1/models").json()["data"][0]["id"] == "nano"
+    document = graph.http.get("/openapi.json").json()
+    assert {"/v1/segment", "/v1/models", "/healthz"} <= set(document["paths"])
+    assert "text/html" in graph.http.get("/docs").headers["content-type"]
+
+
+def test_deadline_is_a_504_and_frees_the_slot(graph: Graph, samples: list[Sample]) -> None:
+    reply = graph.http.post(
+        "/v1/segment",
+        json=body(samples[0], settings=SLOW),
+        headers={"X-Request-Timeout-Ms": "300"},
+    )
+    assert reply.status_code == 504
+    assert wait_for(lambda: graph.count("Model", "running") == 0)
+
+
+def test_client_that_leaves_frees_the_slot(graph: Graph, samples: list[Sample]) -> None:
+    cancelled = graph.count("Model", "cancelled")
+    slow = body(samples[0], settings=SLOW)
+    with contextlib.suppress(httpx.ReadTimeout):
+        graph.http.post("/v1/segment", json=slow, timeout=0.5)
+    with graph.http.stream("POST", "/v1/segment", json=slow | {"stream": True}) as response:
+        next(sse(response))
+    path = {"object": samples[0].noun, "image": None, "settings": SLOW}
+    graph.driver.ask("leave_stream", **path)
+    assert wait_for(lambda: graph.count("Model", "running") == 0)
+    assert graph.count("Model", "cancelled") == cancelled + 3
+
+
+def test_client_that_leaves_cancels_the_refinement(graph: Graph, samples: list[Sample]) -> None:
+    # A picture of 40 megapixels keeps the refiner busy for longer than the client stays.
+    picture = io.BytesIO()
+    Image.open(io.BytesIO(samples[0].image)).convert("RGB").resize((8000, 5000)).save(
+        picture, "JPEG"
+    )
+    request = body(samples[0])
+    request["image_url"] = base64.b64encode(picture.getvalue()).decode()
+    before = graph.count("Refiner", "cancelled")
+    with ThreadPoolExecutor() as pool:
+
+        def leave_when_refining() -> None:
+            with (
+                contextlib.suppress(httpx.TransportError),
+                httpx.Client(base_url=graph.url, headers=graph.http.headers) as client,
+                client.stream("POST", "/v1/segment", json=request | {"stream": True}) as response,
+            ):
+                for event in sse(response):
+                    if event["type"] == "path_delta" and event["chunk"].endswith("Z"):
+                        assert wait_for(lambda: graph.count("Refiner", "running") > 0)
+                        return
+
+        pool.submit(leave_when_refining).result()
+    assert wait_for(lambda: graph.count("Refiner", "cancelled") == before + 1)
+
+
+def test_full_queue_is_a_503_that_says_when_to_come_back(
+    graph: Graph, samples: list[Sample]
+) -> None:
+    request = body(samples[0], settings=SLOW | {"max_tokens": 150})
+    with ThreadPoolExecutor(30) as pool:
+        replies = list(pool.map(lambda _: graph.http.post("/v1/segment", json=request), range(30)))
+    by_status = {status: [r for r in replies if r.status_code == status] for status in (200, 503)}
+    assert len(by_status[200]) + len(by_status[503]) == 30
+    assert by_status[200] and by_status[503]
+    for reply in by_status[503]:
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]
+
+
+def test_request_survives_the_death_of_its_refiner(graph: Graph, samples: list[Sample]) -> None:
+    victim = graph.stats()["Refiner"][0]["pid"]
+    with ThreadPoolExecutor(6) as pool:
+        replies = [
+            pool.submit(graph.http.post, "/v1/segment", json=body(samples[0], return_base64=True))
+            for _ in range(6)
+        ]
+        assert wait_for(lambda: graph.count("Refiner", "running") > 0)
+        os.kill(victim, signal.SIGKILL)
+        statuses = [reply.result().status_code for reply in replies]
+        masks = ["refined_mask_base64" in reply.result().json() for reply in replies]
+    assert statuses == [200] * 6
+    assert all(masks)
+
+    def replaced() -> bool:
+        pids = {replica["pid"] for replica in graph.stats()["Refiner"]}
+        return len(pids) == 2 and victim not in pids
+
+    assert wait_for(replaced, 90)
+
+
+def test_without_a_refiner_the_path_is_the_model_s_and_masks_are_a_503(
+    graph: Graph, samples: list[Sample]
+) -> None:
+    pids = [replica["pid"] for replica in graph.stats()["Refiner"]]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        plain = graph.http.post("/v1/segment", json=body(samples[0]))
+        assert time.monotonic() - began < REFINE_TIMEOUT_S + 20
+        masks = graph.http.post("/v1/segment", json=body(samples[0], return_base64=True))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert plain.status_code == 200 and plain.json()["path"]
+    assert plain.headers["x-refinement"] == "unavailable"
+    assert masks.status_code == 503 and int(masks.headers["retry-after"]) >= 1
+    assert wait_for(
+        lambda: "x-refinement" not in graph.http.post("/v1/segment", json=body(samples[0])).headers,
+        60,
+    )
+
+
+@pytest.fixture(scope="module", params=["handle", "ray client"])
+def ray_driver(graph: Graph, request: pytest.FixtureRequest) -> Iterator[Driver]:
+    if request.param == "handle":
+        yield graph.driver
+        return
+    driver = Driver(graph.cluster.client_address, graph.environment)
+    yield driver
+    driver.close()
+
+
+def test_ray_doors_answer_like_http(
+    ray_driver: Driver, answers: list[dict[str, Any]], samples: list[Sample], tmp_path: Any
+) -> None:
+    picture = tmp_path / "picture"
+    picture.write_bytes(samples[0].image)
+    ask = {"object": samples[0].noun, "image": str(picture), "return_base64": True}
+    assert without_times(ray_driver.ask("segment", **ask)["ok"]) == without_times(answers[0])
+    assert without_times(ray_driver.ask("asegment", **ask)["ok"]) == without_times(answers[0])
+    first, *deltas, final = ray_driver.ask("stream", **ask)["ok"]
+    assert first["type"] == "bbox" and {delta["type"] for delta in deltas} == {"path_delta"}
+    assert without_times(final) == without_times(answers[0])
+
+
+def test_ray_doors_raise_the_errors_of_the_contract(
+    ray_driver: Driver, samples: list[Sample], tmp_path: Any
+) -> None:
+    # Past the client's own validation: only the model notices that pixels are missing.
+    picture = tmp_path / "cut"
+    picture.write_bytes(samples[0].image[: len(samples[0].image) // 2])
+    for command in ("segment", "stream"):
+        reply = ray_driver.ask(command, object="dog", image=str(picture))
+        assert (reply["type"], reply["status"]) == ("InvalidRequest", 400)
+    assert ray_driver.ask("segment", object=" ")["field"] == "object"
+
+
+def test_http_client_gives_the_same_and_raises_the_same(
+    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    from kestrel.api import InvalidRequest, Unauthorized
+
+    ask: dict[str, Any] = {"object": samples[0].noun, "return_base64": True}
+    with SegmentClient(graph.url, api_key=KEY) as client:
+        pixels = np.asarray(Image.open(io.BytesIO(samples[0].image)).convert("RGB"))
+        for image in (samples[0].image, pixels):
+            answer = client.segment(image=image, **ask)
+            assert without_times(answer) == without_times(answers[0])
+        *_, final = client.segment(image=samples[0].image, stream=True, **ask)
+        assert without_times(final) == without_times(answers[0])
+        with pytest.raises(InvalidRequest, match="object"):
+            client.segment(object="")
+        with pytest.raises(InvalidRequest):
+            client.segment(object="dog", image=samples[0].image[:200])
+    with SegmentClient(graph.url) as anonymous, pytest.raises(Unauthorized):
+        anonymous.segment(object="dog")
+
+
+def test_nothing_but_the_token_opens_ray(graph: Graph) -> None:
+    assert httpx.get(f"{graph.cluster.dashboard}/api/serve/applications/").status_code == 401
