@@ -1,0 +1,75 @@
+"""From the model's events and a refinement to the answers of the contract.
+
+Used by the one-process server and by the graph's ingress, so that both compose alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from kestrel import api
+from kestrel.api import DeadlineExceeded, ModelDone, ModelEvent, ModelResult, RequestError
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+log = logging.getLogger(__name__)
+
+Refinement = SegmentRefineBitmapsResult | None
+T = TypeVar("T")
+
+
+async def within(deadline: float, work: Awaitable[T]) -> T:
+    """``work``'s result; cancelled and ``DeadlineExceeded`` when ``time.monotonic()`` passes."""
+    try:
+        return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
+    except asyncio.TimeoutError:
+        raise DeadlineExceeded() from None
+
+
+async def model_result(events: AsyncGenerator[ModelEvent, None]) -> ModelResult:
+    """The end of the model half; the other events are dropped. Closes ``events``."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, ModelDone):
+                return event.result
+    raise RuntimeError("the model half ended without a result")
+
+
+async def compose_events(
+    events: AsyncGenerator[ModelEvent, None],
+    refine: Callable[[ModelResult], Awaitable[Refinement]],
+    *,
+    request_id: str,
+    timeout_s: float,
+    return_base64: bool,
+) -> AsyncGenerator[dict[str, Any], None]:
+    """SSE payloads of one request: box, path chunks, then exactly one final or error payload.
+
+    Raises (RequestError, or what ``events`` raises) before the first payload only. ``timeout_s``
+    bounds the whole, refinement included. However this generator is left, ``events`` is closed
+    and a refinement under way is cancelled.
+    """
+    deadline = time.monotonic() + timeout_s
+    started = False
+    try:
+        async with contextlib.aclosing(events):
+            while True:
+                event = await within(deadline, anext(events))
+                if isinstance(event, ModelDone):
+                    break
+                started = True
+                yield api.event_payload(event)
+        refined = await within(deadline, refine(event.result))
+        yield api.final_event(event.result, refined, return_base64=return_base64)
+    except Exception as error:
+        if isinstance(error, StopAsyncIteration):
+            error = RuntimeError("the model half ended without a result")
+        if not started:
+            raise error
+        if not isinstance(error, RequestError):
+            log.error("request %s failed after its first event", request_id, exc_info=error)
+        yield api.error_event(error, request_id)

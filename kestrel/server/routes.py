@@ -1,0 +1,321 @@
+"""HTTP transport over a backend: the one-process application and the graph's ingress use it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, Protocol, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kestrel import api
+from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
+from kestrel.config import RuntimeConfig
+from kestrel.openapi import docs_page, openapi_document
+from kestrel.server.compose import Refinement, within
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+READY_POLL_S = 2.0
+"""``Retry-After`` of a server that is still starting, seconds."""
+DRAIN_S = 2.0
+"""How long the rest of a refused body is read, so that its sender gets to see the answer."""
+
+
+class Backend(Protocol):
+    """What does the work behind the HTTP door."""
+
+    config: RuntimeConfig
+    """Limits, API keys, model name and the longest deadline."""
+
+    @property
+    def max_context(self) -> int | None:
+        """Bound of ``settings.max_tokens``; None where it is not known."""
+
+    async def ready(self) -> str | None:
+        """None when requests can be served, else why not."""
+
+    async def complete(
+        self, request: SegmentRequest, request_id: str, timeout_s: float
+    ) -> tuple[ModelResult, Refinement]:
+        """The finished request; raises RequestError. Cancelling it frees what it holds."""
+
+    def events(
+        self, request: SegmentRequest, request_id: str, timeout_s: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """SSE payloads: RequestError before the first only, one final or error payload last."""
+
+
+class ClientGone(Exception):
+    """The client disconnected; nobody is there for an answer."""
+
+
+def build_app(backend: Backend, **starlette_options: Any) -> Starlette:
+    """The routes of the contract over ``backend``.
+
+    ``starlette_options`` are passed on (``lifespan``).
+    """
+    routes = _Routes(backend)
+    app = Starlette(
+        routes=[
+            Route("/v1/segment", routes.segment, methods=["POST"]),
+            Route("/v1/models", routes.models, methods=["GET"]),
+            Route("/healthz", routes.healthz, methods=["GET"]),
+            Route("/openapi.json", routes.openapi, methods=["GET"]),
+            Route("/docs", routes.docs, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_exception},
+        **starlette_options,
+    )
+    app.add_middleware(_Envelope)
+    return app
+
+
+class _Routes:
+    """The endpoints; one object so that they share the backend."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.document = openapi_document(backend.config)
+
+    async def segment(self, request: Request) -> Response:
+        config = self.backend.config
+        arrived = time.monotonic()
+        api.check_auth(request.headers, config.api_keys)
+        timeout_s = api.timeout_from_headers(request.headers, config.request_timeout_s)
+        deadline = arrived + timeout_s
+        body = await within(deadline, _read_body(request, config.limits.max_body_bytes))
+        asked = api.parse_segment_json(
+            body,
+            limits=config.limits,
+            served_model=config.model,
+            max_context=self.backend.max_context,
+        )
+        del body  # the image is held decoded from base64; tens of megabytes need no second copy
+        reason = await within(deadline, self.backend.ready())
+        if reason is not None:
+            raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
+        request_id: str = request.scope["kestrel.request_id"]
+        left = deadline - time.monotonic()
+        if asked.stream:
+            events = self.backend.events(asked, request_id, left)
+            # Awaited before the 200, so that an early refusal keeps its status.
+            first = await _unless_gone(request.receive, _first(events))
+            return _EventStream(first, events, request_id)
+        model, refined = await _unless_gone(
+            request.receive, within(deadline, self.backend.complete(asked, request_id, left))
+        )
+        answer = api.segment_response(model, refined, return_base64=asked.return_base64)
+        unavailable = refined is not None and refined.reason == "unavailable"
+        return JSONResponse(answer, headers={"X-Refinement": "unavailable"} if unavailable else {})
+
+    async def models(self, request: Request) -> Response:
+        config = self.backend.config
+        api.check_auth(request.headers, config.api_keys)
+        served = {"id": config.model, "object": "model", "owned_by": "kestrel"}
+        context = self.backend.max_context
+        if context is not None:
+            served["max_context"] = context  # type: ignore[assignment]
+        return JSONResponse({"object": "list", "data": [served]})
+
+    async def healthz(self, request: Request) -> Response:
+        reason = await self.backend.ready()
+        if reason is not None:
+            raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
+        return JSONResponse({"status": "ok"})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(self.document)
+
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(docs_page(self.document))
+
+
+async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    try:
+        return await anext(events)
+    except StopAsyncIteration:
+        raise RuntimeError("the backend gave no event") from None
+    except BaseException:
+        await events.aclose()
+        raise
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body; TooLarge from its Content-Length, or while it is read."""
+    message = f"the body is larger than {limit} bytes"
+    declared = request.headers.get("content-length", "")
+    chunks = request.stream()
+    if declared.isdigit() and int(declared[:20]) > limit:
+        await _drain(chunks, limit)
+        raise TooLarge(message)
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limit:
+            await _drain(chunks, limit)
+            raise TooLarge(message)
+    return bytes(body)
+
+
+async def _drain(chunks: AsyncGenerator[bytes, None], limit: int) -> None:
+    """Read on a while: a server that closes on unread bytes resets, and the answer is lost."""
+
+    async def read() -> None:
+        dropped = 0
+        async for chunk in chunks:
+            dropped += len(chunk)
+            if dropped > limit:
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DRAIN_S)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client is gone; the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """``work``'s result; cancels it and raises ClientGone when the client disconnects first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        # Waited for, so that slot and refinement are free before anything else happens.
+        await _cancelled(gone)
+        await _cancelled(task)
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()):
+            log.error("cancelled work raised", exc_info=error)
+
+
+class _EventStream(Response):
+    """Server-sent events; a disconnect closes the events, a failure never cuts the connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        first: dict[str, Any],
+        events: AsyncGenerator[dict[str, Any], None],
+        request_id: str,
+    ) -> None:
+        self._first, self._events, self._request_id = first, events, request_id
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        # No Content-Length: the body has none. Proxies are asked not to buffer.
+        self.raw_headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._events):
+            await _unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async def event(payload: dict[str, Any]) -> None:
+            body = api.sse_frame(payload)
+            await _deliver(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await _deliver(send, start)
+        await event(self._first)
+        try:
+            async for payload in self._events:
+                await event(payload)
+        except ClientGone:
+            raise
+        except Exception as error:
+            log.exception("request %s failed in its event stream", self._request_id)
+            await event(api.error_event(error, self._request_id))
+        await _deliver(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _deliver(send: Send, message: Message) -> None:
+    try:
+        await send(message)
+    except OSError:  # how ASGI 2.4 servers say that the client is gone
+        raise ClientGone from None
+
+
+class _Envelope:
+    """Gives every request an id, and every failure the contract's JSON answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["kestrel.request_id"] = uuid.uuid4().hex
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                named = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": named}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except ClientGone:
+            log.info("request %s: the client disconnected, its work is cancelled", request_id)
+        except RequestError as error:
+            await _refusal(error, request_id)(scope, receive, send_named)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not started:
+                await _fault(request_id)(scope, receive, send_named)
+
+
+def _refusal(error: RequestError, request_id: str) -> Response:
+    if error.status >= 500 and error.status not in (503, 504):
+        log.error("request %s failed: %s", request_id, error.message)
+        return _fault(request_id)
+    if error.field == "image":
+        # The half that decodes knows the image by its Python name.
+        message = error.message.replace("image ", "image_url ", 1)
+        error = type(error)(message, "image_url", error.retry_after_s)
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _fault(request_id: str) -> Response:
+    return JSONResponse({"error": "internal error", "request_id": request_id}, 500)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"there is no {request.url.path[:128]} here; POST /v1/segment, see /docs",
+        405: f"{request.method[:16]} is not for {request.url.path[:128]}",
+    }.get(error.status_code, error.detail)
+    return JSONResponse({"error": message}, error.status_code, error.headers)
