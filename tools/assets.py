@@ -69,8 +69,11 @@ BACKGROUND_PACKAGES = {
     "mate-backgrounds": "GPL-2+ and CC-BY-SA, file by file",
     "gnome-backgrounds": "CC-BY-SA-3.0",
 }
-SKIPPED_BACKGROUNDS = ("LadyBird", "FreshFlower", "YellowFlower", "Elephants_", "symbolic")
-"""Photos of things that have a noun, and larger copies of others."""
+SKIPPED_BACKGROUNDS = (
+    *("LadyBird", "FreshFlower", "YellowFlower", "TwoWings", "Garden"),
+    *("Elephants_", "symbolic", "Waves", "Spring", "Transparent", "Flow", "Stripes", "Gulp"),
+)
+"""Photos of things that have a noun, larger copies of others, and drawings that are see-through."""
 
 UNNAMED = re.compile(
     r"flag|skin-tone|tone[1-5]|person|people|\bman\b|woman|\bmen\b|women|boy|girl|hand|face|clock"
@@ -330,7 +333,8 @@ def held_out(name: str) -> bool:
 
 def backgrounds(side: int = 512) -> list[np.ndarray]:
     """Wallpapers, uint8 [H, W, 3] RGB with the shorter side ``side`` px; empty without Debian."""
-    file = CACHE / f"backgrounds-{side}.npz"
+    key = zlib.crc32("|".join((*BACKGROUND_PACKAGES, *SKIPPED_BACKGROUNDS)).encode())
+    file = CACHE / f"backgrounds-{side}-{key:08x}.npz"
     if not file.exists():
         images: list[np.ndarray] = []
         for package in BACKGROUND_PACKAGES:
@@ -346,6 +350,8 @@ def backgrounds(side: int = 512) -> list[np.ndarray]:
                     read = cv2.imread(str(path), cv2.IMREAD_COLOR)
                     image = None if read is None else cv2.cvtColor(read, cv2.COLOR_BGR2RGB)
                 if image is None:
+                    continue
+                if image.std() < 3:
                     continue
                 scale = side / min(image.shape[:2])
                 size = (round(image.shape[1] * scale), round(image.shape[0] * scale))

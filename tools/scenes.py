@@ -483,6 +483,7 @@ def _background(rng: np.random.Generator, width: int, height: int, photo: bool) 
     pick = rng.random()
     angle = rng.uniform(0, np.pi)
     along = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)
+    share: np.ndarray
     if pick < 0.14:
         share = np.zeros((height, width), np.float32)
     elif pick < 0.32:
@@ -511,7 +512,7 @@ def _background(rng: np.random.Generator, width: int, height: int, photo: bool) 
             _blob(canvas, rng)
     if rng.random() < 0.3:
         texture = _octaves(rng, width, height) - 0.5
-        canvas += rng.uniform(0.05, 0.35) * texture[..., None]
+        canvas += np.float32(rng.uniform(0.05, 0.35)) * texture[..., None]
     return np.clip(canvas, 0, 1, out=canvas)
 
 
@@ -611,8 +612,7 @@ def _smooth(loop: np.ndarray) -> np.ndarray:
     ring = loop[:-1]
     if len(ring) < 16:
         return loop
-    total = sum(np.roll(ring, shift, axis=0) for shift in (-2, -1, 0, 1, 2))
-    ring = total / 5
+    ring = np.mean([np.roll(ring, shift, axis=0) for shift in (-2, -1, 0, 1, 2)], axis=0)
     return np.concatenate([ring, ring[:1]])
 
 
@@ -631,7 +631,7 @@ def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom:
         scene = generator.scene(index)
         tile = cv2.resize(scene.image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
         for number, found in enumerate(scene.objects):
-            hue = np.uint8([[[(number * 47) % 180, 255, 255]]])
+            hue = np.array([[[(number * 47) % 180, 255, 255]]], np.uint8)
             colour = tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
             points = np.round(outline(found.mask) * zoom).astype(np.int32)
             cv2.polylines(tile, [points], True, colour, 1, cv2.LINE_AA)
@@ -656,7 +656,8 @@ def main() -> None:
     parser.add_argument("--zoom", type=int, default=2)
     args = parser.parse_args()
     generator = SceneGenerator(args.split, args.seed)
-    sheet = _sheet(generator, args.first, *args.grid, args.zoom)
+    columns, rows = args.grid
+    sheet = _sheet(generator, args.first, columns, rows, args.zoom)
     cv2.imwrite(str(args.contact_sheet), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
 
 
