@@ -1,0 +1,7 @@
+"""``python -m kestrel``."""
+
+import sys
+
+from kestrel.cli import main
+
+sys.exit(main())

@@ -1,0 +1,214 @@
+"""The command line: segment one picture, or serve."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kestrel import __version__
+from kestrel.api import (
+    ModelResult,
+    RequestError,
+    SegmentRequest,
+    segment_response,
+    validate_segment,
+)
+from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+BAD_INPUT = 2
+"""Exit status, the one that argparse uses too."""
+FAILED = 1
+
+
+class InputError(Exception):
+    """Something that the caller gave cannot be used; the message says what."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = _config(arguments)
+        if arguments.command == "serve":
+            return _serve(config, arguments.host, arguments.port)
+        return _segment(config, arguments)
+    except (InputError, ConfigError, RequestError) as error:
+        print(f"kestrel: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kestrel", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model-path", metavar="P", help="checkpoint; default: the shipped model")
+    common.add_argument("--refiner", default="guided", help="guided (default), none, ...")
+    common.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+
+    segment = commands.add_parser("segment", parents=[common], help="segment one picture")
+    segment.add_argument("image", type=Path, help="JPEG, PNG or WebP file")
+    segment.add_argument("noun", help="what to segment")
+    segment.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    segment.add_argument(
+        "--spatial-ref",
+        action="append",
+        metavar="x,y | x0,y0,x1,y1",
+        help="a point or a box in 0..1; may be given several times",
+    )
+
+    serve = commands.add_parser("serve", parents=[common], help="serve HTTP from this process")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> RuntimeConfig:
+    from kestrel.seg_refiner.backends import check_backend
+
+    check_backend(arguments.refiner)
+    config = RuntimeConfig(
+        model_path=arguments.model_path,
+        device=arguments.device,
+        refiner=RefinerConfig(refiner=arguments.refiner),
+    )
+    if not config.checkpoint.exists():
+        raise InputError(f"there is no checkpoint at {config.checkpoint}")
+    return config
+
+
+# segment
+
+
+def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
+    try:
+        image = arguments.image.read_bytes()
+    except OSError as error:
+        raise InputError(f"{arguments.image} cannot be read: {error.strerror}") from error
+    request = validate_segment(
+        object=arguments.noun,
+        image=image,
+        spatial_refs=[_spatial_ref(text) for text in arguments.spatial_ref or ()],
+        return_base64=True,
+        limits=config.limits,
+        image_field=str(arguments.image),
+    )
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{arguments.output} cannot be made: {error.strerror}") from error
+    model, refined, load_ms = asyncio.run(_answer(config, request))
+    started = time.perf_counter()
+    _write(arguments.output, request, model, refined, config)
+    write_ms = (time.perf_counter() - started) * 1e3
+    stages = {
+        "load": load_ms,
+        "prefill": model.metrics.prefill_time_ms,
+        "model decode": model.metrics.decode_time_ms,
+    }
+    if refined is not None:
+        # The refiner's own decode is that of the picture, not of tokens.
+        named = {"decode": "image decode"}
+        stages |= {named.get(stage, stage): ms for stage, ms in refined.timings_ms.items()}
+    for stage, ms in (stages | {"write": write_ms}).items():
+        print(f"{stage:<13}{ms:>9.1f} ms")
+    return 0
+
+
+def _spatial_ref(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--spatial-ref {text!r} is not x,y or x0,y0,x1,y1") from None
+
+
+async def _answer(
+    config: RuntimeConfig, request: SegmentRequest
+) -> tuple[ModelResult, SegmentRefineBitmapsResult | None, float]:
+    from kestrel.engine import InferenceEngine
+    from kestrel.server.compose import model_result
+
+    started = time.perf_counter()
+    try:
+        engine = await InferenceEngine.create(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the model cannot be loaded: {_one_line(error)}") from error
+    load_ms = (time.perf_counter() - started) * 1e3
+    try:
+        model = await model_result(engine.generate(request))
+        return model, await engine.refine(request, model), load_ms
+    finally:
+        await engine.shutdown()
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _write(
+    folder: Path,
+    request: SegmentRequest,
+    model: ModelResult,
+    refined: SegmentRefineBitmapsResult | None,
+    config: RuntimeConfig,
+) -> None:
+    import cv2
+
+    from kestrel.image import decode
+    from kestrel.overlay import decode_mask, overlay
+
+    answer: dict[str, Any] = segment_response(model, refined, return_base64=True)
+    masks = {}
+    for kind in ("coarse", "refined"):
+        target = folder / f"{kind}.png"
+        encoded = answer.get(f"{kind}_mask_base64")
+        if encoded is None:
+            target.unlink(missing_ok=True)  # not to leave an earlier run's mask
+            print(f"no {kind} mask: {refined.reason if refined else 'no refiner'}", file=sys.stderr)
+            continue
+        target.write_bytes(base64.b64decode(encoded))
+        masks[kind] = decode_mask(encoded)
+    assert request.image is not None
+    picture = overlay(
+        decode(request.image, config.limits), masks.get("coarse"), masks.get("refined")
+    )
+    # OpenCV's own file writer fails silently; bytes are written here instead.
+    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    (folder / "overlay.png").write_bytes(png.tobytes())
+    (folder / "response.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
+
+
+# serve
+
+
+def _serve(config: RuntimeConfig, host: str, port: int) -> int:
+    import uvicorn
+
+    from kestrel.server.http import create_app
+
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port must be in 0..65535, not {port}")
+    failures: list[Exception] = []
+
+    def stop(failure: Exception) -> None:
+        failures.append(failure)
+        server.should_exit = True
+
+    app = create_app(config, on_failure=stop)
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port))
+    server.run()
+    if failures:
+        raise InputError(f"the model cannot be loaded: {_one_line(failures[0])}")
+    return 0 if server.started else FAILED
