@@ -1,7 +1,4 @@
-"""Segmentation with a Moondream-style model: an image and a noun in; a path, a box, two masks out.
-
-The names below load on first use, so that ``import kestrel`` costs neither torch nor OpenCV.
-"""
+"""Segmentation as a library: an image and a noun in; an SVG path, its box and two masks out."""
 
 from __future__ import annotations
 
@@ -11,65 +8,38 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kestrel.api import RequestError, SegmentRequest, SegmentSettings
-    from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig
+    from kestrel.config import RefinerConfig, RuntimeConfig
     from kestrel.engine import InferenceEngine
-    from kestrel.seg_refiner import SegmentRefiner
 
-DISTRIBUTION = "kestrel-segment-serve"
+__version__ = "0.1.0"
+__all__ = ["InferenceEngine", "RefinerConfig", "RuntimeConfig", "__version__"]
 
 _HOMES = {
-    "ConfigError": "kestrel.config",
     "InferenceEngine": "kestrel.engine",
-    "Limits": "kestrel.config",
     "RefinerConfig": "kestrel.config",
-    "RequestError": "kestrel.api",
     "RuntimeConfig": "kestrel.config",
-    "SegmentRefiner": "kestrel.seg_refiner",
-    "SegmentRequest": "kestrel.api",
-    "SegmentSettings": "kestrel.api",
 }
-
-__all__ = [
-    "ConfigError",
-    "InferenceEngine",
-    "Limits",
-    "RefinerConfig",
-    "RequestError",
-    "RuntimeConfig",
-    "SegmentRefiner",
-    "SegmentRequest",
-    "SegmentSettings",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        try:
-            return importlib.metadata.version(DISTRIBUTION)
-        except importlib.metadata.PackageNotFoundError:
-            return "0+source"  # run from a source tree that was never installed
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    # Lazily: a refiner process imports this package and must not load torch for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def _warn_of_namesake() -> None:
-    """Two distributions that both own ``kestrel/`` overwrite each other's modules."""
+    """The distribution ``kestrel`` on PyPI installs a package of this name over this one."""
     try:
         version = importlib.metadata.version("kestrel")
     except importlib.metadata.PackageNotFoundError:
         return
     warnings.warn(
-        f"the distribution 'kestrel' {version} is installed beside '{DISTRIBUTION}'; both provide "
-        "the package 'kestrel' and overwrite each other's modules: uninstall one of them "
-        "(pip uninstall kestrel), then reinstall the other",
+        f"the distribution 'kestrel' {version} is installed beside kestrel-segment-serve: both "
+        "hold a package named kestrel and their files mix; pip uninstall one of them, then "
+        "reinstall the other",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
 
 

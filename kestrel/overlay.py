@@ -1,106 +1,82 @@
-"""A picture of an answer: image, coarse mask and refined mask side by side."""
+"""Masks drawn on their picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Sequence
 
+import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import numpy.typing as npt
 
-PANEL_SIDE = 512
-"""Longest side of one panel, pixels: larger images are reduced to it."""
-SMALL_SIDE = 256
-"""Images with a shorter longest side are enlarged by whole factors up to it."""
-CAPTION = 22
-"""Height of the strip above a panel, pixels."""
-COLOURS = {"coarse": (255, 149, 0), "refined": (0, 214, 92)}
-BOX_COLOUR = (255, 255, 255)
-TINT = 0.3
-"""How much of its colour a mask puts over the image inside its outline."""
-OUTLINE = 2
-"""Width of an outline, pixels, measured inwards."""
+UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
+
+COARSE_RGB = (255, 140, 0)
+REFINED_RGB = (0, 200, 255)
+FILL = 0.25
+"""Share of the mask's colour inside the outline."""
 
 
-def draw_overlay(
-    image: np.ndarray,
-    coarse: np.ndarray | None,
-    refined: np.ndarray | None,
-    bbox: Mapping[str, float] | None,
-) -> Image.Image:
-    """Three panels: the image, then each mask outlined and tinted over it, with the answer's box.
+def decode_mask(mask_base64: str) -> BoolArray:
+    """The mask behind one of the contract's base64 PNGs: bool [H, W]. ValueError if it is none."""
+    encoded = np.frombuffer(base64.b64decode(mask_base64, validate=True), np.uint8)
+    # OpenCV asserts on no bytes where it gives None for wrong ones.
+    mask = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
+    if mask is None or mask.ndim != 2:
+        raise ValueError("the mask is not a single-channel PNG")
+    return np.asarray(mask > 127)
 
-    ``image``: uint8 [H, W, 3] RGB. ``coarse``, ``refined``: [H, W], anything over 0 is inside;
-    None where there is no mask (its panel says so). ``bbox`` is normalised 0..1. Raises
-    ValueError for a mask of another size than the image.
+
+def overlay(
+    image: UInt8Array, coarse: npt.ArrayLike | None, refined: npt.ArrayLike | None
+) -> UInt8Array:
+    """Picture, coarse mask and refined mask side by side, each under a caption.
+
+    ``image``: uint8 [H, W, 3] RGB. Masks: [H, W], non-zero inside; None says so in its caption.
+    Gives uint8 [H + c, 3 W + 2 g, 3] RGB, c and g the caption's height and the gap. ValueError
+    for a mask that is not the image's size.
     """
-    height, width = image.shape[:2]
-    for name, mask in (("coarse", coarse), ("refined", refined)):
-        if mask is not None and mask.shape != (height, width):
-            raise ValueError(f"the {name} mask is {mask.shape}, the image {(height, width)}")
-    size = _panel_size(width, height)
-    picture = np.asarray(Image.fromarray(image).resize(size, _filter(size, width)))
     panels = [
-        ("image", picture),
-        ("coarse", _marked(picture, coarse, "coarse")),
-        ("refined", _marked(picture, refined, "refined")),
+        _captioned(image, "image"),
+        _captioned(_masked(image, coarse, COARSE_RGB), _caption("coarse", coarse)),
+        _captioned(_masked(image, refined, REFINED_RGB), _caption("refined", refined)),
     ]
-    sheet = Image.new("RGB", (size[0] * len(panels), size[1] + CAPTION), (24, 24, 24))
-    font = ImageFont.load_default(14)
-    for i, (name, pixels) in enumerate(panels):
-        panel = Image.fromarray(pixels)
-        masked = {"coarse": coarse, "refined": refined}.get(name)
-        if name != "image" and bbox is not None:
-            _draw_box(panel, bbox)
-        sheet.paste(panel, (i * size[0], CAPTION))
-        caption = name if name == "image" or masked is not None else f"no {name} mask"
-        ImageDraw.Draw(sheet).text(
-            (i * size[0] + 5, 3), caption, COLOURS.get(name, BOX_COLOUR), font
-        )
-    return sheet
+    gap = np.full((panels[0].shape[0], max(2, image.shape[1] // 64), 3), 255, np.uint8)
+    return np.hstack([panels[0], gap, panels[1], gap, panels[2]])
 
 
-def _panel_size(width: int, height: int) -> tuple[int, int]:
-    longest = max(width, height)
-    if longest > PANEL_SIDE:
-        scale = PANEL_SIDE / longest
-        return max(1, round(width * scale)), max(1, round(height * scale))
-    factor = max(1, SMALL_SIDE // longest)
-    return width * factor, height * factor
+def _caption(name: str, mask: npt.ArrayLike | None) -> str:
+    return name if mask is not None else f"{name}: none"
 
 
-def _filter(size: tuple[int, int], width: int) -> Image.Resampling:
-    # Enlarged pixels stay visible as such, so that a mask can be judged against them.
-    return Image.Resampling.NEAREST if size[0] >= width else Image.Resampling.BOX
-
-
-def _marked(picture: np.ndarray, mask: np.ndarray | None, name: str) -> np.ndarray:
-    """``picture`` (panel size) with the mask's inside tinted and its outline drawn."""
+def _masked(image: UInt8Array, mask: npt.ArrayLike | None, rgb: Sequence[int]) -> UInt8Array:
     if mask is None:
-        return picture
-    size = picture.shape[1], picture.shape[0]
-    soft = Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8))
-    inside = np.asarray(soft.resize(size, _filter(size, mask.shape[1]))) > 127
-    core = inside
-    for _ in range(OUTLINE):
-        core = _eroded(core)
-    colour = np.array(COLOURS[name], np.float32)
-    marked = picture.astype(np.float32)
-    marked[inside] += TINT * (colour - marked[inside])
-    marked[inside & ~core] = colour
-    return marked.round().astype(np.uint8)
+        return image
+    inside = np.asarray(mask) != 0
+    if inside.shape != image.shape[:2]:
+        raise ValueError(f"mask is {inside.shape}, the image {image.shape[:2]}")
+    drawn = image.copy()
+    drawn[inside] = (image[inside] * (1 - FILL) + np.array(rgb) * FILL).astype(np.uint8)
+    outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    width = max(1, round(max(image.shape[:2]) / 300))
+    # A dark rim below the colour keeps the outline visible on every background.
+    cv2.drawContours(drawn, outlines, -1, (0, 0, 0), width + 2, cv2.LINE_AA)
+    cv2.drawContours(drawn, outlines, -1, tuple(rgb), width, cv2.LINE_AA)
+    return drawn
 
 
-def _eroded(inside: np.ndarray) -> np.ndarray:
-    """One pixel off the inside, 4-neighbours; what is beyond the edge counts as outside."""
-    padded = np.pad(inside, 1)
-    return inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-
-
-def _draw_box(panel: Image.Image, bbox: Mapping[str, float]) -> None:
-    def pixel(value: float, side: int) -> int:
-        return min(max(round(value * side), 0), side - 1)
-
-    left, right = (pixel(bbox[key], panel.width) for key in ("x_min", "x_max"))
-    top, bottom = (pixel(bbox[key], panel.height) for key in ("y_min", "y_max"))
-    corners = [(left, top), (max(left, right), max(top, bottom))]
-    ImageDraw.Draw(panel).rectangle(corners, outline=BOX_COLOUR, width=1)
+def _captioned(image: UInt8Array, text: str) -> UInt8Array:
+    width = image.shape[1]
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, min(2.0, max(0.35, width / 700))
+    (text_width, text_height), below = cv2.getTextSize(text, font, scale, 1)
+    if text_width + 8 > width:  # a narrow picture: shrink the words to its width
+        scale *= max(0.1, (width - 8) / text_width)
+        (text_width, text_height), below = cv2.getTextSize(text, font, scale, 1)
+    strip = np.full((text_height + below + 8, width, 3), 255, np.uint8)
+    cv2.putText(strip, text, (4, text_height + 4), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
+    # One height for every caption, whatever its letters.
+    height = max(14, round(24 * min(2.0, max(0.35, width / 700)) + 8))
+    strip = strip[:height]
+    pad = np.full((height - strip.shape[0], width, 3), 255, np.uint8)
+    return np.vstack([strip, pad, image])
