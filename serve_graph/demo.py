@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 
 from kestrel.config import SHIPPED_MODELS
 from kestrel.image import decode
-from kestrel.overlay import draw_overlay
+from kestrel.overlay import decode_mask, overlay
 from serve_graph.client import SegmentClient
 from serve_graph.launch import LaunchError
 
@@ -43,17 +42,12 @@ def load_samples(folder: Path = SAMPLES) -> list[Sample]:
     return samples
 
 
-def read_mask(encoded: str) -> np.ndarray:
-    """The uint8 [H, W] array of a mask of the answer, 0 or 255."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
-
-
 def iou(mask: np.ndarray | None, truth: np.ndarray) -> float:
-    """Intersection over union of a mask (0 or 255) with the truth; 0 for no mask."""
+    """Intersection over union of two bool [H, W] masks; 0 where there is none."""
     if mask is None:
         return 0.0
-    union = np.count_nonzero((mask > 0) | truth)
-    return np.count_nonzero((mask > 0) & truth) / union if union else 1.0
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def same_answer(plain: dict[str, Any], final: dict[str, Any]) -> bool:
@@ -92,10 +86,9 @@ def _write(sample: Sample, answer: dict[str, Any], total_ms: float, folder: Path
         encoded = answer.get(f"{kind}_mask_base64")
         if encoded is not None:
             (folder / f"{kind}.png").write_bytes(base64.b64decode(encoded))
-            masks[kind] = read_mask(encoded)
-    draw_overlay(
-        decode(sample.image), masks.get("coarse"), masks.get("refined"), answer["bbox"]
-    ).save(folder / "overlay.png")
+            masks[kind] = decode_mask(encoded)
+    drawn = overlay(decode(sample.image), masks.get("coarse"), masks.get("refined"))
+    Image.fromarray(drawn).save(folder / "overlay.png")
     box, metrics = answer["bbox"], answer["metrics"]
     corners = " ".join(f"{box[k]:.3f}" for k in ("x_min", "y_min", "x_max", "y_max")) if box else ""
     model_ms = metrics["prefill_time_ms"] + metrics["decode_time_ms"]

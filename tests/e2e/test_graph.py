@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kestrel.overlay import decode_mask
 from serve_graph.client import SegmentClient
-from serve_graph.demo import Sample, iou, read_mask
+from serve_graph.demo import Sample, iou
 
 from .conftest import KEY, REFINE_TIMEOUT_S, Driver, Graph
 
@@ -80,7 +81,7 @@ def test_masks_cover_the_object_and_refinement_changes_them(
 ) -> None:
     coarse, refined = [], []
     for answer, sample in zip(answers, samples, strict=True):
-        masks = [read_mask(answer[f"{kind}_mask_base64"]) for kind in ("coarse", "refined")]
+        masks = [decode_mask(answer[f"{kind}_mask_base64"]) for kind in ("coarse", "refined")]
         assert not np.array_equal(*masks)
         coarse.append(iou(masks[0], sample.truth))
         refined.append(iou(masks[1], sample.truth))
