@@ -1,19 +1,24 @@
-"""Continuous batching: the thread that owns the model.
+"""Continuous batching: requests join and leave the running batch between decode steps.
 
-Requests wait in a queue, join the running batch between decode steps, and leave it when they end,
-are cancelled or run out of time. One request's failure is its own; a failure of a step ends the
-requests that were in it, and the thread goes on with the next.
+One thread owns the model. Requests wait in order of arrival, their images are decoded and cropped
+in worker threads; at every step those that are ready join as slots allow, at most one new image
+being encoded, so that running requests never wait for more than one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,360 +29,363 @@ from kestrel.api import (
     ModelMetrics,
     ModelResult,
     Overloaded,
-    PromptTooLong,
     SegmentRequest,
 )
+from kestrel.batch import Batch, Row
+from kestrel.config import RuntimeConfig
+from kestrel.image import decode as decode_image
+from kestrel.moondream.crops import overlap_crops
 from kestrel.moondream.model import Moondream
-from kestrel.ops.sampling import sample
-from kestrel.skills.segment import Prompt, SegmentState
+from kestrel.skills.segment import Phase
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-PREFILL_POSITIONS = 2048
-"""Prompt positions of one admission: bounds how long decoding requests wait for newcomers."""
-EMBEDDING_CACHE = 32
-"""Image embeddings kept, least recently used first out."""
+PREFILL_ROWS = 4
+"""Requests that may join in one step: bounds how long the running ones wait for a prefill."""
+CROP_THREADS = 2
+"""Images that are decoded and cropped at once."""
+AHEAD = 8
+"""Waiting requests whose images may be held decoded: bounds memory, not the queue."""
+KEEP_PIXELS = 8_000_000
+"""Larger pictures are not held for the refiner, which then decodes them again."""
+REMEMBERED_IMAGES = 32
+"""Image embeddings kept by content, for further nouns about the same image."""
 
 
-@dataclass
-class Crops:
-    """An image ready for the vision tower: crops uint8 [N, 3, S, S], grid, content key."""
+class EngineError(RuntimeError):
+    """The engine failed, not the request; ``__cause__`` says how."""
 
-    tensor: Tensor
-    tiling: tuple[int, int]
-    key: bytes
+
+class Stage(Enum):
+    """How far the image of a waiting request is."""
+
+    NEW = 0
+    PREPARING = 1
+    READY = 2
 
 
 @dataclass(eq=False)
-class Job:
-    """One request on its way through the model. ``deliver`` takes events and at most one error."""
+class Job(Row):
+    """A row with its way through the scheduler. Times are of ``time.monotonic``, seconds."""
 
     request_id: str
     request: SegmentRequest
-    prompt: Prompt
-    crops: Crops | None
-    state: SegmentState
-    deliver: Callable[[ModelEvent | BaseException], None]
     deadline: float
-    """On ``time.monotonic``."""
-    metrics: ModelMetrics = field(default_factory=ModelMetrics)
-    submitted: float = field(default_factory=time.monotonic)
+    mailbox: Any = None
+    """Where the answer goes; the scheduler only passes it on to ``deliver``."""
+    events: bool = True
+    """Whether anybody wants the events before the last."""
+    arrived: float = field(default_factory=time.monotonic)
+    stage: Stage = Stage.NEW
     cancelled: bool = False
-    slot: int = -1
-    length: int = 0
-    """Positions in the cache."""
-    started: float = 0.0
-    prefilled: float = 0.0
+    error: BaseException | None = None
+    key: bytes = b""
+    """Digest of the image."""
+    crops: tuple[np.ndarray, tuple[int, int]] | None = None
+    picture: np.ndarray | None = None
+    """The decoded image, held for the refiner; None: to be decoded again."""
+    admitted: float = 0.0
+    metrics: ModelMetrics = field(default_factory=ModelMetrics)
+
+
+Delivery = tuple[Job, "ModelEvent | BaseException"]
 
 
 class Scheduler:
-    """Owns the model, its KV cache and the thread that runs them.
+    """Owns the engine thread.
 
-    ``slots`` requests decode together; ``queue`` more may wait.
+    ``deliver`` is called on that thread after every step with what the step gave, an exception
+    being a job's last word as ``ModelDone`` is; it must not block.
     """
 
     def __init__(
-        self, model: Moondream, *, slots: int, queue: int, torch_threads: int | None = None
+        self,
+        model: Moondream,
+        config: RuntimeConfig,
+        deliver: Callable[[list[Delivery]], None],
     ) -> None:
-        self._model = model
-        self._slots = slots
-        self._queue_limit = queue
-        self._torch_threads = torch_threads
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
+        self._config = config
+        self._vision = model.config.vision
+        self._deliver = deliver
         self._wake = threading.Condition()
-        self._stopping = False
-        self._images: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._counts = {"submitted": 0, "completed": 0, "failed": 0, "cancelled": 0, "steps": 0}
-        config = model.config
-        special = config.prompt
-        self._text_only = torch.zeros(config.text.vocab_size, device=model.device)
-        self._text_only[[special.coord_id, special.size_id]] = float("-inf")
-        self._first = torch.full_like(self._text_only, float("-inf"))
-        self._first[[special.coord_id, special.eos_id]] = 0.0
-        self._generator = torch.Generator(device=model.device)
-        self._thread = threading.Thread(target=self._run, name="kestrel-engine", daemon=True)
+        self._waiting: deque[Job] = deque()
+        self._closing = False
+        self._outbox: list[Delivery] = []
+        self._embeddings: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._croppers = ThreadPoolExecutor(CROP_THREADS, thread_name_prefix="crop")
+        self._seconds = 1.0
+        self.counts: Counter[str] = Counter()
+        self.last_success = 0.0
+        """When a request last completed without an engine failure after it, monotonic seconds."""
+        self._keep_picture = config.refiner is not None
+        with torch.inference_mode():
+            self._batch = Batch(model, config.max_batch_size)
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
-    # Called from other threads.
+    # Called from any thread.
 
-    def submit(self, job: Job) -> None:
-        """Queue a request; ``Overloaded`` when the queue is full, ``PromptTooLong`` by itself."""
-        needed = self._prompt_length(job)
-        context = self._model.config.text.max_context
-        if needed >= context:
-            raise PromptTooLong(
-                f"the prompt has {needed} positions, the model's context {context}", "object"
-            )
+    def submit(self, job: Job, *, backlog: int = 0, always: bool = False) -> None:
+        """Queue a job.
+
+        ``backlog``: requests that wait elsewhere and count against ``max_queue``. Raises
+        ``Overloaded`` when the queue is full (not with ``always``) or the scheduler is closed.
+        """
         with self._wake:
-            if self._stopping:
-                raise Overloaded("the engine is shutting down", retry_after_s=1.0)
-            if len(self._waiting) >= self._queue_limit:
+            if self._closing:
+                raise Overloaded("the engine is shut down")
+            queued = len(self._waiting) + backlog
+            if queued >= self._config.max_queue and not always:
+                self.counts["refused"] += 1
+                seconds = self._seconds * queued / self._config.max_batch_size
                 raise Overloaded(
-                    f"{self._queue_limit} requests are waiting already", retry_after_s=1.0
+                    f"the queue is full ({queued} requests wait)",
+                    retry_after_s=min(max(1.0, seconds), 60.0),
                 )
             self._waiting.append(job)
-            self._counts["submitted"] += 1
+            self._prepare_ahead()
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Free the request's slot before the next step; nothing more is delivered."""
+        """Drop a job at the next step; nothing more is delivered for it."""
         with self._wake:
             job.cancelled = True
             self._wake.notify()
 
-    def stop(self, timeout_s: float = 30.0) -> None:
-        """End the thread; requests in flight fail with ``Overloaded``. Idempotent."""
+    def close(self) -> None:
+        """Fail what is left with ``Overloaded``, end and join the thread. Idempotent."""
         with self._wake:
-            self._stopping = True
+            self._closing = True
             self._wake.notify()
-        self._thread.join(timeout_s)
+        self._croppers.shutdown(wait=False, cancel_futures=True)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def stats(self) -> dict[str, Any]:
+        """Waiting and running requests, slots, and counts of outcomes, steps and tokens."""
+        with self._wake:
+            return {
+                "waiting": len(self._waiting),
+                "running": len(self._batch.rows),
+                "slots": self._config.max_batch_size,
+                **self.counts,
+            }
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the start, and requests running and waiting now."""
-        return self._counts | {"running": len(self._running), "waiting": len(self._waiting)}
+    # Image preparation: started under the lock, run in worker threads.
+
+    def _prepare_ahead(self) -> None:
+        room = AHEAD - sum(job.stage is not Stage.NEW for job in self._waiting)
+        for job in self._waiting:
+            if job.stage is Stage.NEW:
+                if job.request.image is None:
+                    job.stage = Stage.READY
+                    continue
+                if room <= 0 or self._closing:
+                    return
+                room -= 1
+                job.stage = Stage.PREPARING
+                self._croppers.submit(self._prepare, job)
+
+    def _prepare(self, job: Job) -> None:
+        try:
+            image = job.request.image
+            assert image is not None
+            if not job.cancelled:
+                job.key = digest(image)
+                with self._wake:
+                    job.image = self._remembered(job.key)
+                if job.image is None:
+                    picture = decode_image(image, self._config.limits)
+                    job.crops = overlap_crops(picture, self._vision)
+                    if self._keep_picture and picture.shape[0] * picture.shape[1] <= KEEP_PIXELS:
+                        job.picture = picture
+        except BaseException as error:  # a worker thread has nobody else to tell
+            job.error = error
+        with self._wake:
+            job.stage = Stage.READY
+            self._wake.notify()
+
+    def _remembered(self, key: bytes) -> Tensor | None:
+        if key in self._embeddings:
+            self._embeddings.move_to_end(key)
+            return self._embeddings[key]
+        return None
 
     # The engine thread.
 
-    def _run(self) -> None:
-        if self._torch_threads is not None:
-            torch.set_num_threads(self._torch_threads)
-        with torch.inference_mode():
-            self._cache = self._model.new_cache(self._slots)
-            while True:
-                with self._wake:
-                    while not (self._stopping or self._waiting or self._running):
-                        self._wake.wait()
-                    if self._stopping:
-                        break
-                self._turn()
-        gone = Overloaded("the engine was shut down", retry_after_s=1.0)
-        for job in [*self._running, *self._waiting]:
-            self._fail(job, gone)
-        self._running.clear()
-        self._waiting.clear()
-
-    def _turn(self) -> None:
-        """Drop what ended from outside, admit newcomers, decode one step."""
-        self._drop_ended()
-        hidden: list[tuple[Job, Tensor]] = []
-        batch = self._admit()
+    def _main(self) -> None:
+        if self._config.torch_threads is not None:
+            torch.set_num_threads(self._config.torch_threads)
+        reason: BaseException | None = None
         try:
-            if self._running:
-                hidden += zip(self._running, self._decode(), strict=True)
-            if batch:
-                hidden += zip(batch, self._prefill(batch), strict=True)
-                self._running += batch
-            if hidden:
-                self._counts["steps"] += 1
-                self._advance([job for job, _ in hidden], torch.stack([h for _, h in hidden]))
-        except Exception as error:
-            logger.exception("an engine step failed; its requests end, the engine goes on")
-            for job in {id(j): j for j in [*self._running, *batch]}.values():
-                self._fail(job, error)
-            self._running.clear()
-        self._running = [job for job in self._running if job.slot >= 0]
-
-    def _drop_ended(self) -> None:
-        now = time.monotonic()
+            with torch.inference_mode():
+                while self._turn():
+                    pass
+        except BaseException as error:
+            log.critical("the engine thread ended", exc_info=True)
+            reason = error
         with self._wake:
-            waiting, self._waiting = self._waiting, deque()
-            for job in waiting:
-                if job.cancelled or now > job.deadline:
-                    self._end_early(job)
-                else:
-                    self._waiting.append(job)
-        for job in self._running:
-            if job.cancelled or now > job.deadline:
-                self._end_early(job)
-        self._running = [job for job in self._running if job.slot >= 0]
+            self._closing = True
+            left = [*self._waiting, *self._jobs()]
+            self._waiting.clear()
+            self._batch.rows = []
+        for job in left:
+            failure = Overloaded("the engine is shutting down")
+            self._fail(job, failure if reason is None else engine_error(reason))
+        self._flush()
 
-    def _end_early(self, job: Job) -> None:
-        if job.cancelled:
-            job.slot = -1
-            self._counts["cancelled"] += 1
-        else:
-            self._fail(job, DeadlineExceeded())
+    def _jobs(self) -> list[Job]:
+        return [row for row in self._batch.rows if isinstance(row, Job)]
+
+    def _turn(self) -> bool:
+        """One step, or a wait for something to do; False when closing."""
+        with self._wake:
+            if self._closing:
+                return False
+            now = time.monotonic()
+            self._sweep(now)
+            joining = self._take(now)
+            self._prepare_ahead()
+            if not (joining or self._batch.rows or self._outbox):
+                soonest = min((job.deadline for job in self._waiting), default=None)
+                self._wake.wait(None if soonest is None else max(0.0, soonest - now))
+                return True
+        self._step([job for job in joining if self._encoded(job)])
+        self._flush()
+        return True
+
+    def _sweep(self, now: float) -> None:
+        """Drop cancelled, late and broken jobs; running ones give their slots back."""
+        for job in [*self._waiting, *self._jobs()]:
+            if job.cancelled:
+                self.counts["cancelled"] += 1
+            elif job.deadline <= now:
+                self._fail(job, DeadlineExceeded())
+            elif job.error is not None:
+                self._fail(job, job.error)
+            else:
+                continue
+            if job.slot >= 0:
+                self._batch.release(job)
+            else:
+                self._waiting.remove(job)
+
+    def _take(self, now: float) -> list[Job]:
+        """Waiting jobs that join this step, in order, at most one image among them to encode."""
+        taken: list[Job] = []
+        new_image: bytes | None = None
+        for job in self._waiting:
+            if len(taken) == min(PREFILL_ROWS, self._batch.free):
+                break
+            if job.stage is not Stage.READY:
+                continue
+            if job.request.image is not None and job.image is None:
+                job.image = self._remembered(job.key)
+                if job.image is None:
+                    if new_image not in (None, job.key):
+                        continue
+                    new_image = job.key
+            job.admitted = now
+            taken.append(job)
+        for job in taken:
+            self._waiting.remove(job)
+        return taken
+
+    def _encoded(self, job: Job) -> bool:
+        """Give the job its image's embeddings; a failure is the job's own."""
+        if job.request.image is None or job.image is not None:
+            return True
+        job.image = self._embeddings.get(job.key)
+        if job.image is None:
+            assert job.crops is not None
+            try:
+                job.image = self._batch.encode(*job.crops)
+            except Exception as error:
+                log.exception("request %s: its image could not be encoded", job.request_id)
+                self._fail(job, engine_error(error))
+                return False
+            with self._wake:
+                self._embeddings[job.key] = job.image
+                if len(self._embeddings) > REMEMBERED_IMAGES:
+                    self._embeddings.popitem(last=False)
+        job.crops = None
+        return True
+
+    def _step(self, joining: list[Job]) -> None:
+        if not (joining or self._batch.rows):
+            return
+        try:
+            self._batch.step(joining)
+        except Exception as error:
+            self._failed_step(joining, error)
+            return
+        now = time.monotonic()
+        for job in joining:
+            job.metrics.prefill_time_ms = (now - job.admitted) * 1e3
+            job.metrics.ttft_ms = (now - job.arrived) * 1e3
+        self.counts["steps"] += 1
+        self.counts["tokens"] += len(self._batch.rows)
+        for job in self._jobs():
+            event = job.decode.push(job.token)
+            if event is not None and job.events:
+                self._outbox.append((job, event))
+            if job.decode.phase is Phase.DONE:
+                self._finish(job, now)
+
+    def _failed_step(self, joining: list[Job], error: Exception) -> None:
+        """Fail all in flight with the cause, and begin afresh with those that wait."""
+        log.exception("an engine step failed; its %d requests fail", len(self._batch.rows))
+        self.last_success = 0.0
+        for job in dict.fromkeys([*self._jobs(), *joining]):
+            self._fail(job, engine_error(error))
+        with self._wake:
+            self._embeddings.clear()
+            self._batch.reset()
+
+    def _finish(self, job: Job, now: float) -> None:
+        self._batch.release(job)
+        decode, metrics = job.decode, job.metrics
+        metrics.input_tokens = job.prompt.length
+        metrics.output_tokens = decode.output_tokens
+        metrics.decode_time_ms = (now - job.admitted) * 1e3 - metrics.prefill_time_ms
+        self._seconds += 0.1 * (now - job.admitted - self._seconds)
+        self.counts["completed"] += 1
+        self.last_success = now
+        result = ModelResult(
+            request_id=job.request_id,
+            finish_reason=decode.finish_reason,
+            object=job.request.object,
+            path=decode.path,
+            bbox=decode.bbox,
+            metrics=metrics,
+            parse_error=decode.parse_error,
+            text=decode.text,
+            token_ids=decode.token_ids,
+            path_tokens=decode.path_tokens,
+            points=decode.points,
+            sizes=decode.sizes,
+        )
+        self._outbox.append((job, ModelDone(result)))
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        job.slot = -1
-        self._counts["failed"] += 1
-        job.deliver(error)
+        self.counts["late" if isinstance(error, DeadlineExceeded) else "failed"] += 1
+        self._outbox.append((job, error))
 
-    def _prompt_length(self, job: Job) -> int:
-        image = self._model.config.vision.n_patches if job.crops is not None else 0
-        return 1 + image + len(job.prompt.steps)
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._deliver(outbox)
 
-    def _admit(self) -> list[Job]:
-        """First come, first served; one batch has images throughout or not at all."""
-        taken = {job.slot for job in self._running}
-        free = [slot for slot in range(self._slots) if slot not in taken]
-        batch: list[Job] = []
-        positions = 0
-        with self._wake:
-            while self._waiting and len(batch) < len(free):
-                job = self._waiting[0]
-                if batch and (job.crops is None) != (batch[0].crops is None):
-                    break
-                positions += self._prompt_length(job)
-                if batch and positions > PREFILL_POSITIONS:
-                    break
-                batch.append(self._waiting.popleft())
-        for job, slot in zip(batch, free, strict=False):
-            job.slot = slot
-            job.started = time.monotonic()
-        return batch
 
-    def _embed(self, job: Job) -> Tensor:
-        """Prompt embeddings [T, dim]."""
-        model = self._model
-        special, device = model.config.prompt, model.device
-        parts = [model.embed_tokens(torch.tensor([special.bos_id], device=device))]
-        if job.crops is not None:
-            parts.append(self._image_embedding(job.crops))
-        for step in job.prompt.steps:
-            if isinstance(step, int):
-                parts.append(model.embed_tokens(torch.tensor([step], device=device)))
-            elif step[0] == "coord":
-                parts.append(model.encode_coord(torch.tensor([step[1]], device=device)))
-            else:
-                parts.append(model.encode_size(torch.tensor([step[1]], device=device)))
-        return torch.cat(parts)
+def engine_error(cause: BaseException) -> EngineError:
+    """An ``EngineError`` for one job; shared by several, it would collect all their frames."""
+    error = EngineError(f"the engine failed: {type(cause).__name__}")
+    error.__cause__ = cause
+    return error
 
-    def _image_embedding(self, crops: Crops) -> Tensor:
-        embedding = self._images.pop(crops.key, None)
-        if embedding is None:
-            tensor = crops.tensor.to(self._model.device, non_blocking=True)
-            embedding = self._model.vision.embed(tensor, crops.tiling)
-        self._images[crops.key] = embedding
-        while len(self._images) > EMBEDDING_CACHE:
-            self._images.popitem(last=False)
-        return embedding
 
-    def _prefill(self, batch: list[Job]) -> Tensor:
-        """Hidden states [B, dim] after each prompt."""
-        device = self._model.device
-        prompts = [self._embed(job) for job in batch]
-        lengths = [len(prompt) for prompt in prompts]
-        embeds = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        prefix = self._model.config.text.prefix_attn if batch[0].crops is not None else 0
-        slots = torch.tensor([job.slot for job in batch], device=device)
-        hidden = self._model.prefill(
-            embeds, torch.tensor(lengths, device=device), prefix, self._cache, slots
-        )
-        for job, length in zip(batch, lengths, strict=True):
-            job.length = job.metrics.input_tokens = length
-        return hidden
-
-    def _decode(self) -> Tensor:
-        """Hidden states [B, dim] after each running request's last token."""
-        device = self._model.device
-        jobs = self._running
-        positions = torch.tensor([job.length for job in jobs], device=device)
-        slots = torch.tensor([job.slot for job in jobs], device=device)
-        span = 1 + max(job.length for job in jobs)
-        embeds = self._next[slots]
-        for job in jobs:
-            job.length += 1
-        return self._model.decode(embeds, positions, self._cache, slots, span)
-
-    def _advance(self, jobs: list[Job], hidden: Tensor) -> None:
-        """Sample every job's next token, feed it to its answer, keep its embedding."""
-        model, special = self._model, self._model.config.prompt
-        phases = [job.state.phase for job in jobs]
-        settings = [job.request.settings for job in jobs]
-        temperature = top_p = None
-        if any(s.temperature > 0 for s in settings):
-            temperature = torch.tensor([s.temperature for s in settings], device=hidden.device)
-            top_p = torch.tensor([s.top_p for s in settings], device=hidden.device)
-
-        def pick(logits: Tensor, rows: list[int] | None = None) -> Tensor:
-            if temperature is None or top_p is None:
-                return sample(logits, None, None)
-            chosen = slice(None) if rows is None else rows
-            return sample(logits, temperature[chosen], top_p[chosen], self._generator)
-
-        forced = {1: special.coord_id, 2: special.size_id}
-        logits = model.logits(hidden).float()
-        masks = torch.stack([self._first if p == 0 else self._text_only for p in phases])
-        ids = pick(logits + masks)
-        if any(p in forced for p in phases):
-            fixed = torch.tensor([forced.get(p, -1) for p in phases], device=hidden.device)
-            ids = torch.where(fixed >= 0, fixed, ids)
-        embeds = model.embed_tokens(ids)
-        values: dict[int, tuple[float, ...]] = {}
-        coord_rows = [i for i, p in enumerate(phases) if p < 2]
-        if coord_rows:
-            coords = model.region.coord_value(
-                pick(model.coord_logits(hidden[coord_rows]).float(), coord_rows)
-            )
-            encoded = model.encode_coord(coords)
-            is_coord = (ids[coord_rows] == special.coord_id)[:, None]
-            embeds[coord_rows] = torch.where(is_coord, encoded, embeds[coord_rows])
-            values |= {
-                row: (value,) for row, value in zip(coord_rows, coords.tolist(), strict=True)
-            }
-        size_rows = [i for i, p in enumerate(phases) if p == 2]
-        if size_rows:
-            bins = model.size_logits(hidden[size_rows]).float()
-            twice = [row for row in size_rows for _ in range(2)]
-            sizes = model.region.size_value(pick(bins.flatten(0, 1), twice).view(-1, 2))
-            embeds[size_rows] = model.encode_size(sizes)
-            values |= {
-                row: tuple(pair) for row, pair in zip(size_rows, sizes.tolist(), strict=True)
-            }
-        self._keep_next(jobs, embeds)
-        now = time.monotonic()
-        for row, (job, token) in enumerate(zip(jobs, ids.tolist(), strict=True)):
-            value = values.get(row, ()) if token in (special.coord_id, special.size_id) else ()
-            self._accept(job, token, value, now)
-
-    def _keep_next(self, jobs: list[Job], embeds: Tensor) -> None:
-        if not hasattr(self, "_next"):
-            self._next = embeds.new_zeros(self._slots, embeds.shape[-1])
-        self._next[[job.slot for job in jobs]] = embeds
-
-    def _accept(self, job: Job, token: int, value: tuple[float, ...], now: float) -> None:
-        metrics = job.metrics
-        if metrics.output_tokens == 0:
-            job.prefilled = now
-            metrics.prefill_time_ms = (now - job.started) * 1e3
-            metrics.ttft_ms = (now - job.submitted) * 1e3
-        metrics.output_tokens += 1
-        for event in job.state.feed(token, value):
-            job.deliver(event)
-        limit = min(
-            job.request.settings.max_tokens,
-            self._model.config.text.max_context - metrics.input_tokens,
-        )
-        if job.state.finished or metrics.output_tokens >= limit:
-            self._finish(job, truncated=not job.state.finished, now=now)
-
-    def _finish(self, job: Job, truncated: bool, now: float) -> None:
-        state = job.state
-        state.close(truncated)
-        job.metrics.decode_time_ms = (now - job.prefilled) * 1e3
-        job.slot = -1
-        self._counts["completed"] += 1
-        job.deliver(
-            ModelDone(
-                ModelResult(
-                    request_id=job.request_id,
-                    finish_reason="length" if truncated else "stop",
-                    object=job.request.object,
-                    path=state.path,
-                    bbox=state.bbox,
-                    metrics=job.metrics,
-                    parse_error=state.parse_error,
-                    text=state.text,
-                    token_ids=state.token_ids,
-                    path_tokens=state.path_tokens,
-                    points=state.points,
-                    sizes=state.sizes,
-                )
-            )
-        )
+def digest(image: bytes | np.ndarray) -> bytes:
+    """Names an image by its content."""
+    shape = b"" if isinstance(image, bytes) else str(image.shape).encode()
+    content = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
+    return hashlib.blake2b(content, digest_size=16, salt=shape[:16]).digest()

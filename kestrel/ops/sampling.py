@@ -1,31 +1,61 @@
-"""Greedy and nucleus sampling, each row with its own settings."""
+"""Greedy and nucleus sampling of a whole batch, every row with its own settings."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+GREEDY_BELOW = 1e-4
+"""Temperatures under it count as 0: dividing by them would leave one candidate anyway."""
+HOTTEST = 1e6
+"""Larger temperatures are taken as this one: already uniform, and still finite in float32."""
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether a temperature means the most likely candidate, no draw."""
+    return temperature < GREEDY_BELOW
+
 
 def sample(
     logits: Tensor,
-    temperature: Tensor | None,
-    top_p: Tensor | None,
-    generator: torch.Generator | None = None,
+    temperatures: Sequence[float],
+    top_ps: Sequence[float],
+    draws: Sequence[float],
 ) -> Tensor:
-    """Pick one index a row.
+    """One candidate per row.
 
-    ``logits`` float [B, V]; ``temperature`` and ``top_p`` float32 [B], or None when every row is
-    greedy. A row of temperature 0 takes its largest logit; others sample from the smallest set of
-    indices whose probability reaches ``top_p`` (Holtzman et al. 2020). Gives int64 [B].
+    ``logits`` [B, N], -inf where a candidate is not allowed; per row a temperature (0 is greedy),
+    ``top_p`` in 0..1 (the smallest set of most likely candidates that reaches this probability,
+    Holtzman et al. 2020) and a uniform draw in 0..1. The draws come from the caller so that a
+    row's outcome depends on its own request only, never on its neighbours in the batch.
+    Gives int64 [B] on the device of the logits.
     """
-    greedy = logits.argmax(dim=-1)
-    if temperature is None or top_p is None:
-        return greedy
-    scaled = logits.float() / temperature.clamp(min=1e-5)[:, None]
-    ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
-    # The first index whose probability crosses top_p still belongs to the set.
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = ordered.masked_fill(before >= top_p[:, None], 0.0)
-    drawn = torch.multinomial(kept, 1, generator=generator)
-    sampled = order.gather(1, drawn)[:, 0]
-    return torch.where(temperature > 0, sampled, greedy)
+    best = logits.argmax(dim=-1)
+    warm = [row for row, value in enumerate(temperatures) if not is_greedy(value)]
+    if not warm:
+        return best
+    columns = (
+        [min(temperatures[i], HOTTEST) for i in warm],
+        [top_ps[i] for i in warm],
+        [draws[i] for i in warm],
+    )
+    settings = torch.tensor(columns, dtype=torch.float32, device=logits.device)
+    best[warm] = _draw(logits[warm].float(), *settings.unsqueeze(-1))
+    return best
+
+
+def _draw(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
+    """Inverse transform sampling within the nucleus; settings are [B, 1]. Gives [B]."""
+    ranked, order = logits.sort(dim=-1, descending=True)
+    # The maximum is taken off first: a small temperature then cannot overflow.
+    probs = ((ranked - ranked[:, :1]) / temperature).softmax(dim=-1)
+    reached = probs.cumsum(dim=-1)
+    # A candidate is in the nucleus if those before it do not reach top_p; the first always is.
+    inside = (reached - probs < top_p) & (probs > 0)
+    mass = (probs * inside).sum(dim=-1, keepdim=True)
+    place = (reached <= draw * mass).sum(dim=-1, keepdim=True)
+    # Rounding of the sums may point past the nucleus.
+    place = place.minimum(inside.sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
+    return order.gather(-1, place).squeeze(-1)

@@ -1,237 +1,321 @@
-"""The segment skill: noun and spatial refs to a prompt, decoded tokens to a path and its box.
+"""The segment skill: a noun to prompt tokens, decoded tokens to a box and an SVG path.
 
-A model answers with its box (two coordinate tokens for the centre, one size token) and then spells
-SVG path data on an integer grid relative to the box, one command letter, integer or minus sign a
-token. Everything here is total: any token sequence gives a result, never an exception.
+A request decodes as: coordinate token (centre x), coordinate token (centre y), size token, then
+text tokens that spell the path, then EOS. EOS in the first place means that nothing was found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
 
-from kestrel.api import Bbox, BboxEvent, PathDelta, SegmentRequest, SegmentSettings, SpatialRef
+from kestrel.api import (
+    Bbox,
+    BboxEvent,
+    PathDelta,
+    PromptTooLong,
+    SegmentRequest,
+    SegmentSettings,
+)
 from kestrel.config import Limits
-from kestrel.moondream.config import PromptConfig
+from kestrel.moondream.config import MoondreamConfig, PromptConfig
 from kestrel.moondream.tokens import SegmentTokenizer
+from kestrel.svg import ARITY, SvgPathError, parse_path
 
-__all__ = ["Prompt", "SegmentRequest", "SegmentSettings", "SegmentState", "build_prompt"]
+__all__ = [
+    "Coord",
+    "Phase",
+    "Prompt",
+    "SegmentDecode",
+    "SegmentRequest",
+    "SegmentSettings",
+    "Size",
+    "Token",
+    "build_prompt",
+]
 
-ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
-DECIMALS = 4
-"""Of a path in 0..1: a tenth of a grid step of 960."""
+MAX_DIGITS = 9
+"""Digits of one integer; a longer one is no coordinate."""
 
 
-@dataclass
+class Coord(NamedTuple):
+    """A coordinate token: one axis, 0..1 of the image."""
+
+    value: float
+
+
+class Size(NamedTuple):
+    """A size token: width and height, 0..1 of the image."""
+
+    width: float
+    height: float
+
+
+Token = int | Coord | Size
+"""A text token's id, or a region token with its value."""
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt in order, BOS and image left out: token ids, ("coord", x) and ("size", (w, h))."""
+    """A request as the model reads it: BOS, the image's embeddings if any, then ``tokens``."""
 
-    steps: list[int | tuple[str, float] | tuple[str, tuple[float, float]]]
+    tokens: list[Token]
+    length: int
+    """Positions in all, BOS and image included."""
 
 
 def build_prompt(
-    noun: str,
-    refs: list[SpatialRef] | None,
-    tokenizer: SegmentTokenizer,
-    prompt: PromptConfig,
+    request: SegmentRequest, config: MoondreamConfig, tokenizer: SegmentTokenizer
 ) -> Prompt:
-    """``[prefix] [refs: x, y (, size) each] [noun] [answer]``; a box is given by its centre."""
-    steps: list = list(prompt.segment_prefix)
-    for ref in refs or []:
+    """Prompt of a validated request.
+
+    A point becomes two coordinate tokens; a box its centre and its size. Raises ``PromptTooLong``
+    when no position of the context is left to answer in.
+    """
+    special = config.prompt
+    tokens: list[Token] = [*special.segment_prefix]
+    for ref in request.spatial_refs or ():
         if len(ref) == 2:
-            steps += [("coord", ref[0]), ("coord", ref[1])]
+            tokens += [Coord(ref[0]), Coord(ref[1])]
         else:
-            x0, y0, x1, y1 = ref
-            steps += [("coord", (x0 + x1) / 2), ("coord", (y0 + y1) / 2)]
-            steps.append(("size", (x1 - x0, y1 - y0)))
-    return Prompt([*steps, *tokenizer.encode_object(noun), prompt.answer_id])
+            x_min, y_min, x_max, y_max = ref
+            tokens += [Coord((x_min + x_max) / 2), Coord((y_min + y_max) / 2)]
+            tokens.append(Size(x_max - x_min, y_max - y_min))
+    tokens += tokenizer.encode_object(request.object)
+    tokens.append(special.answer_id)
+    length = 1 + (config.vision.n_patches if request.image is not None else 0) + len(tokens)
+    context = config.text.max_context
+    if length >= context:
+        raise PromptTooLong(
+            f"the prompt takes {length} positions; the model's context of {context} must also "
+            "hold the answer",
+            "object",
+        )
+    return Prompt(tokens, length)
 
 
-@dataclass
+class _Malformed(Exception):
+    """The tokens spell no SVG path."""
+
+
+@dataclass(frozen=True)
 class _Frame:
-    """Maps grid integers of the model's box to 0..1 of the box that is given out.
+    """From the model's integer grid to 0..1 of the box that is given out.
 
-    The model's box may reach over the edge of the image; the given one is clipped to it, and the
-    path is mapped so that it stays where the model put it.
+    The model draws on its own box, which may reach over the edge of the image; the box that is
+    given out is cut off there, and the path keeps its place. Per axis: scale and offset.
     """
 
-    bbox: Bbox
     scale: tuple[float, float]
     offset: tuple[float, float]
 
-    @classmethod
-    def of(cls, centre: tuple[float, float], size: tuple[float, float], grid: int) -> _Frame:
-        spans, scale, offset = [], [], []
-        for middle, extent in zip(centre, size, strict=True):
-            low, high = middle - extent / 2, middle + extent / 2
-            inner_low = min(max(low, 0.0), 1.0)
-            inner_high = max(min(max(high, 0.0), 1.0), inner_low)
-            inner = max(inner_high - inner_low, 1e-9)
-            spans.append((inner_low, inner_high))
-            scale.append((high - low) / grid / inner)
-            offset.append((low - inner_low) / inner)
-        (x_min, x_max), (y_min, y_max) = spans
-        bbox = {"x_min": x_min, "y_min": y_min, "x_max": x_max, "y_max": y_max}
-        return cls(bbox, (scale[0], scale[1]), (offset[0], offset[1]))
+    def written(self, letter: str, numbers: list[int]) -> str:
+        """One whole command as path data."""
+        return letter + " ".join(
+            self._argument(letter, place, value) for place, value in enumerate(numbers)
+        )
 
-    def command(self, letter: str, arguments: list[int]) -> str:
-        """One whole command in 0..1 path data."""
-        relative = letter.islower()
-        out = []
-        for i, value in enumerate(arguments):
-            kind = _axis(letter.upper(), i)
-            if kind is None:
-                out.append(str(value))
-            else:
-                shift = 0.0 if relative or kind[1] else self.offset[kind[0]]
-                out.append(_short(value * self.scale[kind[0]] + shift))
-        return letter + " ".join(out)
+    def _argument(self, letter: str, place: int, value: int) -> str:
+        kind = letter.upper()
+        axis = 1 if kind == "V" else place % 2
+        length = letter.islower()
+        if kind == "A":
+            if place in (3, 4) and value not in (0, 1):
+                raise _Malformed(f"an arc's flag is {value}, not 0 or 1")
+            if place in (2, 3, 4):  # degrees and flags have no place on the grid
+                return str(value)
+            length = length or place < 2
+            axis = place if place < 2 else place - 5
+        scaled = value * self.scale[axis] + (0.0 if length else self.offset[axis])
+        # Five decimals: a tenth of a pixel in a box of 10,000.
+        text = f"{scaled:.5f}".rstrip("0").rstrip(".")
+        return "0" if text == "-0" else text
 
 
-def _axis(letter: str, index: int) -> tuple[int, bool] | None:
-    """(0 for x or 1 for y, whether it is a length) of an argument; None for angles and flags."""
-    if letter == "H":
-        return 0, False
-    if letter == "V":
-        return 1, False
-    if letter == "A":
-        return {0: (0, True), 1: (1, True), 5: (0, False), 6: (1, False)}.get(index)
-    return index % 2, False
+class _PathReader:
+    """Path tokens, one at a time, to whole commands; every method raises ``_Malformed``."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self._frame = frame
+        self._letter = ""
+        self._numbers: list[int] = []
+        self._minus = False
+        self._fed = True
+        """Whether the letter has had its numbers at least once."""
+        self.chunks: list[str] = []
+
+    def feed(self, piece: str) -> str | None:
+        """Take a command letter, an integer or ``-``; give the command that it completes, if any.
+
+        Implicit repeats of a command come with their letter, so that every chunk stands alone.
+        """
+        if piece.isdecimal() and len(piece) <= MAX_DIGITS:
+            return self._number(int(piece))
+        if piece == "-":
+            if self._minus:
+                raise _Malformed("two minus signs")
+            self._minus = True
+            return None
+        if piece.upper() not in ARITY:
+            raise _Malformed(f"{piece[:16]!r} is no part of a path")
+        self.finish()
+        if not self.chunks and piece not in "Mm":
+            raise _Malformed(f"the path begins with {piece}, not with M")
+        self._letter, self._fed = piece, False
+        return self._whole() if piece in "Zz" else None
+
+    def finish(self) -> None:
+        """Check that no command is open."""
+        if self._minus:
+            raise _Malformed("a minus sign without a number")
+        if self._numbers or not self._fed:
+            raise _Malformed(
+                f"{self._letter} has {len(self._numbers)} of {ARITY[self._letter.upper()]} numbers"
+            )
+
+    def _number(self, value: int) -> str | None:
+        if not self._letter or self._letter in "Zz":
+            raise _Malformed(f"the number {value} stands where a command must")
+        self._numbers.append(-value if self._minus else value)
+        self._minus = False
+        return self._whole() if len(self._numbers) == ARITY[self._letter.upper()] else None
+
+    def _whole(self) -> str:
+        chunk = self._frame.written(self._letter, self._numbers)
+        self.chunks.append(chunk)
+        self._numbers, self._fed = [], True
+        # Further pairs of a move are lines (SVG 1.1, 8.3.2).
+        self._letter = {"M": "L", "m": "l"}.get(self._letter, self._letter)
+        return chunk
 
 
-def _short(value: float) -> str:
-    text = f"{value:.{DECIMALS}f}".rstrip("0").rstrip(".")
-    return "0" if text in ("-0", "") else text
+class Phase(IntEnum):
+    """What the grammar allows next."""
+
+    FIRST = 0
+    """Centre x, or EOS: nothing found."""
+    CENTRE_Y = 1
+    SIZE = 2
+    TEXT = 3
+    """Any text token: neither a coordinate nor a size."""
+    DONE = 4
 
 
 @dataclass
-class SegmentState:
-    """Reads the tokens of one answer as they come.
-
-    ``decode_text`` gives the text of a path token ("" for anything else).
-    """
+class SegmentDecode:
+    """One request's answer as it is decoded. ``push`` takes any tokens and never raises."""
 
     prompt: PromptConfig
-    decode_text: Callable[[int], str]
+    tokenizer: SegmentTokenizer
+    max_tokens: int
     limits: Limits = field(default_factory=Limits)
-
+    phase: Phase = Phase.FIRST
+    finish_reason: str = "stop"
+    parse_error: str | None = None
+    bbox: Bbox | None = None
+    """The model's box, clipped to the image."""
+    output_tokens: int = 0
+    """Every sampled token, EOS included."""
     token_ids: list[int] = field(default_factory=list)
+    """Text tokens without EOS."""
     path_tokens: list[str] = field(default_factory=list)
     points: list[tuple[float, float]] = field(default_factory=list)
+    """The box's centre, unclipped."""
     sizes: list[tuple[float, float]] = field(default_factory=list)
-    chunks: list[str] = field(default_factory=list)
-    parse_error: str | None = None
-    finished: bool = False
-
     _centre: list[float] = field(default_factory=list)
-    _frame: _Frame | None = None
-    _letter: str = ""
-    _used: bool = True
-    """Whether the current letter has had its arguments at least once."""
-    _numbers: list[int] = field(default_factory=list)
-    _minus: bool = False
+    _reader: _PathReader | None = None
 
-    @property
-    def phase(self) -> int:
-        """What comes next: 0 a coordinate or the end, 1 a coordinate, 2 a size, 3 path text."""
-        return min(len(self.token_ids), 3)
-
-    def feed(self, token_id: int, value: tuple[float, ...] = ()) -> list[BboxEvent | PathDelta]:
-        """Take one token (with its value, if it is a coordinate or a size); what became whole."""
-        if self.finished:
-            return []
-        phase = self.phase
-        self.token_ids.append(token_id)
-        special = self.prompt
-        if token_id == special.eos_id:
-            self.finished = True
-            return []
-        if phase < 2 and token_id == special.coord_id and len(value) == 1:
-            self._centre.append(value[0])
-            if phase == 1:
-                self.points.append((self._centre[0], self._centre[1]))
-            return []
-        if phase == 2 and token_id == special.size_id and len(value) == 2:
-            self.sizes.append((value[0], value[1]))
-            self._frame = _Frame.of(self.points[0], self.sizes[0], special.path_grid)
-            return [BboxEvent(dict(self._frame.bbox))]
-        if phase < 3:
-            return self._broken(f"token {token_id} where the box was to come")
-        text = self.decode_text(token_id)
-        if not text:
-            return self._broken(f"token {token_id} is no path text")
-        self.path_tokens.append(text)
-        return self._read(text)
-
-    def _broken(self, why: str) -> list[BboxEvent | PathDelta]:
-        self.parse_error = why
-        self.finished = True
-        return []
-
-    def _read(self, text: str) -> list[BboxEvent | PathDelta]:
-        if text == "-":
-            if self._minus or not self._letter:
-                return self._broken("a minus sign without a number")
-            self._minus = True
-            return []
-        if text.isdigit():
-            return self._number(int(text))
-        if self._numbers or self._minus or not self._used:
-            return self._broken(f"{self._letter} lacks arguments before {text}")
-        if not self._letter and text.upper() != "M":
-            return self._broken(f"a path starts with M, not {text}")
-        self._letter, self._used = text, False
-        return self._whole([]) if ARITY[text.upper()] == 0 else []
-
-    def _number(self, number: int) -> list[BboxEvent | PathDelta]:
-        letter = self._letter.upper()
-        if not letter or ARITY[letter] == 0:
-            return self._broken(f"the number {number} belongs to no command")
-        number = -number if self._minus else number
-        self._minus = False
-        if letter == "A" and len(self._numbers) in (3, 4) and number not in (0, 1):
-            return self._broken(f"{number} is no arc flag")
-        self._numbers.append(number)
-        if len(self._numbers) < ARITY[letter]:
-            return []
-        numbers, self._numbers = self._numbers, []
-        return self._whole(numbers)
-
-    def _whole(self, arguments: list[int]) -> list[BboxEvent | PathDelta]:
-        if len(self.chunks) >= self.limits.max_path_commands:
-            return self._broken(f"more than {self.limits.max_path_commands} commands")
-        letter = self._letter
-        self._used = True
-        # Pairs that follow a move draw lines; the chunk says so, to be whole on its own.
-        if letter in "Mm":
-            self._letter = "L" if letter == "M" else "l"
-        if self._frame is None:  # the box always comes first: see ``feed``
-            return self._broken("a path without a box")
-        chunk = self._frame.command(letter, arguments)
-        self.chunks.append(chunk)
-        return [PathDelta(chunk, len(self.token_ids))]
-
-    def close(self, truncated: bool) -> None:
-        """No token comes any more; ``truncated`` when a limit ended the answer."""
-        if truncated and self.parse_error is None:
-            self.parse_error = "the path was cut off by the token limit"
-        elif self.parse_error is None and (self._numbers or self._minus or not self._used):
-            self.parse_error = f"the path ends inside {self._letter or 'a number'}"
-        elif self.parse_error is None and 0 < len(self.token_ids) < 4 and self._centre:
-            self.parse_error = "the answer ends inside the box"
-        self.finished = True
+    def push(self, token: Token) -> BboxEvent | PathDelta | None:
+        """Take the next sampled token; give what it completes. Phase DONE ends the request."""
+        if self.phase is Phase.DONE:
+            return None
+        self.output_tokens += 1
+        event: BboxEvent | PathDelta | None = None
+        try:
+            event = self._text(token) if self.phase is Phase.TEXT else self._region(token)
+        except _Malformed as error:
+            # What follows can never make it a path again: the slot is better given to another.
+            self._end(f"not an SVG path: {error}")
+        if self.phase is not Phase.DONE and self.output_tokens >= self.max_tokens:
+            self.finish_reason = "length"
+            self._end(f"cut off after {self.output_tokens} tokens")
+        return event
 
     @property
     def path(self) -> str:
-        """What could be read, as path data in 0..1 relative to ``bbox``."""
-        return "".join(self.chunks)
-
-    @property
-    def bbox(self) -> Bbox | None:
-        """The model's box, clipped to the image; None when it gave none."""
-        return dict(self._frame.bbox) if self._frame else None
+        """SVG path data in 0..1 relative to ``bbox``: what could be read."""
+        return "".join(self._reader.chunks) if self._reader is not None else ""
 
     @property
     def text(self) -> str:
-        """The path as the model spelled it, tokens separated by spaces, on its own grid."""
+        """The path as the model spelled it, numbers on its own grid."""
         return " ".join(self.path_tokens).replace("- ", "-")
+
+    def _end(self, error: str | None = None) -> None:
+        self.phase = Phase.DONE
+        self.parse_error = error
+
+    def _region(self, token: Token) -> BboxEvent | None:
+        if self.phase is Phase.FIRST and token == self.prompt.eos_id:
+            self._end()
+            return None
+        if self.phase is Phase.SIZE:
+            if not isinstance(token, Size):
+                raise _Malformed("the third token is no size")
+            return self._box(token)
+        if not isinstance(token, Coord):
+            raise _Malformed("the first two tokens are no coordinates")
+        self._centre.append(token.value)
+        self.phase = Phase(self.phase + 1)
+        return None
+
+    def _box(self, size: Size) -> BboxEvent:
+        self.points.append((self._centre[0], self._centre[1]))
+        self.sizes.append((size.width, size.height))
+        edges: list[tuple[float, float]] = []
+        scale, offset = [], []
+        for centre, extent in zip(self._centre, size, strict=True):
+            low, high = centre - extent / 2, centre + extent / 2
+            inner_low, inner_high = max(low, 0.0), min(high, 1.0)
+            inner = inner_high - inner_low
+            if not inner > 0:
+                raise _Malformed("the box lies outside the image")
+            edges.append((inner_low, inner_high))
+            scale.append((high - low) / inner / self.prompt.path_grid)
+            offset.append((low - inner_low) / inner)
+        (x_min, x_max), (y_min, y_max) = edges
+        self.bbox = {"x_min": x_min, "y_min": y_min, "x_max": x_max, "y_max": y_max}
+        self._reader = _PathReader(_Frame((scale[0], scale[1]), (offset[0], offset[1])))
+        self.phase = Phase.TEXT
+        return BboxEvent(dict(self.bbox))
+
+    def _text(self, token: Token) -> PathDelta | None:
+        assert self._reader is not None
+        if not isinstance(token, int):
+            raise _Malformed("a coordinate or size within the path")
+        if token == self.prompt.eos_id:
+            self._end_of_path(self._reader)
+            return None
+        self.token_ids.append(token)
+        if token < self.prompt.first_path_id:
+            return None
+        piece = self.tokenizer.decode_path_token(token)
+        if not piece:
+            raise _Malformed(f"token {token} is no part of a path")
+        self.path_tokens.append(piece)
+        if len(self._reader.chunks) >= self.limits.max_path_commands:
+            raise _Malformed(f"more than {self.limits.max_path_commands} segments")
+        chunk = self._reader.feed(piece)
+        return PathDelta(chunk, self.output_tokens) if chunk is not None else None
+
+    def _end_of_path(self, reader: _PathReader) -> None:
+        reader.finish()
+        if not reader.chunks:
+            raise _Malformed("a box and no path; is this checkpoint trained for segmentation?")
+        try:
+            # The grammar's own judge has the last word, its limits included.
+            parse_path(self.path, self.limits)
+        except SvgPathError as error:
+            raise _Malformed(str(error)) from error
+        self._end()

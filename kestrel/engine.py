@@ -1,0 +1,328 @@
+"""The engine: a model, its scheduler and a refiner behind a few async methods."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from kestrel.api import (
+    DeadlineExceeded,
+    ModelDone,
+    ModelEvent,
+    ModelMetrics,
+    ModelResult,
+    SegmentRequest,
+    segment_output,
+    validate_segment,
+)
+from kestrel.config import RuntimeConfig
+from kestrel.moondream.model import Moondream, load, resolve_device, resolve_dtype
+from kestrel.scheduler import EngineError, Job, Scheduler
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from kestrel.self_check import check_outcome, check_request
+from kestrel.skills.segment import SegmentDecode, build_prompt
+from kestrel.streaming import Mailbox, SegmentStream, deliver
+
+if TYPE_CHECKING:
+    from kestrel.seg_refiner import SegmentRefiner
+
+__all__ = ["EngineError", "EngineResult", "InferenceEngine", "SegmentStream"]
+
+log = logging.getLogger(__name__)
+
+Outcome = tuple[ModelResult, "SegmentRefineBitmapsResult | None"]
+"""The model half and what refinement made of it; None where the engine has no refiner."""
+
+HEALTHY_FOR_S = 10.0
+"""A request that completed this recently proves as much as a health check of its own."""
+
+
+@dataclass(slots=True)
+class EngineResult:
+    """A finished request of the Python door."""
+
+    request_id: str
+    finish_reason: str
+    """``stop`` or ``length``."""
+    output: dict[str, Any]
+    """``{"segments": [segment]}``, the segment as ``kestrel.api.segment_output`` gives it."""
+    metrics: ModelMetrics
+
+
+class InferenceEngine:
+    """Serves one model. Usable from any event loop, from several at once, and as ``async with``."""
+
+    def __init__(self, config: RuntimeConfig, model: Moondream) -> None:
+        self.config = config
+        self._model = model
+        self._refiner = _make_refiner(config)
+        self._refine_pool = ThreadPoolExecutor(config.refiner_threads, thread_name_prefix="refine")
+        self._refining = 0
+        self._reasons: Counter[str] = Counter()
+        self._scheduler = Scheduler(model, config, deliver)
+        self._refine_ms = 0.0
+        # An engine that is dropped, or alive at exit, must not leave its thread in the model.
+        self._finalizer = weakref.finalize(self, self._scheduler.close)
+
+    @classmethod
+    async def create(cls, config: RuntimeConfig | None = None) -> InferenceEngine:
+        """Load the checkpoint and start; raises ``ConfigError`` for one that does not fit."""
+        config = config or RuntimeConfig()
+
+        def build() -> InferenceEngine:
+            device = resolve_device(config.device)
+            return cls(config, load(config.checkpoint, device, resolve_dtype(config.dtype, device)))
+
+        return await asyncio.to_thread(build)
+
+    async def __aenter__(self) -> InferenceEngine:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.shutdown()
+
+    @property
+    def max_context(self) -> int:
+        """Positions that prompt and answer share."""
+        return self._model.config.text.max_context
+
+    # The Python door.
+
+    @overload
+    async def segment(
+        self, *, object: str, image: Any = ..., stream: Literal[False] = ..., **options: Any
+    ) -> EngineResult: ...
+
+    @overload
+    async def segment(
+        self, *, object: str, image: Any = ..., stream: Literal[True], **options: Any
+    ) -> SegmentStream: ...
+
+    async def segment(
+        self,
+        *,
+        object: str,
+        image: Any = None,
+        spatial_refs: Any = None,
+        return_base64: bool = False,
+        stream: bool = False,
+        settings: Any = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> EngineResult | SegmentStream:
+        """Segment ``object`` in ``image`` (encoded bytes, or uint8 [H, W, 3] RGB; unchanged until
+        the result is there).
+
+        ``spatial_refs``: points ``[x, y]`` and boxes ``[x_min, y_min, x_max, y_max]`` in 0..1.
+        ``settings``: mapping or ``SegmentSettings``. ``timeout_s``: deadline, at most
+        ``request_timeout_s`` of the configuration. With ``stream`` it gives a ``SegmentStream``
+        as soon as the request is queued.
+
+        Raises ``kestrel.api.RequestError`` (a ValueError), ``EngineError`` when the engine failed.
+        """
+        request = validate_segment(
+            object=object,
+            image=image,
+            spatial_refs=spatial_refs,
+            stream=stream,
+            return_base64=return_base64,
+            settings=settings,
+            limits=self.config.limits,
+            max_context=self.max_context,
+        )
+        if request.stream:
+            return await self.stream(request, request_id=request_id, timeout_s=timeout_s)
+        job = self._submit(request, request_id, timeout_s, events=False)
+        return self._result(job, *await self._outcome(job))
+
+    # What the servers use.
+
+    async def complete(
+        self,
+        request: SegmentRequest,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Outcome:
+        """Both halves of a validated request, for ``kestrel.api.segment_response``."""
+        return await self._outcome(self._submit(request, request_id, timeout_s, events=False))
+
+    async def stream(
+        self,
+        request: SegmentRequest,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> SegmentStream:
+        """The updates of a validated request.
+
+        ``Overloaded`` and ``PromptTooLong`` are raised here, an undecodable image by the first
+        update.
+        """
+        job = self._submit(request, request_id, timeout_s, events=True)
+        return SegmentStream(self, self._scheduler, job)
+
+    async def generate(
+        self,
+        request: SegmentRequest,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[ModelEvent]:
+        """The model half of a validated request: box, path commands, ``ModelDone``."""
+        job = self._submit(request, request_id, timeout_s, events=True)
+        mailbox: Mailbox = job.mailbox
+        try:
+            while (event := await mailbox.event()) is not None:
+                yield event
+            yield ModelDone(await mailbox.result())
+        finally:
+            if not mailbox.closed:
+                self._scheduler.cancel(job)
+
+    async def warmup(self) -> None:
+        """Run a request end to end, so that the first caller does not pay for first-time work.
+
+        Raises what ``health`` raises.
+        """
+        await self._check()
+
+    async def health(self) -> None:
+        """Returns when a built-in picture was segmented, or a request completed just now.
+
+        Raises ``EngineError`` that says what is wrong, or ``RequestError``.
+        """
+        if time.monotonic() - self._scheduler.last_success > HEALTHY_FOR_S:
+            await self._check()
+
+    async def _check(self) -> None:
+        request = check_request(self.config.checkpoint)
+        job = self._submit(request, "health", None, events=False, always=True)
+        check_outcome(*await self._outcome(job))
+
+    def stats(self) -> dict[str, Any]:
+        """Requests that wait, run and are being refined; outcomes, steps and tokens so far."""
+        return {
+            **self._scheduler.stats(),
+            "refining": self._refining,
+            "refinements": dict(self._reasons),
+        }
+
+    async def shutdown(self) -> None:
+        """Fail what runs and waits with ``Overloaded``, join the threads. Idempotent."""
+        await asyncio.to_thread(self._scheduler.close)
+        await asyncio.to_thread(self._refine_pool.shutdown, wait=True, cancel_futures=True)
+        self._finalizer.detach()
+
+    # One request's way.
+
+    def _submit(
+        self,
+        request: SegmentRequest,
+        request_id: str | None,
+        timeout_s: float | None,
+        *,
+        events: bool,
+        always: bool = False,
+    ) -> Job:
+        prompt = build_prompt(request, self._model.config, self._model.tokenizer)
+        seconds = min(timeout_s or self.config.request_timeout_s, self.config.request_timeout_s)
+        request_id = request_id or uuid.uuid4().hex
+        room = min(request.settings.max_tokens, self.max_context - prompt.length)
+        job = Job(
+            prompt,
+            SegmentDecode(
+                self._model.config.prompt, self._model.tokenizer, room, self.config.limits
+            ),
+            request.settings,
+            # The same request on another replica draws the same.
+            random.Random(request_id),
+            request_id=request_id,
+            request=request,
+            deadline=time.monotonic() + seconds,
+            mailbox=Mailbox(seconds),
+            events=events,
+        )
+        try:
+            self._scheduler.submit(job, backlog=self._refining, always=always)
+        except BaseException as error:
+            job.mailbox.put(error)
+            raise
+        return job
+
+    async def _outcome(self, job: Job) -> Outcome:
+        try:
+            model = await job.mailbox.result()
+        except BaseException:
+            # A deadline that the mailbox kept, or a caller that is gone.
+            self._scheduler.cancel(job)
+            raise
+        return model, await self._refine(job, model)
+
+    async def _refine(self, job: Job, model: ModelResult) -> SegmentRefineBitmapsResult | None:
+        """The refinement of a finished path; ``DeadlineExceeded`` when time is up before it."""
+        if self.config.refiner is None:
+            return None
+        if job.request.image is None or not model.refinable or self._refiner is None:
+            missing = "no_image" if job.request.image is None else "no_path"
+            if model.refinable and job.request.image is not None:
+                missing = "unavailable"
+                log.warning("request %s: no refiner, the model's path is given", model.request_id)
+            self._reasons[missing] += 1
+            return SegmentRefineBitmapsResult(reason=missing)
+        self._refining += 1
+        try:
+            refined = await asyncio.wait_for(
+                asyncio.get_running_loop().run_in_executor(
+                    self._refine_pool, _refined, self._refiner, job, model
+                ),
+                max(0.0, job.deadline - time.monotonic()),
+            )
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded() from None
+        finally:
+            self._refining -= 1
+            job.picture = None
+        self._reasons[refined.reason] += 1
+        return refined
+
+    def _result(
+        self, job: Job, model: ModelResult, refined: SegmentRefineBitmapsResult | None
+    ) -> EngineResult:
+        segment = segment_output(model, refined, return_base64=job.request.return_base64)
+        return EngineResult(
+            model.request_id, model.finish_reason, {"segments": [segment]}, model.metrics
+        )
+
+
+def _make_refiner(config: RuntimeConfig) -> SegmentRefiner | None:
+    """The configured refiner; None without one or without its libraries. ``ConfigError`` for an
+    unknown backend."""
+    if config.refiner is None:
+        return None
+    try:
+        from kestrel.seg_refiner import SegmentRefiner
+    except ImportError:
+        log.warning("the refiner's libraries are missing, paths stay coarse", exc_info=True)
+        return None
+    return SegmentRefiner(config.refiner, limits=config.limits)
+
+
+def _refined(refiner: SegmentRefiner, job: Job, model: ModelResult) -> SegmentRefineBitmapsResult:
+    """Refine in a worker thread; the refiner logs what it could not do."""
+    image = job.request.image if job.picture is None else job.picture
+    refine = refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
+    try:
+        return refine(image, model.path, model.bbox, return_base64=job.request.return_base64)
+    except Exception:
+        log.exception("request %s: refinement failed", model.request_id)
+        return SegmentRefineBitmapsResult(reason="refine_failed")
