@@ -403,11 +403,15 @@ def _shade(canvas: np.ndarray, alpha: np.ndarray, x0: int, y0: int, darkness: fl
     """Darken the canvas with a blurred copy of ``alpha`` a little down and right, in place."""
     height, width = canvas.shape[:2]
     step = max(1, round(0.02 * min(width, height)))
-    soft = cv2.GaussianBlur(alpha, (0, 0), 0.7 * step + 0.5)
-    h, w = min(alpha.shape[0], height - y0 - step), min(alpha.shape[1], width - x0 - step)
-    if h > 0 and w > 0:
-        part = canvas[y0 + step : y0 + step + h, x0 + step : x0 + step + w]
-        part *= 1 - darkness * soft[:h, :w, None]
+    spread = 3 * step
+    edges = [spread] * 4
+    soft = cv2.copyMakeBorder(alpha, *edges, cv2.BORDER_CONSTANT, value=0.0)
+    soft = cv2.GaussianBlur(soft, (0, 0), 0.7 * step + 0.5)
+    left, top = x0 + step - spread, y0 + step - spread
+    soft = soft[max(0, -top) :, max(0, -left) :]
+    left, top = max(0, left), max(0, top)
+    part = canvas[top : top + soft.shape[0], left : left + soft.shape[1]]
+    part *= 1 - darkness * soft[: part.shape[0], : part.shape[1], None]
 
 
 def _finish(canvas: np.ndarray, effects: dict[str, float], rng: np.random.Generator) -> np.ndarray:
