@@ -17,12 +17,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph
 
 from kestrel.overlay import decode_mask
 from serve_graph.client import SegmentClient
 from serve_graph.demo import Sample, iou
-
-from .conftest import KEY, REFINE_TIMEOUT_S, Driver, Graph
 
 pytestmark = pytest.mark.timeout(300)
 
