@@ -55,7 +55,8 @@ SOURCES: dict[str, Source] = {
     "flat": Source(
         "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft Corporation", True
     ),
-    "fxemoji": Source("@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "Mozilla", True),
+    # The package says Apache-2.0, which upstream gives its code; the drawings are CC-BY-4.0.
+    "fxemoji": Source("@iconify-json/fxemoji", "1.2.2", "CC-BY-4.0", "Mozilla", True),
     "emojione": Source("@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "Emoji One", True),
     "twemoji": Source("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "Twitter", True),
     # A collection: mostly GPL-2+ and public domain, file by file in the package's copyright file.

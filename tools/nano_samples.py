@@ -40,7 +40,8 @@ each scene. Changes: recoloured, turned, scaled and composited.
 {rows}
 
 Licence texts: [Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0),
-[MIT](https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE).
+[MIT](https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE),
+[CC-BY-4.0](https://creativecommons.org/licenses/by/4.0/).
 """
 
 
