@@ -78,6 +78,8 @@ def build_app(backend: Backend, **starlette_options: Any) -> Starlette:
         exception_handlers={HTTPException: _http_exception},
         **starlette_options,
     )
+    # A redirect would make some clients repeat a POST as a GET.
+    app.router.redirect_slashes = False
     app.add_middleware(_Envelope)
     return app
 

@@ -1,0 +1,72 @@
+"""Real sockets for the tests: an application behind uvicorn, and pictures to send to it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL import Image
+from starlette.types import ASGIApp
+
+
+@contextlib.contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """The base URL of ``app``, served from a thread on a free port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive(), 30)
+        assert server.started
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Returns once ``condition()`` holds; AssertionError when it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.01)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The picture as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def picture(width: int = 64, height: int = 48) -> bytes:
+    """A PNG with a bright disc on a dark ground."""
+    y, x = np.mgrid[:height, :width]
+    disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 3) ** 2
+    pixels = np.full((height, width, 3), 40, np.uint8)
+    pixels[disc] = (220, 80, 30)
+    return encoded(Image.fromarray(pixels))
+
+
+def base64_text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def sse_events(body: str) -> list[dict[str, Any]]:
+    """The events of an SSE body; every frame must be whole and in the contract's form."""
+    *frames, rest = body.split("\n\n")
+    assert rest == "", "the stream ends inside a frame"
+    assert all(frame.startswith("data: ") for frame in frames)
+    return [json.loads(frame[len("data: ") :]) for frame in frames]
