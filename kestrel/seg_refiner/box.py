@@ -1,4 +1,4 @@
-"""Boxes of masks, in whole pixels: ``(x0, y0, x1, y1)``, end exclusive."""
+"""Boxes of masks in whole pixels, ``(x0, y0, x1, y1)`` with exclusive ends; overlap of masks."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def grown_box(box: PixelBox, width: int, height: int, grow: float) -> PixelBox:
 def joined_box(a: PixelBox, b: PixelBox) -> PixelBox:
     """The smallest box around both."""
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two masks (uint8 or bool, 0/1); 1 when both are empty."""
+    # bool and uint8 share their bytes; counting bools is much faster.
+    union = np.count_nonzero((a | b).view(np.bool_))
+    return np.count_nonzero((a & b).view(np.bool_)) / union if union else 1.0

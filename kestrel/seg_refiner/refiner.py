@@ -15,18 +15,13 @@ import numpy as np
 from kestrel.config import Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
 from kestrel.seg_refiner.backends import BACKENDS, Refine, check_backend
-from kestrel.seg_refiner.box import PixelBox, joined_box, mask_box
+from kestrel.seg_refiner.box import joined_box, mask_box, mask_iou
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
 
 log = logging.getLogger(__name__)
 
 Bbox = dict[str, float]
-
-SMALL_SIDE = 256
-"""Objects of up to this many pixels a side have their trace checked against the mask."""
-FAITHFUL_IOU = 0.99
-"""A checked trace that gives the mask back less well is made again without rounded corners."""
 
 
 class _Stopped(Exception):
@@ -160,7 +155,7 @@ class SegmentRefiner:
             with _stage("encode", "refine_failed", timings):
                 result.refined_mask_base64 = png._encode_mask_png_base64(refined)
         with _stage("trace", "trace_failed", timings, missing="trace_failed"):
-            traced = self._trace(refined, refined_box)
+            traced = self._trace(refined)
         if traced is None:
             raise _Stopped("trace_failed", "the refined mask holds only specks")
         result.refined_svg_path, result.refined_bbox = traced
@@ -192,29 +187,15 @@ class SegmentRefiner:
             )
         return refined
 
-    def _trace(self, mask: np.ndarray, box: PixelBox) -> tuple[str, Bbox] | None:
+    def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:
         config = self.config
-        x0, y0, x1, y1 = box
-        crop = mask[y0:y1, x0:x1]
-        path = None
-        for alphamax in (config.alphamax, 0.0):
-            path = trace.trace_crop(
-                crop,
-                turdsize=config.turdsize,
-                alphamax=alphamax,
-                opttolerance=config.opttolerance,
-                tracer=config.tracer,
-            )
-            # Rounding a corner costs about a pixel: nothing for a large object, a tenth of a
-            # small one. A small one that lost too much is traced with its corners kept.
-            if path is None or max(crop.shape) > SMALL_SIDE:
-                break
-            again = raster.rasterize(path, x1 - x0, y1 - y0, config.rasterizer)
-            if mask_iou(crop, again) >= FAITHFUL_IOU:
-                break
-        if path is None:
-            return None
-        return trace.write_traced(path, box, mask.shape[1], mask.shape[0])
+        return trace.bitmap_to_path(
+            mask,
+            turdsize=config.turdsize,
+            alphamax=config.alphamax,
+            opttolerance=config.opttolerance,
+            tracer=config.tracer,
+        )
 
     def self_check(self) -> None:
         """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""
@@ -240,12 +221,6 @@ def check_image(image: Any) -> None:
         )
     if image.size == 0:
         raise ValueError(f"image has no pixels: shape {list(image.shape)}")
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two masks (uint8 or bool, 0/1); 1 when both are empty."""
-    union = np.count_nonzero((a | b).view(np.bool_))
-    return np.count_nonzero((a & b).view(np.bool_)) / union if union else 1.0
 
 
 @contextmanager

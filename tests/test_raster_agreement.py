@@ -1,0 +1,161 @@
+"""The fast rasteriser paints what the reference does, and only where the path is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kestrel.config import Limits
+from kestrel.seg_refiner import render_svg_to_soft_mask, svg_from_path
+from kestrel.seg_refiner.raster import rasterize, rasterize_relative
+from kestrel.svg import Path, SvgPathError, parse_path
+
+WHOLE = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+
+
+def polygon(seed: int, vertices: int = 32) -> str:
+    rng = np.random.default_rng(seed)
+    angle = np.sort(rng.uniform(0, 2 * np.pi, vertices))
+    radius = 0.3 + 0.2 * rng.random(vertices)
+    points = zip(0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle), strict=True)
+    return "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in points) + "Z"
+
+
+def disagreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Differing pixels per pixel of outline."""
+    outline = np.count_nonzero(a[:, 1:] != a[:, :-1]) + np.count_nonzero(a[1:] != a[:-1])
+    return np.count_nonzero(a != b) / max(1, outline)
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1546, 1213), (9000, 400)])
+@pytest.mark.parametrize("seed", range(3))
+def test_skia_and_resvg_differ_on_few_outline_pixels(size, seed):
+    width, height = size
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.7, "y_max": 0.95}
+    fast = rasterize_relative(polygon(seed), box, width, height)
+    reference = rasterize_relative(polygon(seed), box, width, height, "resvg")
+    assert fast.dtype == reference.dtype == np.uint8
+    assert fast.shape == reference.shape == (height, width)
+    assert set(np.unique(fast)) == {0, 1}
+    assert disagreement(reference, fast) < 0.08
+
+
+@pytest.mark.parametrize(
+    "d",
+    [
+        "M.1.1H.9V.9H.1z",
+        "m.2.2q.5-.3.6.2t-.1.5-.5-.7z",
+        "M.1.5C.1.1.9.1.9.5S.1.9.1.5",
+        "M.1.5s.3-.8.8 0-.2.4-.8 0",
+        "M.5.1a.3.2 30 11-.1.7z",
+        "M.5.1A.3.2 30 0 0 .4.8z",
+        "M.5.1A.3.2-60 1 0 .4.8z",
+        "M.5.1A.3.2 0 0 1 .4.8z",
+        "M.2.5a.01.02 20 0 1 .6 0z",
+        "M.1.1L.9.1.9.9.1.9ZM.3.3L.7.3.7.7.3.7Z",
+        "M.1.1L.9.1.9.9.1.9ZM.3.3L.3.7.7.7.7.3Z",
+        "M.5.05L.8.95.02.4H.98L.2.95Z",
+        "M.1.1L.9.5.1.9zl.3.4L.9.9",
+    ],
+)
+def test_every_kind_of_command_is_painted_as_the_reference_reads_it(d):
+    """The reference parses the text itself: this checks the grammar as well."""
+    size = 400
+    document = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" '
+        f'viewBox="0 0 1 1"><path fill="#fff" d="{d}"/></svg>'
+    )
+    reference = render_svg_to_soft_mask(document, size, size) > 0.5
+    fast = rasterize_relative(d, WHOLE, size, size)
+    assert reference.sum() > 1000
+    assert disagreement(reference, fast.astype(bool)) < 0.12
+
+
+def test_the_threshold_is_more_than_half_a_pixel():
+    half = {"x_min": 0.0, "y_min": 0.0, "x_max": 0.5, "y_max": 1.0}
+    more = {"x_min": 0.0, "y_min": 0.0, "x_max": 0.53, "y_max": 1.0}
+    square = "M0 0H1V1H0Z"
+    assert rasterize_relative(square, half, 5, 4)[:, 2].sum() <= 4
+    assert rasterize_relative(square, more, 5, 4).tolist() == [[1, 1, 1, 0, 0]] * 4
+
+
+def test_winding_is_non_zero_as_svg_has_it():
+    same = "M0 0H1V1H0ZM.25.25H.75V.75H.25Z"
+    against = "M0 0H1V1H0ZM.25.25V.75H.75V.25Z"
+    assert rasterize_relative(same, WHOLE, 40, 40).sum() == 1600
+    assert rasterize_relative(against, WHOLE, 40, 40).sum() == 1200
+
+
+@pytest.mark.parametrize(
+    ("box", "covered"),
+    [
+        ({"x_min": -0.5, "y_min": -0.5, "x_max": 0.5, "y_max": 0.5}, 25),
+        ({"x_min": 0.5, "y_min": 0.5, "x_max": 9.5, "y_max": 9.5}, 25),
+        ({"x_min": -5.0, "y_min": -5.0, "x_max": 5.0, "y_max": 5.0}, 100),
+        ({"x_min": 2.0, "y_min": 2.0, "x_max": 3.0, "y_max": 3.0}, 0),
+        ({"x_min": 0.5, "y_min": 0.0, "x_max": 0.5, "y_max": 1.0}, 0),
+        # Turned inside out it is still the same square.
+        ({"x_min": 1.0, "y_min": 1.0, "x_max": 0.0, "y_max": 0.0}, 100),
+        ({"x_min": -1e6, "y_min": -1e6, "x_max": 1e6, "y_max": 1e6}, 100),
+    ],
+)
+def test_boxes_outside_the_image_are_cut_at_its_rim(box, covered):
+    assert rasterize_relative("M0 0H1V1H0Z", box, 10, 10).sum() == covered
+
+
+@pytest.mark.parametrize("size", [(9000, 90), (90, 9000), (40_000, 60)])
+def test_pictures_wider_than_skia_s_anti_aliasing_are_painted_in_tiles(size):
+    width, height = size
+    mask = rasterize_relative("M0 0L1 1H0Z", WHOLE, width, height)
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    assert np.mean((mask > 0) != (x < y)) < 0.01
+
+
+@pytest.mark.parametrize("path", [Path(), parse_path("M1 1"), parse_path("M1 1ZM5 5Z")])
+def test_a_path_that_draws_nothing_gives_a_blank_mask(path):
+    assert not rasterize(path, 8, 8).any()
+
+
+def test_a_mask_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="0x5"):
+        rasterize(parse_path("M0 0L1 1"), 0, 5)
+
+
+def test_limits_reach_the_parser():
+    with pytest.raises(SvgPathError):
+        rasterize_relative("M0 0L1 1L2 2", WHOLE, 8, 8, limits=Limits(max_path_commands=2))
+
+
+def test_svg_document_is_in_pixels_of_the_image():
+    svg = svg_from_path("M0 0H1V1H0Z", 200, 100, (0.5, 0.5, 0.5, 0.5))
+    assert 'width="200" height="100"' in svg
+    soft = render_svg_to_soft_mask(svg, 200, 100)
+    assert soft.shape == (100, 200)
+    assert soft.dtype == np.float32
+    assert (soft[25:75, 50:150] == 1).all()
+    assert soft.sum() == 5000
+
+
+def test_soft_mask_is_the_covered_part_of_each_pixel():
+    svg = svg_from_path("M0 0H1V1H0Z", 4, 4, (0.3125, 0.5, 0.625, 1.0))
+    for scale in (1, 2, 4):
+        soft = render_svg_to_soft_mask(svg, 4, 4, scale=scale)
+        assert soft[0] == pytest.approx([1, 1, 0.5, 0], abs=0.01)
+
+
+@pytest.mark.parametrize("svg", ["", "<svg", "not a picture"])
+def test_a_document_that_is_no_svg_is_a_value_error_not_a_panic(svg):
+    with pytest.raises(ValueError, match="resvg"):
+        render_svg_to_soft_mask(svg, 8, 8)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1.5])
+def test_soft_mask_scale_is_a_positive_integer(scale):
+    with pytest.raises(ValueError, match="scale"):
+        render_svg_to_soft_mask(svg_from_path("M0 0H1V1Z", 8, 8, (0.5, 0.5, 1, 1)), 8, 8, scale)
+
+
+@pytest.mark.parametrize("box", [(0.5, 0.5, 1), (0.5, 0.5, 1, float("nan"))])
+def test_svg_from_path_refuses_a_box_that_is_none(box):
+    with pytest.raises(ValueError):
+        svg_from_path("M0 0H1V1Z", 8, 8, box)

@@ -1,0 +1,264 @@
+"""A traced path, painted again, is the mask it came from; whoever reads it."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask
+from kestrel.seg_refiner import trace as trace_module
+from kestrel.seg_refiner.box import mask_iou
+from kestrel.seg_refiner.raster import rasterize_relative
+from kestrel.seg_refiner.trace import TracerMissing, load_tracer, pack_words
+from kestrel.svg import parse_path, path_to_string, place_path
+
+
+def have(tracer: str) -> bool:
+    try:
+        load_tracer(tracer)
+    except TracerMissing:
+        return False
+    return True
+
+
+TRACERS = [
+    pytest.param(name, marks=pytest.mark.skipif(not have(name), reason=f"{name} is not installed"))
+    for name in ("libpotrace", "pypotrace", "potracer")
+]
+
+
+def disc(height: int = 300, width: int = 400) -> np.ndarray:
+    return cv2.circle(np.zeros((height, width), np.uint8), (180, 140), 90, 1, -1)
+
+
+def ring() -> np.ndarray:
+    return cv2.circle(disc(), (180, 140), 45, 0, -1)
+
+
+def target() -> np.ndarray:
+    return cv2.circle(ring(), (180, 140), 20, 1, -1)
+
+
+def pieces() -> np.ndarray:
+    mask = cv2.ellipse(disc(), (330, 230), (60, 40), 30, 0, 360, 1, -1)
+    return cv2.rectangle(mask, (5, 220), (80, 290), 1, -1)
+
+
+def touching_the_rim() -> np.ndarray:
+    mask = np.zeros((200, 200), np.uint8)
+    mask[:, :120] = 1
+    mask[150:] = 1
+    return mask
+
+
+def everything() -> np.ndarray:
+    return np.ones((120, 160), np.uint8)
+
+
+def blob(height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    noise = cv2.resize(rng.random((7, 9)).astype(np.float32), (width, height), interpolation=2)
+    mask = (noise > 0.5).astype(np.uint8)
+    return cv2.circle(mask, (width // 2, height // 2), height // 4, 1, -1)
+
+
+SHAPES = [disc, ring, target, pieces, touching_the_rim, everything]
+
+
+def even_odd(d: str, bbox: dict[str, float], width: int, height: int) -> np.ndarray:
+    placed = path_to_string(place_path(parse_path(d), bbox, width, height), 3)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
+        f'<path fill="#fff" fill-rule="evenodd" d="{placed}"/></svg>'
+    )
+    return (render_svg_to_soft_mask(svg, width, height) > 0.5).astype(np.uint8)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda f: f.__name__)
+def test_trace_gives_the_mask_back_under_both_fill_rules(shape, tracer):
+    mask = shape()
+    height, width = mask.shape
+    d, bbox = bitmap_to_path(mask, tracer=tracer)
+    assert mask_iou(mask, rasterize_relative(d, bbox, width, height)) >= 0.99
+    assert mask_iou(mask, even_odd(d, bbox, width, height)) >= 0.99
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1213, 1546), (3024, 4032)])
+def test_trace_of_large_pictures_loses_nothing_to_rounding(size):
+    mask = blob(*size)
+    d, bbox = bitmap_to_path(mask)
+    again = rasterize_relative(d, bbox, size[1], size[0])
+    assert mask_iou(mask, again) >= 0.99
+    assert len(d) < 20_000
+
+
+@pytest.mark.parametrize("side", [6, 10, 20, 40, 80, 160])
+@pytest.mark.parametrize("seed", range(3))
+def test_small_objects_are_not_rounded_away(side, seed):
+    rng = np.random.default_rng(seed)
+    noise = cv2.resize(rng.random((4, 5)).astype(np.float32), (side, side), interpolation=2)
+    mask = np.pad((noise > np.median(noise)).astype(np.uint8), 9)
+    d, bbox = bitmap_to_path(mask, turdsize=0)
+    again = rasterize_relative(d, bbox, side + 18, side + 18)
+    assert mask_iou(mask, again) >= 0.99
+
+
+def test_one_pixel_is_a_pixel():
+    mask = np.zeros((5, 5), np.uint8)
+    mask[2, 3] = 1
+    d, bbox = bitmap_to_path(mask, turdsize=0)
+    assert np.array_equal(rasterize_relative(d, bbox, 5, 5), mask)
+
+
+def test_specks_that_turdsize_drops_do_not_make_the_rest_jagged():
+    mask = disc()
+    mask[::12, ::12] ^= 1
+    assert "C" in bitmap_to_path(mask, turdsize=4)[0]
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_the_tracers_are_one_algorithm(tracer):
+    mask = target()
+    d, bbox = bitmap_to_path(mask, tracer=tracer)
+    reference, reference_bbox = bitmap_to_path(mask)
+    assert bbox == reference_bbox
+    a, b = (rasterize_relative(p, bbox, 400, 300) for p in (d, reference))
+    assert mask_iou(a, b) > 0.998
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda f: f.__name__)
+def test_coordinates_are_relative_to_the_box_of_the_mask(shape):
+    mask = shape()
+    d, bbox = bitmap_to_path(mask)
+    ys, xs = np.nonzero(mask)
+    height, width = mask.shape
+    assert bbox == {
+        "x_min": xs.min() / width,
+        "y_min": ys.min() / height,
+        "x_max": (xs.max() + 1) / width,
+        "y_max": (ys.max() + 1) / height,
+    }
+    values = [v for _, coords in parse_path(d).commands for v in coords]
+    assert min(values) >= 0
+    assert max(values) <= 1
+    assert max(values) > 0.98
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+@pytest.mark.parametrize("value", [1, 255])
+def test_masks_of_ones_bools_and_255_trace_alike(dtype, value):
+    mask = (disc() * np.uint8(value)).astype(dtype)
+    assert bitmap_to_path(mask) == bitmap_to_path(disc())
+
+
+def test_a_view_of_a_mask_traces_as_its_copy():
+    mask = blob(200, 300)
+    view = mask[::-1, ::2]
+    assert bitmap_to_path(view) == bitmap_to_path(view.copy())
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_nothing_to_trace_is_none(tracer):
+    mask = np.zeros((20, 30), np.uint8)
+    assert bitmap_to_path(mask, tracer=tracer) is None
+    mask[4, 5] = 1
+    assert bitmap_to_path(mask, tracer=tracer) is None
+    assert bitmap_to_path(mask, turdsize=0, tracer=tracer) is not None
+    assert bitmap_to_path(np.zeros((0, 0), np.uint8), tracer=tracer) is None
+
+
+def test_turdsize_drops_specks():
+    mask = disc()
+    mask[5:8, 5:8] = 1
+    assert bitmap_to_path(mask, turdsize=2)[0].count("Z") == 2
+    assert bitmap_to_path(mask, turdsize=9)[0].count("Z") == 1
+
+
+def test_alphamax_zero_keeps_every_corner():
+    assert "C" not in bitmap_to_path(ring(), alphamax=0.0)[0]
+    assert "C" in bitmap_to_path(ring(), alphamax=1.0)[0]
+
+
+def test_mask_that_is_no_picture_is_refused():
+    with pytest.raises(ValueError, match="H, W"):
+        bitmap_to_path(np.zeros((3, 4, 1), np.uint8))
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 63, 64, 65, 130])
+def test_packed_words_hold_the_leftmost_pixel_in_the_highest_bit(width):
+    rng = np.random.default_rng(width)
+    crop = rng.integers(0, 2, (5, width), dtype=np.uint8)
+    words = pack_words(crop)
+    bits = words.dtype.itemsize * 8
+    assert words.shape == (5, -(-width // bits))
+    for y in range(5):
+        for x in range(width):
+            assert int(words[y, x // bits]) >> (bits - 1 - x % bits) & 1 == crop[y, x]
+
+
+def test_missing_libpotrace_says_which_package_has_it(monkeypatch):
+    def no_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(trace_module.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(trace_module.ctypes.util, "find_library", lambda name: None)
+    trace_module._libpotrace.cache_clear()
+    trace_module._auto.cache_clear()
+    try:
+        with pytest.raises(TracerMissing, match="apt-get install libpotrace0"):
+            load_tracer("libpotrace")
+        # "auto" goes on with what there is.
+        assert bitmap_to_path(disc()) is not None
+    finally:
+        trace_module._libpotrace.cache_clear()
+        trace_module._auto.cache_clear()
+
+
+def test_the_slow_tracer_is_announced_once(monkeypatch, caplog):
+    def missing():
+        raise TracerMissing("libpotrace is not installed: apt-get install libpotrace0")
+
+    monkeypatch.setitem(trace_module._TRACERS, "libpotrace", missing)
+    trace_module._auto.cache_clear()
+    try:
+        for _ in range(3):
+            bitmap_to_path(disc())
+    finally:
+        trace_module._auto.cache_clear()
+    assert sum("apt-get install libpotrace0" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_no_tracer_at_all_names_every_way_to_get_one(monkeypatch):
+    monkeypatch.setattr(trace_module, "_open_library", lambda: _raise(TracerMissing("no library")))
+    monkeypatch.setitem(sys.modules, "potrace", None)
+    caches = (
+        trace_module._libpotrace,
+        trace_module._pypotrace,
+        trace_module._potracer,
+        trace_module._auto,
+    )
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with pytest.raises(TracerMissing, match=r"no library.*pypotrace.*potracer"):
+            bitmap_to_path(disc())
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def _raise(error):
+    raise error
+
+
+def test_potracer_is_not_taken_for_pypotrace():
+    """Both packages install a module named ``potrace``; their bitmaps mean opposite things."""
+    if have("potracer"):
+        assert not have("pypotrace")
+    extension = SimpleNamespace(__name__="potrace", _potrace=object())
+    assert not trace_module._is_pure_python(extension)
