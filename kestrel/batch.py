@@ -123,15 +123,15 @@ class Batch:
         """Embeddings [n, dim]; region tokens by their encoders."""
         ids = [token if isinstance(token, int) else 0 for token in tokens]
         embeds = self.model.embed_tokens(torch.tensor(ids, device=self._device))
-        coords = [i for i, token in enumerate(tokens) if isinstance(token, Coord)]
+        coords = {i: token.value for i, token in enumerate(tokens) if isinstance(token, Coord)}
         if coords:
-            embeds[coords] = self.model.encode_coord(self._floats([tokens[i][0] for i in coords]))
-        sizes = [i for i, token in enumerate(tokens) if isinstance(token, Size)]
+            embeds[[*coords]] = self.model.encode_coord(self._floats([*coords.values()]))
+        sizes = {i: token for i, token in enumerate(tokens) if isinstance(token, Size)}
         if sizes:
-            embeds[sizes] = self.model.encode_size(self._floats([tokens[i] for i in sizes]))
+            embeds[[*sizes]] = self.model.encode_size(self._floats([*sizes.values()]))
         return embeds
 
-    def _floats(self, values: list) -> Tensor:
+    def _floats(self, values: Sequence[float | Size]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
     def _sample(self, hidden: Tensor) -> None:

@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -33,14 +33,18 @@ from kestrel.skills.segment import SegmentDecode, build_prompt
 from kestrel.streaming import Mailbox, SegmentStream, deliver
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kestrel.seg_refiner import SegmentRefiner
 
 __all__ = ["EngineError", "EngineResult", "InferenceEngine", "SegmentStream"]
 
 log = logging.getLogger(__name__)
 
-Outcome = tuple[ModelResult, "SegmentRefineBitmapsResult | None"]
-"""The model half and what refinement made of it; None where the engine has no refiner."""
+Refinement = SegmentRefineBitmapsResult | None
+"""None where the engine has no refiner."""
+Outcome = tuple[ModelResult, Refinement]
+"""The model half and what refinement made of it."""
 
 HEALTHY_FOR_S = 10.0
 """A request that completed this recently proves as much as a health check of its own."""
@@ -69,7 +73,6 @@ class InferenceEngine:
         self._refining = 0
         self._reasons: Counter[str] = Counter()
         self._scheduler = Scheduler(model, config, deliver)
-        self._refine_ms = 0.0
         # An engine that is dropped, or alive at exit, must not leave its thread in the model.
         self._finalizer = weakref.finalize(self, self._scheduler.close)
 
@@ -99,12 +102,30 @@ class InferenceEngine:
 
     @overload
     async def segment(
-        self, *, object: str, image: Any = ..., stream: Literal[False] = ..., **options: Any
+        self,
+        *,
+        object: str,
+        image: Any = ...,
+        spatial_refs: Any = ...,
+        return_base64: bool = ...,
+        stream: Literal[False] = ...,
+        settings: Any = ...,
+        request_id: str | None = ...,
+        timeout_s: float | None = ...,
     ) -> EngineResult: ...
 
     @overload
     async def segment(
-        self, *, object: str, image: Any = ..., stream: Literal[True], **options: Any
+        self,
+        *,
+        object: str,
+        image: Any = ...,
+        spatial_refs: Any = ...,
+        return_base64: bool = ...,
+        stream: Literal[True],
+        settings: Any = ...,
+        request_id: str | None = ...,
+        timeout_s: float | None = ...,
     ) -> SegmentStream: ...
 
     async def segment(
@@ -177,7 +198,7 @@ class InferenceEngine:
         *,
         request_id: str | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[ModelEvent]:
+    ) -> AsyncGenerator[ModelEvent, None]:
         """The model half of a validated request: box, path commands, ``ModelDone``."""
         job = self._submit(request, request_id, timeout_s, events=True)
         mailbox: Mailbox = job.mailbox
@@ -188,6 +209,47 @@ class InferenceEngine:
         finally:
             if not mailbox.closed:
                 self._scheduler.cancel(job)
+
+    async def refine(
+        self,
+        request: SegmentRequest,
+        model: ModelResult,
+        *,
+        picture: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> Refinement:
+        """The second half of a request that ``generate`` finished.
+
+        ``picture``: the decoded image where the caller has it, uint8 [H, W, 3]. Raises
+        ``DeadlineExceeded`` after ``timeout_s``. ``complete`` and ``stream`` do this themselves,
+        without decoding the image again.
+        """
+        if self.config.refiner is None:
+            return None
+        if request.image is None or not model.refinable:
+            return self._unrefined("no_image" if request.image is None else "no_path")
+        if self._refiner is None:
+            log.warning("request %s: no refiner, the model's path is given", model.request_id)
+            return self._unrefined("unavailable")
+        image = request.image if picture is None else picture
+        work = asyncio.get_running_loop().run_in_executor(
+            self._refine_pool, _refined, self._refiner, image, model, request.return_base64
+        )
+        self._refining += 1
+        try:
+            refined = await asyncio.wait_for(
+                work, self.config.request_timeout_s if timeout_s is None else max(0.0, timeout_s)
+            )
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded() from None
+        finally:
+            self._refining -= 1
+        self._reasons[refined.reason] += 1
+        return refined
+
+    def _unrefined(self, reason: str) -> SegmentRefineBitmapsResult:
+        self._reasons[reason] += 1
+        return SegmentRefineBitmapsResult(reason=reason)
 
     async def warmup(self) -> None:
         """Run a request end to end, so that the first caller does not pay for first-time work.
@@ -235,7 +297,8 @@ class InferenceEngine:
         always: bool = False,
     ) -> Job:
         prompt = build_prompt(request, self._model.config, self._model.tokenizer)
-        seconds = min(timeout_s or self.config.request_timeout_s, self.config.request_timeout_s)
+        longest = self.config.request_timeout_s
+        seconds = longest if timeout_s is None else min(timeout_s, longest)
         request_id = request_id or uuid.uuid4().hex
         room = min(request.settings.max_tokens, self.max_context - prompt.length)
         job = Job(
@@ -268,36 +331,14 @@ class InferenceEngine:
             raise
         return model, await self._refine(job, model)
 
-    async def _refine(self, job: Job, model: ModelResult) -> SegmentRefineBitmapsResult | None:
-        """The refinement of a finished path; ``DeadlineExceeded`` when time is up before it."""
-        if self.config.refiner is None:
-            return None
-        if job.request.image is None or not model.refinable or self._refiner is None:
-            missing = "no_image" if job.request.image is None else "no_path"
-            if model.refinable and job.request.image is not None:
-                missing = "unavailable"
-                log.warning("request %s: no refiner, the model's path is given", model.request_id)
-            self._reasons[missing] += 1
-            return SegmentRefineBitmapsResult(reason=missing)
-        self._refining += 1
+    async def _refine(self, job: Job, model: ModelResult) -> Refinement:
         try:
-            refined = await asyncio.wait_for(
-                asyncio.get_running_loop().run_in_executor(
-                    self._refine_pool, _refined, self._refiner, job, model
-                ),
-                max(0.0, job.deadline - time.monotonic()),
-            )
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded() from None
+            left = job.deadline - time.monotonic()
+            return await self.refine(job.request, model, picture=job.picture, timeout_s=left)
         finally:
-            self._refining -= 1
             job.picture = None
-        self._reasons[refined.reason] += 1
-        return refined
 
-    def _result(
-        self, job: Job, model: ModelResult, refined: SegmentRefineBitmapsResult | None
-    ) -> EngineResult:
+    def _result(self, job: Job, model: ModelResult, refined: Refinement) -> EngineResult:
         segment = segment_output(model, refined, return_base64=job.request.return_base64)
         return EngineResult(
             model.request_id, model.finish_reason, {"segments": [segment]}, model.metrics
@@ -317,12 +358,18 @@ def _make_refiner(config: RuntimeConfig) -> SegmentRefiner | None:
     return SegmentRefiner(config.refiner, limits=config.limits)
 
 
-def _refined(refiner: SegmentRefiner, job: Job, model: ModelResult) -> SegmentRefineBitmapsResult:
+def _refined(
+    refiner: SegmentRefiner, image: bytes | np.ndarray, model: ModelResult, return_base64: bool
+) -> SegmentRefineBitmapsResult:
     """Refine in a worker thread; the refiner logs what it could not do."""
-    image = job.request.image if job.picture is None else job.picture
-    refine = refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
     try:
-        return refine(image, model.path, model.bbox, return_base64=job.request.return_base64)
+        if isinstance(image, bytes):
+            return refiner.refine_encoded(
+                image, model.path, model.bbox, return_base64=return_base64
+            )
+        return refiner.refine_with_bitmaps(
+            image, model.path, model.bbox, return_base64=return_base64
+        )
     except Exception:
         log.exception("request %s: refinement failed", model.request_id)
         return SegmentRefineBitmapsResult(reason="refine_failed")

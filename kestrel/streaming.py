@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from kestrel.engine import EngineResult, InferenceEngine, Outcome
 
 
+class StreamClosed(RuntimeError):
+    """A result was asked of a stream that its reader closed before."""
+
+
 class Mailbox:
     """What the engine thread has for one request. Used on its event loop only."""
 
@@ -120,7 +124,10 @@ class SegmentStream:
         return self
 
     async def __anext__(self) -> BboxEvent | PathDelta:
-        event = await self._mailbox.event()
+        try:
+            event = await self._mailbox.event()
+        except StreamClosed:
+            event = None
         if event is None:
             raise StopAsyncIteration
         assert not isinstance(event, ModelDone)
@@ -129,7 +136,8 @@ class SegmentStream:
     async def outcome(self) -> Outcome:
         """The model's result and its refinement, for the functions of ``kestrel.api``.
 
-        The updates need not be read first. Raises ``RequestError`` or ``EngineError``.
+        The updates need not be read first. Raises ``RequestError``, ``EngineError`` or
+        ``StreamClosed``; cancelling the call cancels the refinement.
         """
         async with self._lock:
             if self._outcome is None:
@@ -143,13 +151,11 @@ class SegmentStream:
         return self._engine._result(self._job, model, refined)
 
     async def aclose(self) -> None:
-        """End the request if it runs; whoever waits for it gets ``asyncio.CancelledError``."""
-        self._drop()
-
-    def _drop(self) -> None:
+        """End the request if the model runs it. The iteration then ends, ``result`` raises
+        ``StreamClosed``. Idempotent."""
         if not self._mailbox.closed:
             self._scheduler.cancel(self._job)
-            self._mailbox.put(asyncio.CancelledError())
+            self._mailbox.put(StreamClosed("the stream was closed before its result"))
 
     async def __aenter__(self) -> SegmentStream:
         return self
