@@ -55,6 +55,7 @@ _NUMBER = re.compile(
 _FLAG = re.compile(r"([01])[ \t\r\n\f]*(?:(,)[ \t\r\n\f]*)?")
 
 ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
+"""Numbers that one segment of each command takes."""
 """Numbers that one segment of a command takes."""
 
 
