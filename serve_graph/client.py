@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
@@ -26,6 +27,13 @@ from kestrel.config import Limits
 
 Image = bytes | np.ndarray | str | os.PathLike[str]
 Answer = dict[str, Any]
+
+
+def chosen_settings(request: SegmentRequest) -> dict[str, float]:
+    """The settings that differ from the defaults; the rest is for the service to choose, whose
+    model may have room for fewer tokens than the default."""
+    given, default = asdict(request.settings), asdict(SegmentSettings())
+    return {key: value for key, value in given.items() if value != default[key]}
 
 
 class Door(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, SegmentRequest
+from serve_graph.client import chosen_settings
 from serve_graph.launch import LOOPBACK
 
 # Both are read when Ray is imported. A driver on the loopback address of a local cluster needs the
@@ -153,9 +154,5 @@ def fields(request: SegmentRequest) -> dict[str, Any]:
         "image": request.image,
         "spatial_refs": request.spatial_refs,
         "return_base64": request.return_base64,
-        "settings": {
-            "temperature": request.settings.temperature,
-            "top_p": request.settings.top_p,
-            "max_tokens": request.settings.max_tokens,
-        },
+        "settings": chosen_settings(request),
     }

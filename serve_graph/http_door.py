@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from kestrel.api import DeadlineExceeded, SegmentRequest, error_from_response
+from serve_graph.client import chosen_settings
 
 
 class HttpDoor:
@@ -95,11 +96,7 @@ def _body(request: SegmentRequest, *, stream: bool) -> dict[str, Any]:
         "object": request.object,
         "stream": stream,
         "return_base64": request.return_base64,
-        "settings": {
-            "temperature": request.settings.temperature,
-            "top_p": request.settings.top_p,
-            "max_tokens": request.settings.max_tokens,
-        },
+        "settings": chosen_settings(request),
     }
     if request.image is not None:
         assert isinstance(request.image, bytes)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kestrel.moondream.model import Moondream
+from kestrel.moondream.text import Attention
 
 QUANTUM = 8
 """Path integers are trained on multiples of this (121 levels over the grid of 960)."""
@@ -164,10 +165,12 @@ class Losses:
         self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
         self.scale = torch.nn.Parameter(torch.tensor(10.0))
         self.box_head = torch.nn.Linear(dim, 4)
+        self.answer_head = torch.nn.Linear(dim, 4)
 
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the auxiliary loss, not part of the model."""
-        return [self.background, self.scale, *self.box_head.parameters()]
+        heads = [*self.box_head.parameters(), *self.answer_head.parameters()]
+        return [self.background, self.scale, *heads]
 
     def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
@@ -207,9 +210,17 @@ class Losses:
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits.float(), soft_bins(size_bins, 1024, 6.0))
         dense, boxes = self._dense_losses(image.float(), batch)
+        answer = self._answer_loss(hidden.float(), batch)
         total = tokens + self.region_weight * (coord + size)
-        total = total + self.dense_weight * dense + self.box_weight * boxes
-        parts = {"tokens": tokens, "coord": coord, "size": size, "dense": dense, "boxes": boxes}
+        total = total + self.dense_weight * dense + self.box_weight * (boxes + answer)
+        parts = {
+            "tokens": tokens,
+            "coord": coord,
+            "size": size,
+            "dense": dense,
+            "boxes": boxes,
+            "answer": answer,
+        }
         return total, {name: part.item() for name, part in parts.items()}
 
     def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -219,6 +230,16 @@ class Losses:
         soft_part = -(self.level_targets[level[~hard]] * log_probs[~hard][:, self.level_ids]).sum()
         hard_part = F.nll_loss(log_probs[hard], target[hard], reduction="sum")
         return (soft_part + hard_part) / max(1, len(target))
+
+    def _answer_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The whole box, regressed where the answer starts: finds the object before bins can."""
+        special = self.model.config.prompt
+        is_coord = batch.target == special.coord_id
+        first = is_coord & ~F.pad(is_coord, (1, 0))[..., :-1]
+        b, q, s = first.nonzero(as_tuple=True)
+        value = batch.target_value
+        box = torch.cat([value[b, q, s, :1], value[b, q, s + 1, :1], value[b, q, s + 2]], dim=-1)
+        return F.smooth_l1_loss(self.answer_head(hidden[b, q, s]), box, beta=0.05)
 
     def _dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each patch: cosine to the noun it shows, over all nouns and background; its object's box.
@@ -251,6 +272,8 @@ def initialise(model: Moondream, integer_ids: list[int]) -> None:
         for block in [*model.text.blocks, *model.vision.blocks]:
             block.attn.proj.weight.mul_(depth**-0.5)
             block.mlp.fc2.weight.mul_(depth**-0.5)
+        for block in model.text.blocks[:2]:
+            _match_content(block.attn)
         dim = model.config.text.dim
         values = torch.arange(961) / 960
         bands = 2.0 ** torch.linspace(0, 7, dim // 2) * math.pi
@@ -259,6 +282,17 @@ def initialise(model: Moondream, integer_ids: list[int]) -> None:
         model.text.wte[torch.tensor(integer_ids)] = fourier
         model.region.coord_features.copy_(_bands(1, model.region.coord_features.shape[1]))
         model.region.size_features.copy_(_bands(2, model.region.size_features.shape[1]))
+
+
+def _match_content(attention: Attention) -> None:
+    """Let queries look for keys like themselves: a noun for the patches that the dense loss draws
+    to its embedding. In the dimensions that rotate, attention stays free to learn positions."""
+    config = attention.config
+    q, k, _ = attention.qkv.weight.split(config.n_heads * config.head_dim)
+    q, k = (w.view(config.n_heads, config.head_dim, -1) for w in (q, k))
+    shared = torch.randn_like(q[:, config.rotary_dim :]) * 0.11
+    q[:, config.rotary_dim :] = shared
+    k[:, config.rotary_dim :] = shared
 
 
 def _bands(inputs: int, count: int) -> Tensor:

@@ -26,7 +26,7 @@ from nouns import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 
-LOSSES = ("tokens", "coord", "size", "dense", "boxes")
+LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer")
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--scenes", type=int, default=24, help="scenes per step")
     parser.add_argument("--questions", type=int, default=4, help="questions per scene")
-    parser.add_argument("--peak", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--eval-every", type=float, default=8.0, help="minutes")
     parser.add_argument("--eval-scenes", type=int, default=120)
     parser.add_argument("--workers", type=int, default=1, help="scene processes")
@@ -69,45 +69,27 @@ class Run:
         integer_ids = [self.tokenizer.token_to_id(str(v)) for v in range(961)]
         initialise(self.model, integer_ids)
         self.losses = Losses(self.model, self.questions.noun_ids, integer_ids)
-        self.optimisers = self.make_optimisers()
+        tables = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": tables, "weight_decay": 0.02},
+                {"params": vectors + self.losses.extra_parameters(), "weight_decay": 0.0},
+            ],
+            lr=args.peak,
+            betas=(0.9, 0.98),
+            foreach=True,
+        )
         self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.step, self.spent, self.best = 0, 0.0, 0.0
         self.state_file = args.run / "state.pt"
         if self.state_file.exists():
             self.resume()
 
-    def make_optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices inside blocks, AdamW for all else, at one learning rate."""
-        inside = {
-            name
-            for name, p in self.model.named_parameters()
-            if p.dim() == 2 and (".blocks." in name or "proj_mlp" in name) and "tau" not in name
-        }
-        named = list(self.model.named_parameters())
-        tables = [p for n, p in named if n not in inside and p.dim() >= 2]
-        vectors = [p for n, p in named if p.dim() < 2] + self.losses.extra_parameters()
-        muon = torch.optim.Muon(
-            [p for n, p in named if n in inside],
-            lr=self.args.peak,
-            weight_decay=0.02,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        adam = torch.optim.AdamW(
-            [
-                {"params": tables, "weight_decay": 0.02},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=self.args.peak,
-            betas=(0.9, 0.98),
-            foreach=True,
-        )
-        return [muon, adam]
-
     def resume(self) -> None:
         saved = torch.load(self.state_file, weights_only=True)
         self.model.load_state_dict(saved["model"])
-        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        self.optimiser.load_state_dict(saved["optimiser"])
         self.average = saved["average"]
         with torch.no_grad():
             for mine, theirs in zip(self.losses.extra_parameters(), saved["extra"], strict=True):
@@ -120,7 +102,7 @@ class Run:
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "optimisers": [o.state_dict() for o in self.optimisers],
+                "optimiser": self.optimiser.state_dict(),
                 "average": self.average,
                 "extra": [p.detach() for p in self.losses.extra_parameters()],
                 "step": self.step,
@@ -133,15 +115,13 @@ class Run:
 
     def train_step(self, batch) -> dict[str, float]:
         progress = self.spent / (60 * self.args.minutes)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(progress, self.args.peak)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(progress, self.args.peak)
         loss, parts = (self.losses if batch.tokens.numel() else self.losses.vision_only)(batch)
         loss.backward()
         parts["norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         names, live = zip(*self.model.named_parameters(), strict=True)
@@ -199,7 +179,7 @@ def main() -> None:
     def batches_of(questions: int):
         return question_batches(
             run.questions,
-            scenes=args.scenes if questions else 2 * args.scenes,
+            scenes=args.scenes,
             questions=questions,
             seed=args.seed * 1_000_003 + run.step,
             workers=args.workers,
@@ -221,9 +201,7 @@ def main() -> None:
             }
             row["minutes"] = round(run.spent / 60, 2)
             row["step"] = run.step
-            row["scenes_per_s"] = round(
-                len(parts_seen) * args.scenes * (2 if warming else 1) / (now - since), 1
-            )
+            row["scenes_per_s"] = round(len(parts_seen) * args.scenes / (now - since), 1)
             if not warming and run.spent - last_eval > 60 * args.eval_every:
                 row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
                 last_eval = run.spent

@@ -42,7 +42,9 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
             deadline = time.monotonic() + 30
             while not handle.running_replicas_populated():
                 handle.stats.remote().result(timeout_s=deadline - time.monotonic())
-            halves[name] = handle.broadcast("stats").results(timeout_s=30)
+            # A replica that was just killed may still be on the list.
+            replies = handle.broadcast("stats").results(timeout_s=30, return_exceptions=True)
+            halves[name] = [reply for reply in replies if isinstance(reply, dict)]
         return halves
     raise ValueError(command)
 
@@ -61,6 +63,8 @@ def main() -> None:
                     "field": error.field,
                     "message": error.message,
                 }
+            except Exception as error:
+                reply = {"type": type(error).__name__, "message": str(error)}
             print(json.dumps(reply), flush=True)
 
 

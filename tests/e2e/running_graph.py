@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -47,7 +48,8 @@ class Driver:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -66,8 +68,10 @@ class Graph:
 
     def stats(self) -> dict[str, list[dict[str, Any]]]:
         """What the replicas of each half say about themselves."""
-        reply: dict[str, list[dict[str, Any]]] = self.driver.ask("stats")["ok"]
-        return reply
+        reply = self.driver.ask("stats")
+        assert "ok" in reply, reply
+        halves: dict[str, list[dict[str, Any]]] = reply["ok"]
+        return halves
 
     def count(self, half: str, key: str) -> int:
         """One number of all replicas of a half together."""
