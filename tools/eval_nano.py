@@ -21,7 +21,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scenes import Scene, SceneGenerator, SceneObject
+from nouns import CORE, CORE_STYLES, KINDS
+from scenes import HELD_OUT_STYLE, Scene, SceneGenerator, SceneObject
 
 from kestrel.config import RefinerConfig, RuntimeConfig
 from kestrel.engine import InferenceEngine
@@ -96,17 +97,35 @@ def size_of(rng: np.random.Generator, aspect: float) -> tuple[int, int]:
     return round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
 
 
+def scenes_of(generator: SceneGenerator, count: int, at_least: int):
+    """Numbers and scenes, each of a size of its own, with at least so many named objects."""
+    rng = np.random.default_rng(SEED)
+    index = -1
+    while count:
+        index += 1
+        described = generator.describe(index)
+        size = size_of(rng, described.aspect)
+        if sum(p.noun is not None for p in described.placements) < at_least:
+            continue
+        scene = generator.render(described, *size)
+        if len(scene.objects) >= at_least:
+            count -= 1
+            yield index, scene
+
+
 async def judge_scenes(
-    engine: InferenceEngine, generator: SceneGenerator, count: int, per_scene: int = 2
+    engine: InferenceEngine,
+    generator: SceneGenerator,
+    count: int,
+    per_scene: int = 2,
+    at_least: int = 1,
 ) -> tuple[list[Answer], list[bool], list[Answer]]:
     """Answers to unambiguous questions, whether absent nouns gave nothing, answers by reference."""
     rng = np.random.default_rng(SEED)
     answers: list[Answer] = []
     silent: list[bool] = []
     referred: list[Answer] = []
-    for index in range(count):
-        aspect = generator.scene(index, 16, 16).aspect
-        scene = generator.scene(index, *size_of(rng, aspect))
+    for index, scene in scenes_of(generator, count, at_least):
         nouns = [found.noun for found in scene.objects]
         clear = [found for found in scene.objects if nouns.count(found.noun) == 1]
         for found in clear[:per_scene]:
@@ -122,7 +141,8 @@ async def judge_scenes(
                     (rows.max() + 1) / height,
                 ]
                 referred.append(await ask(engine, scene, found, index, [[float(v) for v in box]]))
-        absent = sorted(set(generator.nouns) - set(nouns))
+        kinds = {kind for noun in nouns for kind in KINDS.get(noun, ())}
+        absent = sorted(set(generator.nouns) - set(nouns) - kinds)
         noun = absent[int(rng.integers(len(absent)))]
         result = await engine.segment(image=scene.image, object=noun)
         silent.append(result.output["segments"][0]["svg_path"] == "")
@@ -151,7 +171,8 @@ def contact_sheet(answers: list[Answer], generator: SceneGenerator, file: Path) 
         for answer in group:
             truth, coarse, refined = answer.masks
             height, width = truth.shape
-            picture = generator.scene(answer.index, width, height).image.copy()
+            described = generator.describe(answer.index)
+            picture = generator.render(described, width, height).image.copy()
             marks = [(truth, (255, 255, 255)), (coarse, (255, 140, 0)), (refined, (0, 220, 255))]
             for mask, colour in marks:
                 lines, _ = cv2.findContours(
@@ -186,7 +207,7 @@ async def latency(engine: InferenceEngine, generator: SceneGenerator, count: int
     """Median milliseconds of one request, image to refined path, no masks."""
     times = []
     for index in range(count):
-        scene = generator.scene(index, 640, 480)
+        scene = generator.render(generator.describe(index), 640, 480)
         if scene.objects:
             start = time.perf_counter()
             await engine.segment(image=scene.image, object=scene.objects[0].noun)
@@ -201,8 +222,12 @@ async def run(args: argparse.Namespace) -> dict:
         refiner=RefinerConfig(),
     )
     engine = await InferenceEngine.create(config)
-    figures: dict = {"scenes": args.scenes, "machine": platform.processor() or platform.machine()}
-    usual = SceneGenerator("eval", SEED)
+    figures: dict = {
+        "nouns": len(CORE),
+        "scenes": args.scenes,
+        "machine": platform.processor() or platform.machine(),
+    }
+    usual = SceneGenerator("eval", SEED, styles=CORE_STYLES, nouns=CORE, large_sprites=True)
     answers, silent, referred = await judge_scenes(engine, usual, args.scenes)
     figures["training styles"] = summary(answers)
     figures["absent_nothing"] = float(np.mean(silent))
@@ -212,13 +237,15 @@ async def run(args: argparse.Namespace) -> dict:
     by_noun(answers, args.out / "nouns.csv")
     few = max(40, args.scenes // 4)
     for name, styles, photos in (
-        ("style never trained on", ("twemoji",), 0.3),
+        ("style never trained on", (HELD_OUT_STYLE,), 0.3),
         ("photographic cut-outs on photographs", ("stamps",), 1.0),
     ):
-        other = SceneGenerator("eval", SEED + 1, styles=styles, photos=photos)
+        other = SceneGenerator(
+            "eval", SEED + 1, styles=styles, nouns=CORE, photos=photos, large_sprites=True
+        )
         figures[name] = summary((await judge_scenes(engine, other, few))[0])
-    crowded = SceneGenerator("eval", SEED + 2, objects=(3, 5))
-    figures["3 to 5 objects"] = summary((await judge_scenes(engine, crowded, few))[0])
+    crowded, _, _ = await judge_scenes(engine, usual, few, per_scene=5, at_least=3)
+    figures["3 to 5 objects"] = summary(crowded)
     figures["p50_ms"] = await latency(engine, usual)
     await engine.shutdown()
     return figures

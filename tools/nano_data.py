@@ -1,32 +1,31 @@
-"""Scenes to training questions: prompts, answers, patch labels, batches."""
+"""Stored scenes to training questions: prompts, answers, patch labels, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from nano_training import QUANTUM, Batch, Question, lay_out, outline_tokens
-from nouns import NOUNS, SYNONYMS
-from scenes import Scene, SceneGenerator, SceneObject, outline
+from nouns import KINDS, SYNONYMS
+from scene_store import GRID, SceneStore, mirrored
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, IterableDataset
 
 from kestrel.moondream.config import PromptConfig
 
-VERTICES = 24
 LENGTH = 68
 """Positions per question: prompt 5, spatial ref 3, coords and size 3, path 53, and spare."""
+BOX_LENGTH = 14
+"""Positions per question when only the box is asked for."""
 ARTICLES = ("", "", "", "", "a ", "the ")
 
 
 class SceneQuestions:
     """Turns scenes into questions with the vocabulary of the shipped model."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, nouns: Sequence[str]) -> None:
         self.tokenizer = tokenizer
-        self.nouns = list(NOUNS)
-        self.index = {noun: i for i, noun in enumerate(self.nouns)}
+        self.nouns = list(nouns)
         self.noun_ids = [tokenizer.token_to_id(noun) for noun in self.nouns]
         self.ids = {
             piece: tokenizer.token_to_id(piece)
@@ -45,117 +44,110 @@ class SceneQuestions:
         ids = self.tokenizer.encode(words, add_special_tokens=False).ids
         return [*prompt.segment_prefix, *ids, prompt.answer_id]
 
-    def answer(self, found: SceneObject) -> tuple[tuple[float, float, float, float], list[int]]:
-        """Box (cx, cy, w, h) in 0..1 and path ids of an object of a scene."""
-        height, width = found.mask.shape
-        points = outline(found.mask, VERTICES) / [width, height]
-        low, high = points.min(0), points.max(0)
-        box = (*((low + high) / 2), *(high - low))
-        return box, outline_tokens(points, box, self.ids)
+    def absent(self, present: set[str], rng: np.random.Generator) -> str:
+        """A noun that is not to be seen, not even as the kind of something seen."""
+        kinds = present.union(*(KINDS.get(noun, ()) for noun in present))
+        while True:
+            noun = self.nouns[rng.integers(len(self.nouns))]
+            if noun not in kinds:
+                return noun
 
-    def ask(self, scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-        """Up to ``count`` questions: each present noun, ambiguous ones with a ref, absent ones."""
-        present: dict[str, list[SceneObject]] = {}
-        for found in scene.objects:
-            present.setdefault(found.noun, []).append(found)
-        candidates = list(scene.objects)
-        rng.shuffle(candidates)
-        questions: list[Question] = []
-        for found in candidates[:count]:
-            same = len(present[found.noun])
-            box, path = self.answer(found)
-            refs = []
-            if same > 1 or rng.random() < 0.12:
-                refs = [self.reference(found, box, rng)]
-            questions.append(Question(self.prompt(self.wording(found.noun, rng)), refs, box, path))
-        absent = [noun for noun in self.nouns if noun not in present]
-        while not questions or (len(questions) < count and rng.random() < 0.5):
-            noun = absent[rng.integers(len(absent))]
-            questions.append(Question(self.prompt(self.wording(noun, rng)), [], None, []))
-        if rng.random() < 0.2:
-            noun = absent[rng.integers(len(absent))]
-            question = Question(self.prompt(self.wording(noun, rng)), [], None, [])
-            questions[rng.integers(len(questions))] = question
-        return questions
 
-    def reference(
+class BatchMaker:
+    """Endless training batches of a store.
+
+    ``questions`` per scene; 0 gives images and patch labels alone, ``boxes_only`` leaves the paths
+    out of the answers.
+    """
+
+    def __init__(
         self,
-        found: SceneObject,
-        box: tuple[float, float, float, float],
-        rng: np.random.Generator,
-    ) -> tuple[float, float, float, float]:
-        """A point on the object, or its box a little off."""
-        if rng.random() < 0.5:
-            rows, columns = np.nonzero(found.mask)
-            pick = rng.integers(len(rows))
-            height, width = found.mask.shape
-            return ((columns[pick] + 0.5) / width, (rows[pick] + 0.5) / height, 0.0, 0.0)
-        cx, cy, w, h = np.asarray(box) + rng.normal(0, 0.02, 4)
-        low = np.clip([cx - w / 2, cy - h / 2], 0, 0.97)
-        high = np.clip([cx + w / 2, cy + h / 2], low + 0.02, 1)
-        return (*((low + high) / 2), *(high - low))
-
-    def patch_labels(self, scene: Scene, grid: int = 9) -> tuple[np.ndarray, np.ndarray]:
-        """Shares [grid², nouns + 1] and boxes [grid², 4] of ``Batch``, float32."""
-        shares = np.zeros((grid * grid, len(self.nouns) + 1), np.float32)
-        boxes = np.full((grid * grid, 4), np.nan, np.float32)
-        row, column = np.mgrid[0:grid, 0:grid]
-        centre = (np.stack([column.ravel(), row.ravel()], 1) + 0.5) / grid
-        for found in scene.objects:
-            height, width = found.mask.shape
-            cells = found.mask.reshape(grid, height // grid, grid, width // grid).mean((1, 3))
-            shares[:, self.index[found.noun]] += cells.ravel()
-            rows, columns = np.nonzero(found.mask.any(1))[0], np.nonzero(found.mask.any(0))[0]
-            low = np.array([columns[0] / width, rows[0] / height])
-            high = np.array([(columns[-1] + 1) / width, (rows[-1] + 1) / height])
-            mostly = cells.ravel() > 0.5
-            boxes[mostly] = np.hstack([centre - low, high - centre])[mostly]
-        shares[:, -1] = np.clip(1 - shares.sum(1), 0, 1)
-        return shares / shares.sum(1, keepdims=True), boxes
-
-
-class _Batches(IterableDataset):
-    """Endless batches; without ``questions`` only what the vision tower learns from."""
-
-    def __init__(self, asker: SceneQuestions, scenes: int, questions: int, seed: int) -> None:
-        self.asker, self.scenes, self.questions, self.seed = asker, scenes, questions, seed
+        store: SceneStore,
+        asker: SceneQuestions,
+        *,
+        scenes: int,
+        questions: int,
+        boxes_only: bool,
+        seed: int,
+    ) -> None:
+        if store.names != asker.nouns:
+            raise ValueError("the store holds other nouns than the questions")
+        self.store, self.asker = store, asker
+        self.scenes, self.questions, self.boxes_only = scenes, questions, boxes_only
+        self.rng = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = torch.utils.data.get_worker_info()
-        torch.set_num_threads(1)
-        number = worker.id if worker else 0
-        generator = SceneGenerator("train", seed=self.seed * 16 + number)
-        rng = np.random.default_rng((self.seed, number))
-        prompt = self.asker.prompt_ids
-        index = 0
         while True:
-            images, asked, labels = [], [], []
-            while len(images) < self.scenes:
-                scene = generator.scene(index)
-                index += 1
-                if not scene.objects:
-                    continue
-                images.append(scene.image)
-                labels.append(self.asker.patch_labels(scene))
-                asked.append(self.asker.ask(scene, self.questions, rng) if self.questions else [])
-            length = LENGTH if self.questions else 0
-            arrays = lay_out(asked, length, prompt.coord_id, prompt.size_id, prompt.eos_id)
-            yield Batch(
-                torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-                *(torch.from_numpy(a) for a in arrays),
-                *(torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True)),
-            )
+            order = self.rng.permutation(len(self.store))
+            for start in range(0, len(order) - self.scenes + 1, self.scenes):
+                yield self.batch(order[start : start + self.scenes])
 
+    def batch(self, rows: np.ndarray) -> Batch:
+        images, asked, labels = [], [], []
+        for row in rows:
+            store = self.store
+            if self.rng.random() < 0.5:
+                image, shares, boxes, outlines, points = mirrored(store, row)
+            else:
+                image, shares, boxes = store.images[row], store.shares[row], store.boxes[row]
+                outlines, points = store.outlines[row], store.points[row]
+            nouns = [n for n in store.nouns[row].tolist() if n >= 0]
+            images.append(image)
+            labels.append(self._patch_labels(nouns, shares, boxes))
+            asked.append(self._ask(nouns, boxes, outlines, points))
+        special = self.asker.prompt_ids
+        length = 0 if not self.questions else BOX_LENGTH if self.boxes_only else LENGTH
+        arrays = lay_out(asked, length, special.coord_id, special.size_id, special.eos_id)
+        return Batch(
+            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            *(torch.from_numpy(a) for a in arrays),
+            *(torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True)),
+        )
 
-def question_batches(
-    asker: SceneQuestions, *, scenes: int, questions: int, seed: int, workers: int
-) -> Iterator[Batch]:
-    """Endless training batches, made by ``workers`` processes."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    loader = DataLoader(
-        _Batches(asker, scenes, questions, seed),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=6 if workers else None,
-    )
-    return iter(loader)
+    def _patch_labels(
+        self, nouns: list[int], shares: np.ndarray, boxes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Shares [81, nouns + 1] and boxes [81, 4] of ``Batch``, float32."""
+        shown = np.zeros((GRID * GRID, len(self.asker.nouns) + 1), np.float32)
+        of_object = np.full((GRID * GRID, 4), np.nan, np.float32)
+        for slot, noun in enumerate(nouns):
+            part = shares[slot] / np.float32(255)
+            shown[:, noun] += part
+            of_object[part > 0.5] = boxes[slot]
+        shown[:, -1] = np.clip(1 - shown.sum(1), 0, 1)
+        return shown / shown.sum(1, keepdims=True), of_object
+
+    def _ask(
+        self, nouns: list[int], boxes: np.ndarray, outlines: np.ndarray, points: np.ndarray
+    ) -> list[Question]:
+        """Up to ``questions``: present nouns, ambiguous ones with a ref, some absent ones."""
+        if not self.questions:
+            return []
+        rng, asker = self.rng, self.asker
+        present = {asker.nouns[n] for n in nouns}
+        questions: list[Question] = []
+        for slot in rng.permutation(len(nouns)).tolist() * self.questions:
+            if len(questions) == self.questions:
+                break
+            if rng.random() < 0.12:
+                words = asker.wording(asker.absent(present, rng), rng)
+                questions.append(Question(asker.prompt(words), [], None, []))
+                continue
+            noun, refs = nouns[slot], []
+            box = tuple(boxes[slot].tolist())
+            if nouns.count(noun) > 1 or rng.random() < 0.12:
+                refs = [self._reference(boxes[slot], points[slot])]
+            prompt = asker.prompt(asker.wording(asker.nouns[noun], rng))
+            path = None if self.boxes_only else outline_tokens(outlines[slot], box, asker.ids)
+            questions.append(Question(prompt, refs, box, path))
+        return questions
+
+    def _reference(self, box: np.ndarray, points: np.ndarray) -> tuple[float, float, float, float]:
+        """A point on the object, or its box a little off."""
+        if self.rng.random() < 0.5:
+            x, y = points[self.rng.integers(len(points))].tolist()
+            return (x, y, 0.0, 0.0)
+        cx, cy, w, h = box + self.rng.normal(0, 0.02, 4)
+        low = np.clip([cx - w / 2, cy - h / 2], 0, 0.97)
+        high = np.clip([cx + w / 2, cy + h / 2], low + 0.02, 1)
+        return (*((low + high) / 2).tolist(), *(high - low).tolist())

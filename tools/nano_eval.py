@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 from nano_data import SceneQuestions
-from scenes import SceneGenerator
+from nouns import CORE_STYLES
+from scenes import SceneGenerator, polygon_mask
 
 from kestrel.moondream.model import Moondream
 
 EVAL_SEED = 20_000
-
-
-def polygon_mask(points: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Fill a polygon [n, 2] in pixels (pixel edges at integers) -> bool [height, width]."""
-    mask = np.zeros((height, width), np.uint8)
-    fixed = np.round((points - 0.5) * 16).astype(np.int32)
-    cv2.fillPoly(mask, [fixed], 1, lineType=cv2.LINE_8, shift=4)
-    return mask.astype(bool)
 
 
 @torch.inference_mode()
@@ -40,11 +32,12 @@ def greedy(model: Moondream, image: torch.Tensor, prompts: list[list[int]], limi
     positions = lengths.clone()
     values: list[list[float]] = [[] for _ in range(n)]
     texts: list[list[int]] = [[] for _ in range(n)]
-    done = torch.zeros(n, dtype=torch.bool)
+    done = absent = torch.zeros(n, dtype=torch.bool)
     for step in range(limit):
         logits = model.logits(hidden)
         if step == 0:
-            done |= logits[:, special.eos_id] > logits[:, special.coord_id]
+            absent = logits[:, special.eos_id] > logits[:, special.coord_id]
+            done = absent.clone()
         if step < 2:
             value = model.region.coord_value(model.coord_logits(hidden).argmax(-1))
             embeds = model.encode_coord(value)
@@ -65,7 +58,8 @@ def greedy(model: Moondream, image: torch.Tensor, prompts: list[list[int]], limi
             break
         hidden = model.decode(embeds, positions, cache, slots)
         positions += 1
-    return [(v if t else None, t) for v, t in zip(values, texts, strict=True)]
+    boxes = [None if none else v for v, none in zip(values, absent.tolist(), strict=True)]
+    return list(zip(boxes, texts, strict=True))
 
 
 def path_points(model: Moondream, box: list[float], path: list[int]) -> np.ndarray:
@@ -77,34 +71,38 @@ def path_points(model: Moondream, box: list[float], path: list[int]) -> np.ndarr
     return grid * [w, h] + [cx - w / 2, cy - h / 2]
 
 
-def evaluate(model: Moondream, asker: SceneQuestions, scenes: int) -> dict[str, float]:
+def evaluate(
+    model: Moondream, asker: SceneQuestions, scenes: int, boxes_only: bool = False
+) -> dict[str, float]:
     """Mean coarse IoU, box IoU, share over 0.5, and share of absent nouns answered with nothing."""
     from kestrel.moondream.tokens import SegmentTokenizer
 
     model.eval()
     model.tokenizer = SegmentTokenizer(asker.tokenizer, model.config.prompt)
-    generator = SceneGenerator("eval", seed=EVAL_SEED)
+    generator = SceneGenerator(
+        "eval", EVAL_SEED, styles=CORE_STYLES, nouns=asker.nouns, size=(336, 336)
+    )
     rng = np.random.default_rng(EVAL_SEED)
     cases, embeddings = [], []
     for index in range(scenes):
-        scene = generator.scene(index, width=336, height=336)
+        scene = generator.scene(index)
         with torch.inference_mode():
             embedding = model.encode_image(scene.image)
         nouns = [o.noun for o in scene.objects]
         for found in [o for o in scene.objects if nouns.count(o.noun) == 1][:2]:
             cases.append((found.noun, found.mask))
             embeddings.append(embedding)
-        absent = [n for n in asker.nouns if n not in nouns]
-        cases.append((absent[rng.integers(len(absent))], None))
+        cases.append((asker.absent(set(nouns), rng), None))
         embeddings.append(embedding)
     ious, boxes, silent = [], [], []
     for start in range(0, len(cases), 64):
         group = cases[start : start + 64]
         image = torch.stack(embeddings[start : start + 64])
-        answers = greedy(model, image, [asker.prompt(noun) for noun, _ in group])
+        prompts = [asker.prompt(noun) for noun, _ in group]
+        answers = greedy(model, image, prompts, limit=4 if boxes_only else 64)
         for (_, truth), (box, path) in zip(group, answers, strict=True):
             if truth is None:
-                silent.append(not path)
+                silent.append(box is None)
                 continue
             if box is None:
                 ious.append(0.0)
@@ -112,7 +110,7 @@ def evaluate(model: Moondream, asker: SceneQuestions, scenes: int) -> dict[str, 
                 continue
             height, width = truth.shape
             points = path_points(model, box, path) * [width, height]
-            mask = polygon_mask(points, width, height) if len(points) > 2 else truth & False
+            mask = polygon_mask(points, height, width) if len(points) > 2 else truth & False
             ious.append(float((mask & truth).sum() / max(1, (mask | truth).sum())))
             rows, columns = np.nonzero(truth)
             boxes.append(

@@ -14,18 +14,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 from assets import SOURCES
+from nouns import CORE, CORE_STYLES
 from PIL import Image
 from scenes import Scene, SceneGenerator
 
 SEED = 7001
-STYLES = ("noto", "fluent", "flat", "fxemoji")
 SAMPLES: tuple[tuple[str, int, tuple[int, int]], ...] = (
-    ("butterfly", 298, (960, 720)),
-    ("elephant", 278, (960, 720)),
-    ("strawberry", 537, (800, 600)),
-    ("horse", 48, (800, 600)),
-    ("turtle", 352, (640, 853)),
-    ("cat", 198, (640, 853)),
+    ("cat", 528, (960, 720)),
+    ("house", 197, (960, 720)),
+    ("cow", 271, (800, 600)),
+    ("turtle", 600, (800, 600)),
+    ("snail", 136, (960, 720)),
+    ("tiger", 347, (800, 600)),
 )
 """Name of the file, number of the scene, (width, height) px."""
 
@@ -88,7 +88,14 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, index, size in SAMPLES:
         generator = SceneGenerator(
-            "eval", SEED, styles=STYLES, size=size, photos=0.0, clean=True, large_sprites=True
+            "eval",
+            SEED,
+            styles=CORE_STYLES,
+            nouns=CORE,
+            size=size,
+            photos=0.0,
+            clean=True,
+            large_sprites=True,
         )
         scene = generator.scene(index)
         rows += write_sample(folder, name, scene)
@@ -96,7 +103,7 @@ def main() -> None:
     table = [
         f"| {style} | {source.package} | {source.version} | {source.licence} | {source.author} |"
         for style, source in SOURCES.items()
-        if style in STYLES
+        if style in CORE_STYLES
     ]
     (folder / "LICENCES.md").write_text(NOTE.format(rows="\n".join(table)))
 

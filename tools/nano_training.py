@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kestrel.moondream.model import Moondream
-from kestrel.moondream.text import Attention
 
 QUANTUM = 8
 """Path integers are trained on multiples of this (121 levels over the grid of 960)."""
@@ -27,13 +26,14 @@ class Question:
     """What is asked of a scene, and the answer.
 
     ``prompt`` token ids; ``refs`` rows (x, y, w, h), w and h 0 for a point; ``box`` (cx, cy, w, h)
-    or None when the object is absent; ``path`` token ids of the outline without the final EOS.
+    or None when the object is absent; ``path`` token ids of the outline without the final EOS, or
+    None when the box is all that is asked for.
     """
 
     prompt: list[int]
     refs: list[tuple[float, float, float, float]]
     box: tuple[float, float, float, float] | None
-    path: list[int]
+    path: list[int] | None
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Batch:
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
     ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last;
-    ``boxes`` float [B, 81, 4] distances from the patch centre to the left, top, right and bottom
-    of the box of the object it shows, in sides of the picture, NaN where it shows none.
+    ``boxes`` float [B, 81, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
+    the picture, NaN where it shows none.
     """
 
     images: Tensor
@@ -91,8 +91,9 @@ def lay_out(questions: list[list[Question]], length: int, coord_id: int, size_id
             if question.box is not None:
                 cx, cy, w, h = question.box
                 steps += [(coord_id, (cx, 0.0)), (coord_id, (cy, 0.0)), (size_id, (w, h))]
-                steps += [(t, (0.0, 0.0)) for t in question.path]
-            steps.append((eos, (0.0, 0.0)))
+                steps += [(t, (0.0, 0.0)) for t in question.path or []]
+            if question.box is None or question.path is not None:
+                steps.append((eos, (0.0, 0.0)))
             if len(steps) - 1 > length:
                 raise ValueError(f"a question of {len(steps)} tokens does not fit {length}")
             for n, (token, pair) in enumerate(steps):
@@ -123,7 +124,6 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
     for block in text.blocks:
         normed = block.ln(x)
         qs, ks, vs = block.attn.project(normed, table, logs)
-        qs, ks, vs = (t.to(torch.bfloat16) for t in (qs, ks, vs))
         scale = 1.0 / math.sqrt(qs.shape[-1])
         qs = qs * scale
         kp, vp = ks[:, :, :p], vs[:, :, :p]
@@ -174,43 +174,41 @@ class Losses:
 
     def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = self.model.vision.features(batch.images)
-            image = self.model.vision.project(features, features)
-        dense, boxes = self._dense_losses(image.float(), batch)
+        features = self.model.vision.features(batch.images)
+        image = self.model.vision.project(features, features)
+        dense, boxes = self._dense_losses(image, batch)
         total = self.dense_weight * dense + self.box_weight * boxes
         return total, {"dense": dense.item(), "boxes": boxes.item()}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Total loss and its parts as floats."""
         model, config = self.model, self.model.config
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = model.vision.features(batch.images)
-            image = model.vision.project(features, features)
-            bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
-            prefix = torch.cat([bos.to(image.dtype), image], dim=1)
-            asked = model.text.wte[batch.tokens]
-            is_coord, is_size = batch.kind == 1, batch.kind == 2
-            asked = asked.clone()
-            asked[is_coord] = model.encode_coord(batch.value[is_coord][:, 0]).to(asked.dtype)
-            asked[is_size] = model.encode_size(batch.value[is_size]).to(asked.dtype)
-            hidden = decoder_pass(model, prefix.float(), asked)
-            wanted = batch.target != IGNORE
-            picked, target = hidden[wanted], batch.target[wanted]
-            values = batch.target_value[wanted]
-            logits = model.logits(picked)
-            coord_rows = target == config.prompt.coord_id
-            size_rows = target == config.prompt.size_id
-            coord_logits = model.coord_logits(picked[coord_rows])
-            size_logits = model.size_logits(picked[size_rows])
-        tokens = self._token_loss(logits.float(), target)
+        features = model.vision.features(batch.images)
+        image = model.vision.project(features, features)
+        bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
+        prefix = torch.cat([bos, image], dim=1)
+        asked = model.text.wte[batch.tokens]
+        is_coord, is_size = batch.kind == 1, batch.kind == 2
+        asked = asked.clone()
+        asked[is_coord] = model.encode_coord(batch.value[is_coord][:, 0])
+        asked[is_size] = model.encode_size(batch.value[is_size])
+        hidden = decoder_pass(model, prefix, asked)
+        wanted = batch.target != IGNORE
+        picked, target = hidden[wanted], batch.target[wanted]
+        values = batch.target_value[wanted]
+        logits = model.logits(picked)
+        coord_rows = target == config.prompt.coord_id
+        size_rows = target == config.prompt.size_id
+        coord_logits = model.coord_logits(picked[coord_rows])
+        size_logits = model.size_logits(picked[size_rows])
+        tokens = self._token_loss(logits, target)
         coord = _soft_cross_entropy(
-            coord_logits.float(), soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
+            coord_logits, soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
         )
         size_bins = model.region.size_bin(values[size_rows])
-        size = _soft_cross_entropy(size_logits.float(), soft_bins(size_bins, 1024, 6.0))
-        dense, boxes = self._dense_losses(image.float(), batch)
-        answer = self._answer_loss(hidden.float(), batch)
+        size = _soft_cross_entropy(size_logits, soft_bins(size_bins, 1024, 6.0))
+        dense, boxes = self._dense_losses(image, batch)
+        answer = self._answer_loss(hidden, batch)
         total = tokens + self.region_weight * (coord + size)
         total = total + self.dense_weight * dense + self.box_weight * (boxes + answer)
         parts = {
@@ -232,14 +230,19 @@ class Losses:
         return (soft_part + hard_part) / max(1, len(target))
 
     def _answer_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The whole box, regressed where the answer starts: finds the object before bins can."""
+        """The whole box, regressed at the noun and where the answer starts.
+
+        The noun meets the patches in one step of attention, the answer's start needs two: help at
+        both places finds the object long before the bins of the coordinates do.
+        """
         special = self.model.config.prompt
         is_coord = batch.target == special.coord_id
         first = is_coord & ~F.pad(is_coord, (1, 0))[..., :-1]
         b, q, s = first.nonzero(as_tuple=True)
         value = batch.target_value
         box = torch.cat([value[b, q, s, :1], value[b, q, s + 1, :1], value[b, q, s + 2]], dim=-1)
-        return F.smooth_l1_loss(self.answer_head(hidden[b, q, s]), box, beta=0.05)
+        heard = torch.cat([hidden[b, q, s - 1], hidden[b, q, s]])
+        return F.smooth_l1_loss(self.answer_head(heard), torch.cat([box, box]), beta=0.05)
 
     def _dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each patch: cosine to the noun it shows, over all nouns and background; its object's box.
@@ -260,39 +263,93 @@ def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def initialise(model: Moondream, integer_ids: list[int]) -> None:
-    """Starting weights: small normal, residual outputs scaled, integers as Fourier features."""
+def initialise(model: Moondream, integer_ids: list[int], patches: Tensor) -> None:
+    """Starting weights that spare training the slow beginnings.
+
+    ``patches`` float32 [N, 588] of training pictures, as ``patch_emb`` sees them: its rows become
+    their principal components, nearly whitened. Positions are sines over the grid, attention looks
+    for what is alike (content and place), and numbers read and written are Fourier features of
+    their value, so that near values are alike from the first step.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and "features" not in name and "tau" not in name:
             torch.nn.init.normal_(parameter, std=min(0.04, parameter.shape[-1] ** -0.5))
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     depth = len(model.text.blocks) + len(model.vision.blocks)
+    vision, text, region = model.vision, model.text, model.region
+    dim = model.config.text.dim
     with torch.no_grad():
-        for block in [*model.text.blocks, *model.vision.blocks]:
+        for block in [*text.blocks, *vision.blocks]:
             block.attn.proj.weight.mul_(depth**-0.5)
             block.mlp.fc2.weight.mul_(depth**-0.5)
-        for block in model.text.blocks[:2]:
-            _match_content(block.attn)
-        dim = model.config.text.dim
-        values = torch.arange(961) / 960
-        bands = 2.0 ** torch.linspace(0, 7, dim // 2) * math.pi
-        angles = values[:, None] * bands[None]
-        fourier = torch.cat([angles.cos(), angles.sin()], dim=-1) * 0.04 * math.sqrt(2)
-        model.text.wte[torch.tensor(integer_ids)] = fourier
-        model.region.coord_features.copy_(_bands(1, model.region.coord_features.shape[1]))
-        model.region.size_features.copy_(_bands(2, model.region.size_features.shape[1]))
+        _principal_components(vision.patch_emb, patches)
+        vision.pos_emb.copy_(grid_sines(vision.config.grid, vision.config.enc_dim))
+        for block in vision.blocks:
+            _match_content(block.attn.qkv.weight, block.attn.n_heads, 0, 0.06)
+        for block in text.blocks[:2]:
+            rotary = model.config.text.rotary_dim
+            _match_content(block.attn.qkv.weight, model.config.text.n_heads, rotary, 0.11)
+        levels = torch.arange(961) / 960
+        text.wte[torch.tensor(integer_ids)] = _waves(levels, dim) * 0.04
+        text.lm_head.weight[torch.tensor(integer_ids)] = _waves(levels, dim) * 0.04
+        bins = model.config.region.coord_out_dim
+        region.coord_decoder.weight.copy_(_waves(torch.arange(bins) / bins, dim) * 0.04)
+        bins = model.config.region.size_out_dim // 2
+        # Width and height are told at once: each in its half of the dimensions.
+        half = _waves(torch.arange(bins) / bins, dim // 2) * 0.04
+        region.size_decoder.weight.zero_()
+        region.size_decoder.weight[:bins, : dim // 2] = half
+        region.size_decoder.weight[bins:, dim // 2 :] = half
+        region.coord_features.copy_(_bands(1, region.coord_features.shape[1]))
+        region.size_features.copy_(_bands(2, region.size_features.shape[1]))
 
 
-def _match_content(attention: Attention) -> None:
+def picture_patches(images: np.ndarray, patch: int) -> Tensor:
+    """Pictures uint8 [N, S, S, 3] -> ``patch_emb``'s rows float32 [N · patches, 3 · patch²]."""
+    n, size = images.shape[:2]
+    grid = size // patch
+    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = x.view(n, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n * grid * grid, 3 * patch * patch)
+
+
+def _principal_components(patch_emb: torch.nn.Linear, patches: Tensor) -> None:
+    centred = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    rows = patch_emb.out_features
+    # Directions of little variance are mostly noise: they are not blown up to full size.
+    scale = (values[:rows] + values[rows // 3]).rsqrt()
+    patch_emb.weight.copy_((vectors[:, :rows] * scale).T)
+    patch_emb.bias.copy_(-(patch_emb.weight @ patches.mean(0)))
+
+
+def grid_sines(grid: int, dim: int) -> Tensor:
+    """Positions of patches, [1, grid², dim]: half the dimensions tell the row, half the column."""
+    places = (torch.arange(grid) + 0.5) / grid
+    waves = _waves(places, dim // 2, octaves=2.5) * 0.7
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    return torch.cat([waves[row.flatten()], waves[column.flatten()]], dim=-1)[None]
+
+
+def _waves(values: Tensor, dim: int, octaves: float = 7.0) -> Tensor:
+    """Fourier features of values in 0..1 [n] -> [n, dim], each of unit mean square."""
+    bands = 2.0 ** torch.linspace(-1, octaves - 1, dim // 2) * math.pi
+    angles = values[:, None] * bands[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * math.sqrt(2)
+
+
+def _match_content(qkv: Tensor, n_heads: int, first: int, std: float) -> None:
     """Let queries look for keys like themselves: a noun for the patches that the dense loss draws
-    to its embedding. In the dimensions that rotate, attention stays free to learn positions."""
-    config = attention.config
-    q, k, _ = attention.qkv.weight.split(config.n_heads * config.head_dim)
-    q, k = (w.view(config.n_heads, config.head_dim, -1) for w in (q, k))
-    shared = torch.randn_like(q[:, config.rotary_dim :]) * 0.11
-    q[:, config.rotary_dim :] = shared
-    k[:, config.rotary_dim :] = shared
+    to its embedding, a patch for its neighbours. In the ``first`` dimensions of each head, which
+    may rotate, attention stays free."""
+    dim = qkv.shape[1]
+    q, k, _ = qkv.split(dim)
+    q, k = (w.view(n_heads, dim // n_heads, -1) for w in (q, k))
+    shared = torch.randn_like(q[:, first:]) * std
+    q[:, first:] = shared
+    k[:, first:] = shared
 
 
 def _bands(inputs: int, count: int) -> Tensor:

@@ -462,3 +462,17 @@ def vocabulary_words() -> list[str]:
 def wanted_names(style: str) -> set[str]:
     """Names of a style's pictures that the noun table uses."""
     return {name for pictures in NOUNS.values() for name in pictures.names(style)}
+
+
+_CORE = """
+dog cat horse cow pig rabbit elephant penguin rooster owl turtle fish whale octopus crab
+butterfly ladybug apple banana grapes lemon pineapple strawberry cherries watermelon carrot
+mushroom pizza hamburger donut key scissors camera umbrella gift balloon guitar crown car
+bus rocket airplane bicycle house tree cactus sunflower snowman tiger giraffe camel flamingo
+snake snail bee corn hammer bell hat train helicopter heart ghost pumpkin
+"""
+CORE: tuple[str, ...] = tuple(_CORE.split())
+"""What the shipped checkpoint is trained to find ..."""
+
+CORE_STYLES = ("noto", "fluent", "flat")
+"""... drawn in these styles."""

@@ -109,7 +109,8 @@ def _is_clutter(style: str, name: str) -> bool:
 class SceneGenerator:
     """Scenes by number: the same (split, seed, index) is the same scene on any machine.
 
-    ``styles`` limits where pictures come from; by default training sees every style but
+    ``nouns`` limits what is named (all of the table by default), ``styles`` where pictures come
+    from; by default training sees every style but
     ``twemoji`` and 85 % of the stamps, evaluation sees all. ``size`` is (width, height) px; without
     it images are 126 × 126 with a random aspect squashed.
     """
@@ -119,6 +120,7 @@ class SceneGenerator:
         split: str,
         seed: int,
         styles: Sequence[str] | None = None,
+        nouns: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         max_objects: int = 5,
         photos: float = 0.35,
@@ -134,9 +136,11 @@ class SceneGenerator:
         self.large = longer > 2 * TRAIN_SIZE if large_sprites is None else large_sprites
         if styles is None:
             styles = [s for s in SOURCES if split == "eval" or s != HELD_OUT_STYLE]
+        self.styles = list(styles)
         packs = _packs()
         self.sprites: dict[str, dict[str, list[str]]] = {}
-        for noun, pictures in NOUNS.items():
+        for noun in nouns or NOUNS:
+            pictures = NOUNS[noun]
             by_style = {
                 style: [
                     n
@@ -179,7 +183,7 @@ class SceneGenerator:
             nouns[1] = nouns[0]
         favourite = None
         if rng.random() < 0.3:
-            favourite = list(SOURCES)[rng.integers(len(SOURCES))]
+            favourite = self.styles[rng.integers(len(self.styles))]
         placements: list[Placement] = []
         limits = [(0.3, 0.92), (0.22, 0.75), (0.18, 0.62), (0.17, 0.55), (0.16, 0.5)]
         low, high = limits[min(count, len(limits)) - 1]

@@ -1,11 +1,13 @@
 """Train the shipped checkpoint from scratch on generated scenes, on CPU.
 
-    python tools/train_nano.py --minutes 100 --run runs/nano
+    python tools/train_nano.py --minutes 95 --run runs/nano
 
-The learning rate follows the share of the time budget that is spent, so that the schedule ends on
-time on any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the
-losses and evaluations, ``RUN/curves.png`` their plot, ``--ship`` the checkpoint of the best
-evaluation (averaged weights).
+Three phases share the time budget: the vision tower alone, on what each patch shows; then boxes;
+then boxes and paths. Weights and matmuls are float32: on CPUs without AMX bfloat16 is slower. The
+learning rate follows the share of the budget that is spent, so that the schedule ends on time on
+any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and
+evaluations, ``RUN/curves.png`` their plot, ``--ship`` the checkpoint of the best evaluation
+(averaged weights).
 """
 
 from __future__ import annotations
@@ -14,44 +16,57 @@ import argparse
 import csv
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
-from nano_data import SceneQuestions, question_batches
+from nano_data import BatchMaker, SceneQuestions
 from nano_eval import evaluate
-from nano_training import Losses, initialise
-from nouns import vocabulary_words
+from nano_training import Batch, Losses, initialise, picture_patches
+from nouns import CORE, CORE_STYLES, vocabulary_words
+from scene_store import build_store
 
 from kestrel.moondream.model import Moondream
 
 LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer")
 FIGURES = ("iou", "box_iou", "right", "absent")
-FIELDS = ["minutes", "step", "scenes_per_s", *LOSSES, "norm", *FIGURES]
+FIELDS = ["minutes", "step", "phase", "scenes_per_s", *LOSSES, "norm", *FIGURES]
+REPORT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: ``until`` a share of the budget, ``questions`` per scene."""
+
+    name: str
+    until: float
+    questions: int
+
+
+PHASES = (Phase("vision", 0.15, 0), Phase("boxes", 0.33, 5), Phase("paths", 1.0, 3))
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over 1 % of the budget, then cosine to 2 % of the peak."""
+    """Warm-up over 1 % of the budget, level to half of it, then cosine to 2 % of the peak."""
     if progress < 0.01:
         return peak * max(progress / 0.01, 0.01)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    falling = min(1.0, max(0.0, 2 * progress - 1))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--ship", type=Path, default=None, help="folder of the best checkpoint")
-    parser.add_argument("--minutes", type=float, default=100.0, help="training time budget")
-    parser.add_argument(
-        "--vision", type=float, default=0.25, help="share of the budget for the vision tower alone"
-    )
+    parser.add_argument("--store", type=Path, default=Path("runs/scenes"), help="drawn scenes")
+    parser.add_argument("--store-scenes", type=int, default=120_000)
+    parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per step")
-    parser.add_argument("--questions", type=int, default=4, help="questions per scene")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--eval-every", type=float, default=8.0, help="minutes")
+    parser.add_argument("--eval-every", type=float, default=6.0, help="minutes")
     parser.add_argument("--eval-scenes", type=int, default=120)
-    parser.add_argument("--workers", type=int, default=1, help="scene processes")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -63,11 +78,15 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(args.seed)
+        self.store = build_store(
+            args.store, count=args.store_scenes, seed=args.seed, nouns=CORE, styles=CORE_STYLES
+        )
         self.tokenizer = build_tokenizer(vocabulary_words())
         self.model = Moondream(nano_config(self.tokenizer))
-        self.questions = SceneQuestions(self.tokenizer)
+        self.questions = SceneQuestions(self.tokenizer, CORE)
         integer_ids = [self.tokenizer.token_to_id(str(v)) for v in range(961)]
-        initialise(self.model, integer_ids)
+        patch = self.model.config.vision.enc_patch_size
+        initialise(self.model, integer_ids, picture_patches(self.store.images[:500], patch))
         self.losses = Losses(self.model, self.questions.noun_ids, integer_ids)
         tables = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
@@ -85,6 +104,27 @@ class Run:
         self.state_file = args.run / "state.pt"
         if self.state_file.exists():
             self.resume()
+
+    @property
+    def progress(self) -> float:
+        """Share of the time budget that is spent."""
+        return self.spent / (60 * self.args.minutes)
+
+    @property
+    def phase(self) -> Phase:
+        return next(phase for phase in PHASES if self.progress < phase.until or phase is PHASES[-1])
+
+    def batches(self, phase: Phase):
+        """Endless batches of a phase; a resumed run draws other ones."""
+        maker = BatchMaker(
+            self.store,
+            self.questions,
+            scenes=self.args.scenes,
+            questions=phase.questions,
+            boxes_only=phase.name == "boxes",
+            seed=self.args.seed * 1_000_003 + self.step,
+        )
+        return iter(maker)
 
     def resume(self) -> None:
         saved = torch.load(self.state_file, weights_only=True)
@@ -113,10 +153,9 @@ class Run:
         )
         partial.replace(self.state_file)
 
-    def train_step(self, batch) -> dict[str, float]:
-        progress = self.spent / (60 * self.args.minutes)
+    def train_step(self, batch: Batch) -> dict[str, float]:
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(progress, self.args.peak)
+            group["lr"] = learning_rate(self.progress, self.args.peak)
         loss, parts = (self.losses if batch.tokens.numel() else self.losses.vision_only)(batch)
         loss.backward()
         parts["norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
@@ -132,7 +171,9 @@ class Run:
         """Figures of the averaged weights on held-out scenes; ships them when they are the best."""
         live = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.model.load_state_dict(self.average, strict=False)
-        figures = evaluate(self.model, self.questions, scenes=self.args.eval_scenes)
+        figures = evaluate(
+            self.model, self.questions, self.args.eval_scenes, self.phase.name == "boxes"
+        )
         self.model.load_state_dict(live, strict=False)
         if figures["iou"] > self.best:
             self.best = figures["iou"]
@@ -151,18 +192,16 @@ def plot(log: Path) -> None:
     with log.open() as file:
         rows = list(csv.DictReader(file))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in LOSSES:
-        points = [(float(r["minutes"]), float(r[name])) for r in rows if r[name]]
-        left.plot(*zip(*points, strict=True), label=name)
-    for name in FIGURES:
-        points = [(float(r["minutes"]), float(r[name])) for r in rows if r[name]]
-        if points:
-            right.plot(*zip(*points, strict=True), marker=".", label=name)
-    left.set_title("training losses")
-    right.set_title("held-out scenes")
-    for axis in (left, right):
+    for axis, names, marker in ((left, LOSSES, ""), (right, FIGURES, ".")):
+        for name in names:
+            points = [(float(r["minutes"]), float(r[name])) for r in rows if r[name]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=marker, label=name)
         axis.set_xlabel("minutes")
         axis.legend()
+    left.set_title("training losses")
+    left.set_yscale("log")
+    right.set_title("held-out scenes")
     figure.savefig(log.with_name("curves.png"), dpi=90)
     plt.close(figure)
 
@@ -175,45 +214,36 @@ def main() -> None:
     log = args.run / "log.csv"
     if not log.exists():
         log.write_text(",".join(FIELDS) + "\n")
-
-    def batches_of(questions: int):
-        return question_batches(
-            run.questions,
-            scenes=args.scenes,
-            questions=questions,
-            seed=args.seed * 1_000_003 + run.step,
-            workers=args.workers,
-        )
-
-    warming = run.spent < 60 * args.minutes * args.vision
-    batches = batches_of(0 if warming else args.questions)
+    phase = run.phase
+    batches = run.batches(phase)
     last_eval, parts_seen, since = run.spent, [], time.monotonic()
-    while run.spent < 60 * args.minutes:
+    while run.progress < 1:
         start = time.monotonic()
-        if warming and run.spent >= 60 * args.minutes * args.vision:
-            warming, batches, parts_seen = False, batches_of(args.questions), []
+        if run.phase is not phase:
+            run.save()
+            phase, parts_seen = run.phase, []
+            batches = run.batches(phase)
         parts_seen.append(run.train_step(next(batches)))
         run.spent += time.monotonic() - start
-        if run.step % 50 == 0:
-            now = time.monotonic()
-            row: dict[str, object] = {
-                k: round(float(np.mean([p[k] for p in parts_seen])), 4) for k in parts_seen[0]
-            }
-            row["minutes"] = round(run.spent / 60, 2)
-            row["step"] = run.step
-            row["scenes_per_s"] = round(len(parts_seen) * args.scenes / (now - since), 1)
-            if not warming and run.spent - last_eval > 60 * args.eval_every:
-                row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
-                last_eval = run.spent
-                run.save()
-            with log.open("a") as file:
-                csv.DictWriter(file, FIELDS).writerow(row)
-            if "iou" in row:
-                plot(log)
-            if warming and run.step % 500 == 0:
-                run.save()
-            print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-            parts_seen, since = [], time.monotonic()
+        if run.step % REPORT_STEPS:
+            continue
+        row: dict[str, object] = {
+            k: round(float(np.mean([p[k] for p in parts_seen])), 4) for k in parts_seen[0]
+        }
+        row["minutes"] = round(run.spent / 60, 2)
+        row["step"] = run.step
+        row["phase"] = phase.name
+        row["scenes_per_s"] = round(len(parts_seen) * args.scenes / (time.monotonic() - since), 1)
+        if phase.questions and run.spent - last_eval > 60 * args.eval_every:
+            row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
+            last_eval = run.spent
+            run.save()
+        with log.open("a") as file:
+            csv.DictWriter(file, FIELDS).writerow(row)
+        if "iou" in row:
+            plot(log)
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        parts_seen, since = [], time.monotonic()
     final = run.evaluated()
     run.save()
     print("finished:", {k: round(v, 4) for k, v in final.items()}, "best", round(run.best, 4))
