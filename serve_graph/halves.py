@@ -32,11 +32,13 @@ logger = logging.getLogger("ray.serve")
 LOST = (RayActorError, ReplicaUnavailableError)
 """The replica died or left while it held the request. Both halves are pure, so it may run again."""
 
-ATTEMPTS = 3
-"""Replicas that a request may lose before it fails."""
+ATTEMPTS = 5
+"""Tries of a request on replicas that are lost; bounded, so that a request that kills whoever takes
+it does not take them all."""
 
 RETRY_PAUSE_S = 0.1
-"""Lets the router learn of the death before the next try, seconds."""
+"""Before the second try, seconds, and twice as long each time after: the router needs a moment to
+learn of a death and would pick the same replica again."""
 
 HEALTH_TIMEOUT_S = 10.0
 """How long a half may take to say that it is there, seconds."""
@@ -46,6 +48,11 @@ T = TypeVar("T")
 
 class RefinerUnavailable(Exception):
     """No replica could refine this path in time; the model's own path is still good."""
+
+
+async def _pause(attempt: int, deadline: Deadline) -> None:
+    """Wait after the ``attempt``-th try, not past the deadline."""
+    await asyncio.sleep(min(RETRY_PAUSE_S * 2 ** (attempt - 1), deadline.left()))
 
 
 class Deadline:
@@ -116,7 +123,7 @@ class ModelHalf:
                 if attempt == ATTEMPTS:
                     raise _refusal(error) from error
                 logger.warning("request %s: model replica lost, trying another", request_id)
-                await asyncio.sleep(min(RETRY_PAUSE_S, deadline.left()))
+                await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error
         raise AssertionError("unreachable")
@@ -140,7 +147,7 @@ class ModelHalf:
                 if started or attempt == ATTEMPTS:
                     raise _refusal(error) from error
                 logger.warning("request %s: model replica lost, trying another", request_id)
-                await asyncio.sleep(min(RETRY_PAUSE_S, deadline.left()))
+                await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error
             finally:
@@ -164,21 +171,22 @@ class RefinerHalf:
     async def refine(
         self, request: SegmentRequest, model: ModelResult, deadline: Deadline
     ) -> SegmentRefineBitmapsResult:
-        """Refined path and masks; RefinerUnavailable after three lost replicas, a full queue or
+        """Refined path and masks; RefinerUnavailable after five lost replicas, a full queue or
         ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first."""
         patience = Deadline(min(self._timeout_s, deadline.left()))
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             response = self._refine.remote(
                 request.image, model.path, model.bbox, request.return_base64
             )
             try:
-                return await _finish(response, patience)
+                try:
+                    return await _finish(response, patience)
+                except LOST:
+                    logger.warning("request %s: refiner replica lost", model.request_id)
+                    await _pause(attempt, patience)
             except DeadlineExceeded:
                 deadline.left()
                 raise RefinerUnavailable(f"no answer in {self._timeout_s:g} s") from None
-            except LOST:
-                logger.warning("request %s: refiner replica lost, trying another", model.request_id)
-                await asyncio.sleep(RETRY_PAUSE_S)
             except (BackPressureError, DeploymentUnavailableError) as error:
                 raise RefinerUnavailable(str(error)) from error
             except RayTaskError as error:

@@ -15,11 +15,30 @@ from kestrel.api import RequestError
 from serve_graph.client import SegmentClient
 
 
-async def first_event_then_cancel(client: SegmentClient, ask: dict[str, Any]) -> None:
-    events = client.astream(**ask)
-    async for _ in events:
-        break
-    await events.aclose()  # type: ignore[attr-defined]
+def stats() -> dict[str, list[dict[str, Any]]]:
+    """What every replica of each half says; only a driver on the cluster can ask them all."""
+    from ray import serve
+
+    halves = {}
+    for name in ("Model", "Refiner"):
+        handle = serve.get_deployment_handle(name, "segment")
+        deadline = time.monotonic() + 30
+        while not handle.running_replicas_populated():
+            handle.stats.remote().result(timeout_s=deadline - time.monotonic())
+        # A replica that was just killed may still be on the list.
+        replies = handle.broadcast("stats").results(timeout_s=30, return_exceptions=True)
+        halves[name] = [reply for reply in replies if isinstance(reply, dict)]
+    return halves
+
+
+async def leave_when_running(client: SegmentClient, ask: dict[str, Any]) -> None:
+    """Ask, and give up as soon as the model works on it."""
+    pending = asyncio.create_task(client.asegment(**ask))
+    while not any(replica["running"] for replica in (await asyncio.to_thread(stats))["Model"]):
+        if pending.done():
+            raise RuntimeError("the answer was there before anybody could leave")
+    pending.cancel()
+    await asyncio.wait([pending])
 
 
 def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
@@ -29,23 +48,10 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
         return list(client.segment(**ask, stream=True))
     if command == "asegment":
         return asyncio.run(client.asegment(**ask))
-    if command == "leave_stream":
-        asyncio.run(first_event_then_cancel(client, ask))
-        return None
+    if command == "leave":
+        return asyncio.run(leave_when_running(client, ask))
     if command == "stats":
-        # Only a driver on the cluster can ask every replica.
-        from ray import serve
-
-        halves = {}
-        for name in ("Model", "Refiner"):
-            handle = serve.get_deployment_handle(name, "segment")
-            deadline = time.monotonic() + 30
-            while not handle.running_replicas_populated():
-                handle.stats.remote().result(timeout_s=deadline - time.monotonic())
-            # A replica that was just killed may still be on the list.
-            replies = handle.broadcast("stats").results(timeout_s=30, return_exceptions=True)
-            halves[name] = [reply for reply in replies if isinstance(reply, dict)]
-        return halves
+        return stats()
     raise ValueError(command)
 
 
