@@ -57,7 +57,7 @@ class BatchMaker:
     """Endless training batches of a store.
 
     ``questions`` per scene; 0 gives images and patch labels alone, ``boxes_only`` leaves the paths
-    out of the answers.
+    out of the answers. Only the first ``rows`` scenes are drawn from, by default all.
     """
 
     def __init__(
@@ -75,10 +75,11 @@ class BatchMaker:
         self.store, self.asker = store, asker
         self.scenes, self.questions, self.boxes_only = scenes, questions, boxes_only
         self.rng = np.random.default_rng(seed)
+        self.rows = len(store)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            order = self.rng.permutation(len(self.store))
+            order = self.rng.permutation(self.rows)
             for start in range(0, len(order) - self.scenes + 1, self.scenes):
                 yield self.batch(order[start : start + self.scenes])
 

@@ -176,7 +176,7 @@ class Losses:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
         features = self.model.vision.features(batch.images)
         image = self.model.vision.project(features, features)
-        dense, boxes = self._dense_losses(image, batch)
+        dense, boxes = self.dense_losses(image, batch)
         total = self.dense_weight * dense + self.box_weight * boxes
         return total, {"dense": dense.item(), "boxes": boxes.item()}
 
@@ -207,7 +207,7 @@ class Losses:
         )
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits, soft_bins(size_bins, 1024, 6.0))
-        dense, boxes = self._dense_losses(image, batch)
+        dense, boxes = self.dense_losses(image, batch)
         answer = self._answer_loss(hidden, batch)
         total = tokens + self.region_weight * (coord + size)
         total = total + self.dense_weight * dense + self.box_weight * (boxes + answer)
@@ -244,7 +244,7 @@ class Losses:
         heard = torch.cat([hidden[b, q, s - 1], hidden[b, q, s]])
         return F.smooth_l1_loss(self.answer_head(heard), torch.cat([box, box]), beta=0.05)
 
-    def _dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each patch: cosine to the noun it shows, over all nouns and background; its object's box.
 
         ``image`` float32 [B, patches, dim], the very vectors that the decoder reads.
