@@ -7,7 +7,8 @@ then boxes and paths. Weights and matmuls are float32: on CPUs without AMX bfloa
 learning rate follows the share of the budget that is spent, so that the schedule ends on time on
 any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and
 evaluations, ``RUN/curves.png`` their plot, ``--ship`` the checkpoint of the best evaluation
-(averaged weights).
+(averaged weights). ``--warm FOLDER`` goes on from a shipped checkpoint with a schedule of its own,
+for instance after ``nouns.CORE`` has grown.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nano_data import BatchMaker, SceneQuestions
 from nano_eval import evaluate
 from nano_training import Batch, Losses, initialise, picture_patches
 from nouns import CORE, CORE_STYLES, vocabulary_words
+from safetensors.torch import load_file
 from scene_store import build_store
 
 from kestrel.moondream.model import Moondream
@@ -60,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--ship", type=Path, default=None, help="folder of the best checkpoint")
+    parser.add_argument("--warm", type=Path, help="checkpoint folder to go on from: paths only")
     parser.add_argument("--store", type=Path, default=Path("runs/scenes"), help="drawn scenes")
     parser.add_argument("--store-scenes", type=int, default=120_000)
     parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
@@ -87,6 +90,8 @@ class Run:
         integer_ids = [self.tokenizer.token_to_id(str(v)) for v in range(961)]
         patch = self.model.config.vision.enc_patch_size
         initialise(self.model, integer_ids, picture_patches(self.store.images[:500], patch))
+        if args.warm is not None:
+            self.model.load_state_dict(load_file(args.warm / "model.safetensors"), strict=False)
         self.losses = Losses(self.model, self.questions.noun_ids, integer_ids)
         tables = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
@@ -112,6 +117,8 @@ class Run:
 
     @property
     def phase(self) -> Phase:
+        if self.args.warm is not None:
+            return PHASES[-1]
         return next(phase for phase in PHASES if self.progress < phase.until or phase is PHASES[-1])
 
     def batches(self, phase: Phase):
