@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hmac
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kestrel.api_keys import ApiKey, find_key, parse_keys
 from kestrel.config import Limits
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -105,6 +105,12 @@ class Overloaded(RequestError):
         super().__init__(message, field, retry_after_s)
 
 
+class RateLimited(Overloaded):
+    """429: the API key has used up its rate; ``retry_after_s`` says when to come back."""
+
+    status = 429
+
+
 class DeadlineExceeded(RequestError):
     """504: the deadline passed; the work is cancelled."""
 
@@ -136,10 +142,10 @@ def error_from_response(
         TooLarge,
         PromptTooLong,
         Overloaded,
+        RateLimited,
         DeadlineExceeded,
     )
     by_status = {kind.status: kind for kind in kinds}
-    by_status[429] = Overloaded
     after = float(retry_after) if retry_after and retry_after.isdigit() else None
     kind = by_status.get(status, ServiceFault)
     return kind(str(body.get("error", f"HTTP {status}")), body.get("field"), after)
@@ -461,22 +467,23 @@ def check_model(name: Any, served: str) -> None:
         raise UnknownModel(f"model {name[:128]!r} is not served here; served: {served}", "model")
 
 
-def check_auth(headers: Mapping[str, str], api_keys: Iterable[str]) -> None:
-    """``Unauthorized`` unless no key is configured or the request carries one of them.
+def check_auth(headers: Mapping[str, str], api_keys: Iterable[ApiKey | str]) -> ApiKey | None:
+    """The key that the request carries; None when no key is configured. ``Unauthorized`` unless
+    it carries one of those that are.
 
     ``headers`` looks names up without regard to case (Starlette's do).
     """
-    keys = [key.encode() for key in api_keys]
+    keys = parse_keys(api_keys)
     if not keys:
-        return
+        return None
     given = headers.get("x-moondream-auth") or ""
     kind, _, token = (headers.get("authorization") or "").partition(" ")
     if kind.lower() == "bearer":
         given = token.strip()
-    offered = given.encode("utf-8", "surrogateescape")
-    # Every key is compared, so that the time tells nothing about which one came close.
-    if not any([hmac.compare_digest(offered, key) for key in keys]):  # noqa: C419
+    key = find_key(given, keys)
+    if key is None:
         raise Unauthorized()
+    return key
 
 
 def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:

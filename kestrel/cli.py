@@ -20,6 +20,7 @@ from kestrel.api import (
     segment_response,
     validate_segment,
 )
+from kestrel.api_keys import hash_key_command
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "hash-key":
+            if (wrong := hash_key_command()) is not None:
+                raise InputError(wrong)
+            return 0
         config = _config(arguments)
         if arguments.command == "serve":
             return _serve(config, arguments.host, arguments.port)
@@ -72,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[common], help="serve HTTP from this process")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+
+    commands.add_parser("hash-key", help="read an API key from stdin, print its hash for a config")
     return parser
 
 

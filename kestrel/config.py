@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kestrel.api_keys import ApiKey, parse_keys
+
 SHIPPED_MODELS = Path(__file__).parent / "models"
 
 
@@ -147,10 +149,15 @@ class RuntimeConfig:
     refiner_threads: int = 1
     """Refinements that run at once beside the engine thread."""
     limits: Limits = field(default_factory=Limits)
-    api_keys: tuple[str, ...] = ()
-    """When not empty, the HTTP door asks for one of these (401 otherwise)."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """When not empty, the HTTP door asks for one of these (401 otherwise). Entries are given as
+    ``kestrel.api_keys.parse_keys`` takes them; keys in the clear are hashed here."""
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "api_keys", parse_keys(self.api_keys))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from None
         _check(
             isinstance(self.model, str) and bool(self.model),
             "model",

@@ -106,7 +106,7 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                 f"{limits.max_image_pixels} pixels."
             ),
             "422": _error("The prompt does not fit the model's context."),
-            "429": _error("Too many requests.", retry=True),
+            "429": _error("The rate of the API key is used up.", retry=True),
             "500": _error("A fault of the server.", body="Fault"),
             "503": _error("The queue is full, or the server is still starting.", retry=True),
             "504": _error("The deadline passed; the work is cancelled."),

@@ -83,7 +83,13 @@ class GraphArgs(BaseModel):
     the three pools say where the deployments run.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+        # Serve logs the error of a config that is refused, and an input may hold API keys.
+        hide_input_in_errors=True,
+    )
 
     runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig(refiner=None))
     """The model half. Its ``refiner`` is always None here: refinement is a pool of its own."""
@@ -108,7 +114,7 @@ class GraphArgs(BaseModel):
         if "limits" in fields:
             fields["limits"] = from_mapping(Limits, fields["limits"], "runtime.limits")
         if "api_keys" in fields:
-            fields["api_keys"] = tuple(fields["api_keys"] or ())
+            fields["api_keys"] = fields["api_keys"] or ()
         return from_mapping(RuntimeConfig, {**fields, "refiner": None}, "runtime")
 
     @field_validator("refiner", mode="before")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from ray import serve
+from ray.serve.schema import ReplicaState
+
 from kestrel import api
 from kestrel.api import RequestError, SegmentRequest
+from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
 from serve_graph.compose import GraphBackend
 
@@ -17,6 +22,11 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
     from ray.util.queue import Queue
     from starlette.applications import Starlette
+
+logger = logging.getLogger("ray.serve")
+
+COUNT_PERIOD_S = 10.0
+"""How often an ingress replica asks how many of them share the rates of the API keys, seconds."""
 
 
 class IngressDeployment:
@@ -31,12 +41,28 @@ class IngressDeployment:
     ) -> None:
         self._backend = GraphBackend(config, refine_timeout_s, model, refiner)
         # Kept, because asyncio itself holds its tasks weakly.
-        self._starting = asyncio.create_task(self._backend.wait_for_halves())
+        self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
+        self._replicas = 1
+        if any(key.rate_per_s is not None for key in config.api_keys):
+            self._tasks.append(asyncio.create_task(self._count_replicas()))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
 
-        return build_app(self._backend)
+        # Serve spreads requests evenly, so that the shares add up to the rate of a key.
+        return build_app(self._backend, rates=RateLimits(share=lambda: 1 / self._replicas))
+
+    async def _count_replicas(self) -> None:
+        """Keep up with how many ingress replicas autoscaling runs."""
+        context = serve.get_replica_context()
+        while True:
+            try:
+                status = await asyncio.to_thread(serve.status)
+                ingress = status.applications[context.app_name].deployments[context.deployment]
+                self._replicas = max(1, ingress.replica_states.get(ReplicaState.RUNNING, 1))
+            except Exception as error:
+                logger.info("the ingress replicas could not be counted: %r", error)
+            await asyncio.sleep(COUNT_PERIOD_S)
 
     async def segment(self, **fields: Any) -> dict[str, Any]:
         """The arguments of ``kestrel.api.validate_segment`` in, the plain HTTP answer's fields out;

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kestrel import api
 from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
+from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.openapi import docs_page, openapi_document
 from kestrel.server.compose import Refinement, within
@@ -61,12 +62,18 @@ class ClientGone(Exception):
     """The client disconnected; nobody is there for an answer."""
 
 
-def build_app(backend: Backend, **starlette_options: Any) -> Starlette:
+def build_app(
+    backend: Backend, *, rates: RateLimits | None = None, **starlette_options: Any
+) -> Starlette:
     """The routes of the contract over ``backend``.
 
-    ``starlette_options`` are passed on (``lifespan``).
+    ``rates`` counts the requests of the API keys that have a rate; None: this process alone serves
+    them. ``starlette_options`` are passed on (``lifespan``).
     """
-    routes = _Routes(backend)
+    warning = plain_key_warning(backend.config.api_keys)
+    if warning is not None:
+        log.warning(warning)
+    routes = _Routes(backend, rates or RateLimits())
     app = Starlette(
         routes=[
             Route("/v1/segment", routes.segment, methods=["POST"]),
@@ -87,14 +94,18 @@ def build_app(backend: Backend, **starlette_options: Any) -> Starlette:
 class _Routes:
     """The endpoints; one object so that they share the backend."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, rates: RateLimits) -> None:
         self.backend = backend
+        self.rates = rates
         self.document = openapi_document(backend.config)
 
     async def segment(self, request: Request) -> Response:
         config = self.backend.config
         arrived = time.monotonic()
-        api.check_auth(request.headers, config.api_keys)
+        key = api.check_auth(request.headers, config.api_keys)
+        wait_s = self.rates.wait_s(key)
+        if wait_s:
+            raise api.RateLimited("the rate of this API key is used up", retry_after_s=wait_s)
         timeout_s = api.timeout_from_headers(request.headers, config.request_timeout_s)
         deadline = arrived + timeout_s
         body = await within(deadline, _read_body(request, config.limits.max_body_bytes))
