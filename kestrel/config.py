@@ -71,8 +71,8 @@ class RefinerConfig:
 
     refiner: str = "guided"
     """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges."""
-    rasterizer: str = "skia"
-    """``skia`` (default) or ``resvg`` (the reference rasteriser)."""
+    rasterizer: str = "auto"
+    """``skia`` (fast), ``resvg`` (the reference), or ``auto``: the first that loads."""
     tracer: str = "auto"
     """``libpotrace``, ``pypotrace``, ``potracer``, or ``auto``: the first that loads."""
     turdsize: int = 2
@@ -93,9 +93,9 @@ class RefinerConfig:
             value = getattr(self, key)
             _check(isinstance(value, str) and bool(value), key, "must be a name", value)
         _check(
-            self.rasterizer in ("skia", "resvg"),
+            self.rasterizer in ("auto", "skia", "resvg"),
             "rasterizer",
-            "must be skia or resvg",
+            "must be auto, skia or resvg",
             self.rasterizer,
         )
         _check(

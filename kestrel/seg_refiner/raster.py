@@ -1,12 +1,14 @@
-"""Path data to masks: Skia for serving, resvg as the reference.
+"""Path data to masks: Skia for serving, resvg as the reference and where Skia does not load.
 
 Both paint with the non-zero winding rule (SVG's default ``fill-rule``).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,16 +18,50 @@ from kestrel.config import Limits
 from kestrel.seg_refiner.box import PixelBox
 from kestrel.svg import Path, parse_path, path_to_string, place_path
 
+log = logging.getLogger(__name__)
+
 SVG_DECIMALS = 3
 """Digits of pixel coordinates in a written SVG: a thousandth of a pixel."""
+
+Painter = Callable[[Path, int, int], np.ndarray]
+"""``(path in pixels, width, height) -> mask uint8 [height, width], 0/1``."""
+
+
+class RasterizerMissing(ImportError):
+    """The asked rasteriser does not load; the message says how to install it."""
+
+
+def load_rasterizer(name: str = "auto") -> Painter:
+    """The painter ``skia``, ``resvg`` or ``auto``, the first of them that loads.
+
+    Raises :class:`RasterizerMissing` (an ImportError).
+    """
+    return _PAINTERS[name]() if name != "auto" else _auto()
+
+
+@functools.cache
+def _auto() -> Painter:
+    reasons = []
+    for name in ("skia", "resvg"):
+        try:
+            painter = _PAINTERS[name]()
+        except RasterizerMissing as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            log.warning("rasterising with %s: %s", name, "; ".join(reasons))
+        return painter
+    raise RasterizerMissing("; ".join(reasons))
 
 
 def _skia() -> ModuleType:
     try:
         import skia
-    except ImportError as error:
-        raise ImportError(
-            f"the rasteriser needs skia-python: pip install skia-python ({error})"
+    except ModuleNotFoundError as error:
+        raise RasterizerMissing("Skia is not installed: pip install skia-python") from error
+    except ImportError as error:  # the wheel links to libraries that slim systems lack
+        raise RasterizerMissing(
+            f"Skia does not load ({error}): apt-get install libgl1 libegl1 libexpat1"
         ) from error
     return skia
 
@@ -34,8 +70,8 @@ def _resvg() -> ModuleType:
     try:
         import resvg
     except ImportError as error:
-        raise ImportError(
-            f'the reference rasteriser needs resvg: pip install "resvg>=0.2,<0.3" ({error})'
+        raise RasterizerMissing(
+            f'resvg does not load ({error}): pip install "resvg>=0.2,<0.3"'
         ) from error
     return resvg
 
@@ -67,7 +103,7 @@ def render_svg_to_soft_mask(svg: str, width: int, height: int, scale: int = 2) -
     """Coverage float32 [height, width], 0..1: resvg at ``scale`` times the size, area-averaged.
 
     The document's own size must be ``width`` x ``height``. Raises ValueError when it is no SVG or
-    when ``scale`` is not a positive integer, ImportError when resvg is missing.
+    when ``scale`` is not a positive integer, :class:`RasterizerMissing` without resvg.
     """
     import cv2
 
@@ -94,17 +130,15 @@ def render_svg_to_soft_mask(svg: str, width: int, height: int, scale: int = 2) -
     return cv2.resize(alpha, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def rasterize(path: Path, width: int, height: int, rasterizer: str = "skia") -> np.ndarray:
+def rasterize(path: Path, width: int, height: int, rasterizer: str = "auto") -> np.ndarray:
     """Mask uint8 [height, width], 0/1: pixels that ``path`` (pixels) covers by more than half.
 
-    Raises ValueError for a size that is not positive, ImportError when the rasteriser is missing.
+    ``rasterizer``: ``auto``, ``skia`` or ``resvg``. Raises ValueError for a size that is not
+    positive, :class:`RasterizerMissing` where it does not load.
     """
     if width < 1 or height < 1:
         raise ValueError(f"cannot rasterise at {width}x{height}")
-    if rasterizer == "resvg":
-        soft = render_svg_to_soft_mask(svg_document(path, width, height), width, height)
-        return (soft > 0.5).astype(np.uint8)
-    return _skia_mask(path, width, height)
+    return load_rasterizer(rasterizer)(path, width, height)
 
 
 def rasterize_relative(
@@ -112,7 +146,7 @@ def rasterize_relative(
     bbox: Mapping[str, float],
     width: int,
     height: int,
-    rasterizer: str = "skia",
+    rasterizer: str = "auto",
     limits: Limits | None = None,
 ) -> np.ndarray:
     """:func:`rasterize` for path data relative to a normalised box."""
@@ -120,16 +154,20 @@ def rasterize_relative(
     return rasterize(path, width, height, rasterizer)
 
 
+def _resvg_mask(path: Path, width: int, height: int) -> np.ndarray:
+    soft = render_svg_to_soft_mask(svg_document(path, width, height), width, height)
+    return (soft > 0.5).astype(np.uint8)
+
+
 TILE = 4096
 """Skia draws without anti-aliasing where 4 x the coordinate overflows 32767: tiles stay below."""
 
 
-def _skia_mask(path: Path, width: int, height: int) -> np.ndarray:
+def _skia_mask(skia: ModuleType, path: Path, width: int, height: int) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     box = _pixel_bounds(path, width, height)
     if box is None:
         return mask
-    skia = _skia()
     outline = _skia_path(skia, path)
     paint = skia.Paint(AntiAlias=True, Color=skia.ColorBLACK)
     x0, y0, x1, y1 = box
@@ -172,3 +210,15 @@ def _skia_path(skia: ModuleType, path: Path) -> Any:
         draw[name](*coords)
     builder.setFillType(skia.PathFillType.kWinding)
     return builder.detach()
+
+
+def _skia_painter() -> Painter:
+    return functools.partial(_skia_mask, _skia())
+
+
+def _resvg_painter() -> Painter:
+    _resvg()
+    return _resvg_mask
+
+
+_PAINTERS: dict[str, Callable[[], Painter]] = {"skia": _skia_painter, "resvg": _resvg_painter}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kestrel.config import Limits, RefinerConfig
+from kestrel.config import ConfigError, Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
 from kestrel.seg_refiner.backends import BACKENDS, Refine, check_backend
 from kestrel.seg_refiner.box import joined_box, mask_box, mask_iou
@@ -36,9 +36,10 @@ class SegmentRefiner:
     """Turns a model's path into a mask that follows the picture's edges, and that into a path.
 
     Safe to call from several threads. ``outcomes`` counts results by reason since construction.
-    Raises :class:`kestrel.config.ConfigError` for a backend that is not registered. Missing
-    libraries raise nothing here: requests then end with the reason ``unavailable``, and
-    :meth:`self_check` says what to install.
+    Raises :class:`kestrel.config.ConfigError` for a backend that is not registered and for a
+    rasteriser that is asked for by name and does not load. Other missing libraries raise nothing
+    here: requests then end with the reason ``unavailable``, and :meth:`self_check` says what to
+    install.
     """
 
     def __init__(
@@ -47,6 +48,11 @@ class SegmentRefiner:
         self.config = config or RefinerConfig()
         self.limits = limits or Limits()
         check_backend(self.config.refiner)
+        if self.config.rasterizer != "auto":
+            try:
+                raster.load_rasterizer(self.config.rasterizer)
+            except raster.RasterizerMissing as error:
+                raise ConfigError(f"rasterizer {self.config.rasterizer}: {error}") from error
         self.outcomes: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._backend: Refine | None = None
@@ -195,10 +201,15 @@ class SegmentRefiner:
             alphamax=config.alphamax,
             opttolerance=config.opttolerance,
             tracer=config.tracer,
+            rasterizer=config.rasterizer,
         )
 
     def self_check(self) -> None:
         """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""
+        try:
+            raster.load_rasterizer(self.config.rasterizer)
+        except raster.RasterizerMissing as error:
+            raise RuntimeError(f"the refiner does not work: {error}") from error
         size = 64
         y, x = np.mgrid[:size, :size]
         disc = (x - 31.5) ** 2 + (y - 31.5) ** 2 < 20**2

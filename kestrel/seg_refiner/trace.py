@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kestrel.seg_refiner.box import mask_box, mask_iou
-from kestrel.seg_refiner.raster import rasterize
+from kestrel.seg_refiner.raster import Painter, load_rasterizer
 from kestrel.svg import Command, Path, path_to_string, transform
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,14 @@ def bitmap_to_path(
     alphamax: float = 1.0,
     opttolerance: float = 0.2,
     tracer: str = "auto",
+    rasterizer: str = "auto",
 ) -> tuple[str, dict[str, float]] | None:
     """Trace a mask.
 
     ``mask``: [H, W], bool or uint8, non-zero is inside. ``turdsize`` in pixels of area,
     ``alphamax`` 0..4/3, ``opttolerance`` in pixels, as Potrace defines them. ``tracer``:
-    ``libpotrace``, ``pypotrace``, ``potracer`` or ``auto``.
+    ``libpotrace``, ``pypotrace``, ``potracer`` or ``auto``. ``rasterizer`` paints the path again,
+    to see whether it gives the mask back.
 
     Gives SVG path data in 0..1 relative to the box of the mask, and that box normalised to the
     image; None when there is nothing to trace (no pixel, or specks within ``turdsize`` only).
@@ -60,7 +62,8 @@ def bitmap_to_path(
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
     if need be every step of the outline.
 
-    Raises :class:`TracerMissing` (an ImportError), ValueError for a mask that is not 2-D.
+    Raises :class:`TracerMissing` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
+    that is not 2-D.
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must be [H, W], not {mask.shape}")
@@ -71,7 +74,8 @@ def bitmap_to_path(
         return None
     x0, y0, x1, y1 = box
     crop = np.ascontiguousarray(mask[y0:y1, x0:x1] != 0).view(np.uint8)
-    path = _faithful_trace(load_tracer(tracer), crop, turdsize, alphamax, opttolerance)
+    paint = load_rasterizer(rasterizer)
+    path = _faithful_trace(load_tracer(tracer), paint, crop, turdsize, alphamax, opttolerance)
     if path is None:
         return None
     height, width = crop.shape
@@ -87,7 +91,12 @@ def bitmap_to_path(
 
 
 def _faithful_trace(
-    tracer: Tracer, crop: np.ndarray, turdsize: int, alphamax: float, opttolerance: float
+    tracer: Tracer,
+    paint: Painter,
+    crop: np.ndarray,
+    turdsize: int,
+    alphamax: float,
+    opttolerance: float,
 ) -> Path | None:
     """The smoothest of four traces that gives the crop back; the first if none does."""
     first = None
@@ -98,7 +107,7 @@ def _faithful_trace(
             return first
         path = _within(commands, crop.shape[1], crop.shape[0], zoom)
         first = first or path
-        if mask_iou(crop, rasterize(path, crop.shape[1], crop.shape[0])) >= FAITHFUL_IOU:
+        if mask_iou(crop, paint(path, crop.shape[1], crop.shape[0])) >= FAITHFUL_IOU:
             return path
     return first
 
