@@ -47,7 +47,9 @@ class RequestError(ValueError):
 
     def body(self) -> dict[str, str]:
         """The JSON body of the HTTP answer."""
-        return {"error": self.message} | ({"field": self.field} if self.field else {})
+        said = {"error": self.message} | ({"field": self.field} if self.field else {})
+        # Half of a surrogate pair, quoted from a request, is no text that JSON in UTF-8 can carry.
+        return {key: text.encode(errors="backslashreplace").decode() for key, text in said.items()}
 
     def headers(self) -> dict[str, str]:
         """``Retry-After`` in whole seconds where there is one, ``WWW-Authenticate`` for a 401."""
