@@ -1,0 +1,26 @@
+# A node of the model pool: torch with its CUDA libraries, the model half and the ingress.
+#   docker build -f deploy/docker/model.Dockerfile -t segment-model:0.1.0 .
+# On a machine with GPUs the NVIDIA container runtime brings the driver's own libraries.
+
+FROM python:3.11.14-slim-bookworm AS build
+WORKDIR /build
+COPY constraints.txt deploy/docker/model-requirements.txt ./
+# Into a folder of its own, so that only what is installed reaches the final stage.
+RUN pip install --no-cache-dir --prefix=/install -c constraints.txt -r model-requirements.txt
+COPY pyproject.toml README.md ./
+COPY kestrel ./kestrel
+COPY serve_graph ./serve_graph
+RUN pip install --no-cache-dir --prefix=/install --no-deps .
+
+FROM python:3.11.14-slim-bookworm
+# /usr/local and no virtual environment: a login shell that starts Ray keeps this PATH.
+COPY --from=build /install /usr/local
+# Read when Ray starts, on every node alike.
+ENV RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_ENABLE_DIRECT_INGRESS=0 \
+    RAY_AUTH_MODE=token \
+    RAY_USAGE_STATS_ENABLED=0 \
+    PYTHONUNBUFFERED=1
+RUN useradd --uid 1000 --create-home ray
+USER 1000:1000
+WORKDIR /home/ray

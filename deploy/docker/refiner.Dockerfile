@@ -1,0 +1,30 @@
+# The head and a node of the refiner pool: the CPU half and the ingress, no torch.
+#   docker build -f deploy/docker/refiner.Dockerfile -t segment-refiner:0.1.0 .
+# libpotrace and potracer are GPL: mind it when you pass this image on.
+
+FROM python:3.11.14-slim-bookworm AS build
+WORKDIR /build
+COPY constraints.txt deploy/docker/refiner-requirements.txt ./
+# Into a folder of its own, so that only what is installed reaches the final stage.
+RUN pip install --no-cache-dir --prefix=/install -c constraints.txt -r refiner-requirements.txt
+COPY pyproject.toml README.md ./
+COPY kestrel ./kestrel
+COPY serve_graph ./serve_graph
+RUN pip install --no-cache-dir --prefix=/install --no-deps .
+
+FROM python:3.11.14-slim-bookworm
+# libpotrace traces; the others are what Skia links to.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libpotrace0 libgl1 libegl1 libexpat1 \
+    && rm -rf /var/lib/apt/lists/*
+# /usr/local and no virtual environment: a login shell that starts Ray keeps this PATH.
+COPY --from=build /install /usr/local
+# Read when Ray starts, on every node alike.
+ENV RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_ENABLE_DIRECT_INGRESS=0 \
+    RAY_AUTH_MODE=token \
+    RAY_USAGE_STATS_ENABLED=0 \
+    PYTHONUNBUFFERED=1
+RUN useradd --uid 1000 --create-home ray
+USER 1000:1000
+WORKDIR /home/ray
