@@ -5,6 +5,7 @@ Every door (Python, HTTP, Ray handle) validates here and composes its answers he
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -131,6 +132,29 @@ class ServiceFault(RequestError):
     """500 as a client sees it: the answer carries a request id and nothing of the server."""
 
     status = 500
+
+
+OUTCOMES = {
+    400: "invalid",
+    401: "unauthorized",
+    404: "unknown",
+    413: "too_large",
+    422: "too_long",
+    429: "rate_limited",
+    503: "overloaded",
+    504: "late",
+}
+"""What operators call the end of a refused request, by its status."""
+
+
+def outcome(error: BaseException | None) -> str:
+    """How a request ended, for metrics: ``ok``, an ``OUTCOMES``, ``left`` (its client went away)
+    or ``fault``."""
+    if error is None:
+        return "ok"
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "left"
+    return OUTCOMES.get(error.status, "fault") if isinstance(error, RequestError) else "fault"
 
 
 def error_from_response(

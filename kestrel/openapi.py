@@ -52,7 +52,11 @@ def _security(config: RuntimeConfig) -> list[Schema]:
 
 
 _REQUEST_ID = {
-    "X-Request-Id": {"description": "Names the request in logs.", "schema": {"type": "string"}}
+    "X-Request-Id": {
+        "description": "Names the request in logs; the request's own `X-Request-Id` where it "
+        "has one of at most 128 letters, digits, `.`, `_`, `:` and `-`.",
+        "schema": {"type": "string"},
+    }
 }
 
 

@@ -7,12 +7,11 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from ray.util.metrics import Counter
-
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.compose import compose_events
+from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
 
 if TYPE_CHECKING:
@@ -37,11 +36,6 @@ class GraphBackend:
         self._starting = ["model", "refiner"]
         self._model = ModelHalf(model)
         self._refiner = RefinerHalf(refiner, refine_timeout_s)
-        self._reasons = Counter(
-            "segment_refinements",
-            description="Requests by what came of their refinement.",
-            tag_keys=("reason",),
-        )
 
     async def wait_for_halves(self) -> None:
         """Returns once a replica of each half has answered. A replica of either exists only after
@@ -95,12 +89,12 @@ class GraphBackend:
             try:
                 refined = await self._refiner.refine(request, model, deadline)
             except RefinerUnavailable as error:
-                self._reasons.inc(tags={"reason": "unavailable"})
+                metrics.count(metrics.REFINEMENTS, reason="unavailable")
                 logger.warning("request %s: refiner unavailable: %s", model.request_id, error)
                 if request.return_base64:
                     raise Overloaded("the refiner is unavailable", retry_after_s=2.0) from error
                 return SegmentRefineBitmapsResult(reason="unavailable")
-        self._reasons.inc(tags={"reason": refined.reason})
+        metrics.count(metrics.REFINEMENTS, reason=refined.reason)
         if refined.reason != "refined":
             logger.info("request %s: not refined: %s", model.request_id, refined.reason)
         return refined

@@ -26,6 +26,7 @@ from kestrel.api import (
     SegmentRequest,
 )
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from serve_graph import metrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,6 +49,11 @@ T = TypeVar("T")
 
 class RefinerUnavailable(Exception):
     """No replica could refine this path in time; the model's own path is still good."""
+
+
+def _lost(half: str, request_id: str) -> None:
+    metrics.count(metrics.RETRIES, half=half)
+    logger.warning("request %s: %s replica lost, trying another", request_id, half)
 
 
 async def _pause(attempt: int, deadline: Deadline) -> None:
@@ -122,7 +128,7 @@ class ModelHalf:
             except LOST as error:
                 if attempt == ATTEMPTS:
                     raise _refusal(error) from error
-                logger.warning("request %s: model replica lost, trying another", request_id)
+                _lost("model", request_id)
                 await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error
@@ -146,7 +152,7 @@ class ModelHalf:
             except LOST as error:
                 if started or attempt == ATTEMPTS:
                     raise _refusal(error) from error
-                logger.warning("request %s: model replica lost, trying another", request_id)
+                _lost("model", request_id)
                 await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error
@@ -182,7 +188,7 @@ class RefinerHalf:
                 try:
                     return await _finish(response, patience)
                 except LOST:
-                    logger.warning("request %s: refiner replica lost", model.request_id)
+                    _lost("refiner", model.request_id)
                     await _pause(attempt, patience)
             except DeadlineExceeded:
                 deadline.left()

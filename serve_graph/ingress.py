@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -16,6 +19,7 @@ from kestrel import api
 from kestrel.api import RequestError, SegmentRequest
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
+from serve_graph import metrics
 from serve_graph.compose import GraphBackend
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ class IngressDeployment:
         model: DeploymentHandle,
         refiner: DeploymentHandle,
     ) -> None:
+        metrics.log_with_serve()
         self._backend = GraphBackend(config, refine_timeout_s, model, refiner)
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
@@ -49,8 +54,14 @@ class IngressDeployment:
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
 
-        # Serve spreads requests evenly, so that the shares add up to the rate of a key.
-        return build_app(self._backend, rates=RateLimits(share=lambda: 1 / self._replicas))
+        return build_app(
+            self._backend,
+            # Serve spreads requests evenly, so that the shares add up to the rate of a key.
+            rates=RateLimits(share=lambda: 1 / self._replicas),
+            ended=partial(metrics.request_ended, "http"),
+            # Serve gives every HTTP request its id before it comes here, and the answer its header.
+            name_answers=False,
+        )
 
     async def _count_replicas(self) -> None:
         """Keep up with how many ingress replicas autoscaling runs."""
@@ -67,20 +78,24 @@ class IngressDeployment:
     async def segment(self, **fields: Any) -> dict[str, Any]:
         """The arguments of ``kestrel.api.validate_segment`` in, the plain HTTP answer's fields out;
         raises RequestError."""
-        request = self._validated(fields)
-        model, refined = await self._backend.complete(
-            request, uuid.uuid4().hex, self._backend.config.request_timeout_s
-        )
-        return api.segment_response(model, refined, return_base64=request.return_base64)
+        with _counted():
+            request = self._validated(fields)
+            model, refined = await self._backend.complete(
+                request, _request_id(), self._backend.config.request_timeout_s
+            )
+            return api.segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """The events that SSE sends; raises RequestError before the first one only."""
-        events = self._backend.events(
-            self._validated(fields), uuid.uuid4().hex, self._backend.config.request_timeout_s
-        )
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield event
+        with _counted() as ended:
+            events = self._backend.events(
+                self._validated(fields), _request_id(), self._backend.config.request_timeout_s
+            )
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    if event["type"] == "error":
+                        ended.outcome = "broken_stream"
+                    yield event
 
     async def stream_into(self, queue: Queue, **fields: Any) -> None:
         """``stream`` for Ray Client, which has no streaming calls: the events go into a queue."""
@@ -93,3 +108,23 @@ class IngressDeployment:
     def _validated(self, fields: dict[str, Any]) -> SegmentRequest:
         limits, max_context = self._backend.config.limits, self._backend.max_context
         return api.validate_segment(**fields, limits=limits, max_context=max_context)
+
+
+def _request_id() -> str:
+    """The id that Serve's log and traces have for the call under way."""
+    return serve.context._get_serve_request_context().request_id or uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[SimpleNamespace]:
+    """Count and time one call of the handle door. ``outcome`` may be set where nothing raises."""
+    ended, started = SimpleNamespace(outcome=None), time.monotonic()
+    failure: BaseException | None = None
+    try:
+        yield ended
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        outcome = ended.outcome or api.outcome(failure)
+        metrics.request_ended("handle", outcome, time.monotonic() - started)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
+
+from kestrel import api
+from kestrel.api import ModelDone
+from serve_graph import metrics
 
 if TYPE_CHECKING:
     from kestrel.api import ModelEvent, ModelResult, SegmentRequest
@@ -21,37 +26,52 @@ class ModelDeployment:
 
         self._engine = await InferenceEngine.create(config)
         await self._engine.warmup()
+        metrics.log_with_serve()
         self._running = 0
+        self._exported = {"steps": 0, "tokens": 0}
+        # Kept, because asyncio itself holds its tasks weakly.
+        self._watching = asyncio.create_task(self._watch())
         self._outcomes = {"completed": 0, "failed": 0, "cancelled": 0}
+
+    async def _watch(self) -> None:
+        """Export what the engine counts, once a second."""
+        while True:
+            stats = self._engine.stats()
+            metrics.level(metrics.MODEL_RUNNING, stats["running"])
+            metrics.level(metrics.MODEL_WAITING, stats["waiting"])
+            metrics.level(metrics.MODEL_SLOTS, stats["slots"])
+            for key, spec in (("steps", metrics.MODEL_STEPS), ("tokens", metrics.MODEL_TOKENS)):
+                metrics.count(spec, by=stats.get(key, 0) - self._exported[key])
+                self._exported[key] = stats.get(key, 0)
+            await asyncio.sleep(1.0)
 
     async def generate(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> AsyncGenerator[ModelEvent, None]:
         """The model's events of one request; leaving the iteration frees its slot."""
-        from kestrel.api import ModelDone
-
-        outcome = "cancelled"
+        outcome, failure = "cancelled", None
         self._running += 1
         events = self._engine.generate(request, request_id=request_id, timeout_s=timeout_s)
         try:
             async for event in events:
                 if isinstance(event, ModelDone):
                     outcome = "completed"
+                    _observe_stages(event.result)
                 yield event
-        except Exception:
-            outcome = "failed"
+        except Exception as error:
+            outcome, failure = "failed", error
             raise
         finally:
             self._running -= 1
             self._outcomes[outcome] += 1
+            left = asyncio.CancelledError() if outcome == "cancelled" else None
+            metrics.count(metrics.MODEL_REQUESTS, outcome=api.outcome(failure or left))
             await events.aclose()
 
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> ModelResult:
         """The finished path and box of one request, as one message."""
-        from kestrel.api import ModelDone
-
         events = self.generate(request, request_id, timeout_s)
         try:
             async for event in events:
@@ -81,5 +101,18 @@ class ModelDeployment:
 
     async def __del__(self) -> None:
         # Serve awaits this when it takes the replica down.
+        if hasattr(self, "_watching"):
+            self._watching.cancel()
         if hasattr(self, "_engine"):
             await self._engine.shutdown()
+
+
+def _observe_stages(result: ModelResult) -> None:
+    times = result.metrics
+    stages = {
+        "first_token": times.ttft_ms,
+        "prefill": times.prefill_time_ms,
+        "decode": times.decode_time_ms,
+    }
+    for stage, ms in stages.items():
+        metrics.observe(metrics.MODEL_STAGE_MS, ms, stage=stage)

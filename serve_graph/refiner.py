@@ -8,6 +8,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from kestrel import api
+from serve_graph import metrics
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -32,6 +35,8 @@ class RefinerDeployment:
         self._refiner = SegmentRefiner(config, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
+        self._room = threads
+        metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
 
     async def refine(
@@ -47,20 +52,31 @@ class RefinerDeployment:
             if isinstance(image, bytes)
             else self._refiner.refine_with_bitmaps
         )
-        self._counts["running"] += 1
+        self._held(1)
+        failure: BaseException | None = None
         try:
             # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
             result: SegmentRefineBitmapsResult = await asyncio.get_running_loop().run_in_executor(
                 self._threads, lambda: refine(image, path, bbox, return_base64=return_base64)
             )
-        except asyncio.CancelledError:
-            self._counts["cancelled"] += 1
+        except BaseException as error:
+            failure = error
+            self._counts["cancelled"] += isinstance(error, asyncio.CancelledError)
             raise
         finally:
-            self._counts["running"] -= 1
+            self._held(-1)
+            metrics.count(metrics.REFINER_REQUESTS, outcome=api.outcome(failure))
+        for stage, ms in result.timings_ms.items():
+            metrics.observe(metrics.REFINER_STAGE_MS, ms, stage=stage)
         self._counts["answered"] += 1
         self._counts["encoded"] += "encode" in result.timings_ms
         return result
+
+    def _held(self, more: int) -> None:
+        self._counts["running"] += more
+        running = self._counts["running"]
+        metrics.level(metrics.REFINER_RUNNING, min(running, self._room))
+        metrics.level(metrics.REFINER_WAITING, max(0, running - self._room))
 
     async def health(self) -> None:
         """Returns: a replica exists only after it has refined a picture."""

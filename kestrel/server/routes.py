@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -32,6 +34,11 @@ READY_POLL_S = 2.0
 """``Retry-After`` of a server that is still starting, seconds."""
 DRAIN_S = 2.0
 """How long the rest of a refused body is read, so that its sender gets to see the answer."""
+
+
+Ended = Callable[[str, float], None]
+"""Called with the outcome of a request (``kestrel.api.outcome``, or ``broken_stream``: its error
+came as an event) and its seconds from arrival to the last byte."""
 
 
 class Backend(Protocol):
@@ -63,12 +70,19 @@ class ClientGone(Exception):
 
 
 def build_app(
-    backend: Backend, *, rates: RateLimits | None = None, **starlette_options: Any
+    backend: Backend,
+    *,
+    rates: RateLimits | None = None,
+    ended: Ended | None = None,
+    name_answers: bool = True,
+    **starlette_options: Any,
 ) -> Starlette:
     """The routes of the contract over ``backend``.
 
     ``rates`` counts the requests of the API keys that have a rate; None: this process alone serves
-    them. ``starlette_options`` are passed on (``lifespan``).
+    them. ``ended`` is called at the end of each segment request. ``name_answers``: add the request
+    id to the headers of answers; False where the server in front does. ``starlette_options`` are
+    passed on (``lifespan``).
     """
     warning = plain_key_warning(backend.config.api_keys)
     if warning is not None:
@@ -87,7 +101,7 @@ def build_app(
     )
     # A redirect would make some clients repeat a POST as a GET.
     app.router.redirect_slashes = False
-    app.add_middleware(_Envelope)
+    app.add_middleware(_Envelope, ended=ended, name_answers=name_answers)
     return app
 
 
@@ -249,10 +263,12 @@ class _EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._events):
-            await _unless_gone(receive, self._send_all(send))
+            await _unless_gone(receive, self._send_all(scope, send))
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         async def event(payload: dict[str, Any]) -> None:
+            if payload["type"] == "error":
+                scope["kestrel.outcome"] = "broken_stream"
             body = api.sse_frame(payload)
             await _deliver(send, {"type": "http.response.body", "body": body, "more_body": True})
 
@@ -280,34 +296,63 @@ async def _deliver(send: Send, message: Message) -> None:
 class _Envelope:
     """Gives every request an id, and every failure the contract's JSON answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, ended: Ended | None, name_answers: bool) -> None:
         self._app = app
+        self._ended = ended
+        self._name_answers = name_answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["kestrel.request_id"] = uuid.uuid4().hex
+        request_id = scope["kestrel.request_id"] = _request_id(scope)
+        arrived = time.monotonic()
         started = False
+        failure: BaseException | None = None
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                named = [*message["headers"], (b"x-request-id", request_id.encode())]
-                message = {**message, "headers": named}
+                if self._name_answers:
+                    named = [*message["headers"], (b"x-request-id", request_id.encode())]
+                    message = {**message, "headers": named}
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         except ClientGone:
+            failure = asyncio.CancelledError()
             log.info("request %s: the client disconnected, its work is cancelled", request_id)
         except RequestError as error:
+            failure = error
             await _refusal(error, request_id)(scope, receive, send_named)
-        except Exception:
+        except Exception as error:
+            failure = error
             log.exception("request %s failed", request_id)
             if not started:
                 await _fault(request_id)(scope, receive, send_named)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            if self._ended is not None and _segments(scope):
+                outcome = scope.get("kestrel.outcome") or api.outcome(failure)
+                self._ended(outcome, time.monotonic() - arrived)
+
+
+def _segments(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] == "/v1/segment"
+
+
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def _request_id(scope: Scope) -> str:
+    """The id that the client or the proxy in front chose, where it is fit for a log; else a new
+    one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _refusal(error: RequestError, request_id: str) -> Response:

@@ -1,0 +1,144 @@
+"""What the graph counts and times, for Prometheus; Ray adds ``ray_`` before each name.
+
+Ray Serve's own metrics (queue lengths, replicas, latencies of each deployment) are beside these and
+not repeated. Every metric also carries Serve's tags: application, deployment and replica.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+TIMES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 60_000]
+"""Upper bounds of the histograms' buckets, milliseconds."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One metric: its unit is the last part of its name, ``_total`` for counts that only grow."""
+
+    name: str
+    kind: type
+    description: str
+    tags: tuple[str, ...] = ()
+
+
+REQUESTS = Spec(
+    "segment_requests_total",
+    Counter,
+    "Requests that ended, by door (http, handle) and outcome (ok, invalid, unauthorized, unknown, "
+    "too_large, too_long, rate_limited, overloaded, late, fault, left, broken_stream).",
+    ("door", "outcome"),
+)
+REQUEST_MS = Spec(
+    "segment_request_duration_ms",
+    Histogram,
+    "From arrival at the ingress to the last byte of the answer.",
+    ("door", "outcome"),
+)
+REFINEMENTS = Spec(
+    "segment_refinements_total",
+    Counter,
+    "Requests by what came of their refinement: refined, or why not.",
+    ("reason",),
+)
+RETRIES = Spec(
+    "segment_replica_retries_total",
+    Counter,
+    "Calls that lost their replica, by half (model, refiner); each is tried again, up to a bound.",
+    ("half",),
+)
+MODEL_REQUESTS = Spec(
+    "segment_model_requests_total",
+    Counter,
+    "Requests that ended in a model replica, by outcome as in segment_requests_total.",
+    ("outcome",),
+)
+MODEL_STAGE_MS = Spec(
+    "segment_model_stage_duration_ms",
+    Histogram,
+    "Stages of a completed request: first_token (wait, image and prefill), prefill, decode.",
+    ("stage",),
+)
+MODEL_STEPS = Spec("segment_model_steps_total", Counter, "Steps of the batch.")
+MODEL_TOKENS = Spec(
+    "segment_model_tokens_total",
+    Counter,
+    "Tokens of all requests; per step this is the batch size.",
+)
+MODEL_RUNNING = Spec("segment_model_running_requests", Gauge, "Requests in the batch now.")
+MODEL_WAITING = Spec("segment_model_waiting_requests", Gauge, "Requests that wait for a slot.")
+MODEL_SLOTS = Spec("segment_model_slots", Gauge, "Slots of the batch: max_batch_size.")
+REFINER_REQUESTS = Spec(
+    "segment_refiner_requests_total",
+    Counter,
+    "Requests that ended in a refiner replica, by outcome as in segment_requests_total.",
+    ("outcome",),
+)
+REFINER_STAGE_MS = Spec(
+    "segment_refiner_stage_duration_ms",
+    Histogram,
+    "Stages of a refinement: decode (of the picture), raster, refine, clean, trace, encode.",
+    ("stage",),
+)
+REFINER_RUNNING = Spec("segment_refiner_running_requests", Gauge, "Refinements that hold a thread.")
+REFINER_WAITING = Spec("segment_refiner_waiting_requests", Gauge, "Refinements without a thread.")
+
+METRICS = (
+    REQUESTS,
+    REQUEST_MS,
+    REFINEMENTS,
+    RETRIES,
+    MODEL_REQUESTS,
+    MODEL_STAGE_MS,
+    MODEL_STEPS,
+    MODEL_TOKENS,
+    MODEL_RUNNING,
+    MODEL_WAITING,
+    MODEL_SLOTS,
+    REFINER_REQUESTS,
+    REFINER_STAGE_MS,
+    REFINER_RUNNING,
+    REFINER_WAITING,
+)
+
+
+@cache
+def _metric(spec: Spec) -> Any:
+    """The metric of this process; made at its first use, when the replica's tags are known."""
+    options: dict[str, Any] = {"boundaries": TIMES_MS} if spec.kind is Histogram else {}
+    return spec.kind(spec.name, description=spec.description, tag_keys=spec.tags, **options)
+
+
+def count(spec: Spec, by: float = 1, **tags: str) -> None:
+    """Add ``by``, where it is over 0, to a counter."""
+    if by > 0:
+        _metric(spec).inc(by, tags=tags)
+
+
+def observe(spec: Spec, value: float, **tags: str) -> None:
+    """Put a value into a histogram."""
+    _metric(spec).observe(value, tags=tags)
+
+
+def level(spec: Spec, value: float) -> None:
+    """Set a gauge."""
+    _metric(spec).set(value)
+
+
+def request_ended(door: str, outcome: str, seconds: float) -> None:
+    """One request of a door, from its arrival to its last byte."""
+    count(REQUESTS, door=door, outcome=outcome)
+    observe(REQUEST_MS, seconds * 1e3, door=door, outcome=outcome)
+
+
+def log_with_serve() -> None:
+    """Send the library's log where Serve's goes: its lines then carry replica and request id."""
+    serve_log, library_log = logging.getLogger("ray.serve"), logging.getLogger("kestrel")
+    library_log.handlers = serve_log.handlers
+    library_log.setLevel(serve_log.getEffectiveLevel())
+    library_log.propagate = False

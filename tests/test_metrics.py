@@ -1,0 +1,294 @@
+"""What operators watch: outcomes that are counted wrong, names that drifted apart, ids that do not
+lead from an answer to the log."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from serving import served, until
+from test_http_errors import ASK, WELL, ScriptedBackend, connected, post_bytes
+
+pytest.importorskip("ray.serve")
+
+import ray
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from kestrel.api import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelEvent,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    outcome,
+)
+from kestrel.server.routes import build_app
+from serve_graph import metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+OPERATIONS = ROOT / "docs" / "operations.md"
+
+
+class Watched:
+    """A backend behind an application that notes how its requests ended."""
+
+    def __init__(self, **config: Any) -> None:
+        self.backend = ScriptedBackend(**config)
+        self.backend.script = list(WELL)
+        self.outcomes: list[str] = []
+        self.seconds: list[float] = []
+        self.app = build_app(self.backend, ended=self.note)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    def note(self, how: str, seconds: float) -> None:
+        self.outcomes.append(how)
+        self.seconds.append(seconds)
+
+
+# Outcomes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, "ok"),
+        (InvalidRequest("image cannot be decoded", "image"), "invalid"),
+        (PromptTooLong("too long"), "too_long"),
+        (Overloaded("full"), "overloaded"),
+        (DeadlineExceeded(), "late"),
+        (KeyError("bug"), "fault"),
+    ],
+)
+async def test_each_end_of_a_request_is_counted_once_by_its_name(error, expected, stream):
+    watched = Watched()
+    if error is not None:
+        watched.backend.script = [error]
+    await watched.client.post("/v1/segment", json=ASK | {"stream": stream})
+    assert watched.outcomes == [expected]
+    assert 0 <= watched.seconds[0] < 30
+
+
+async def test_refusals_before_the_model_are_counted_too():
+    watched = Watched(api_keys=["a-key", {"key": "slow-key", "rate_per_s": 0.001}])
+    headers = {"Authorization": "Bearer a-key"}
+    post = watched.client.post
+    await post("/v1/segment", json=ASK)
+    await post("/v1/segment", json={}, headers=headers)
+    await post("/v1/segment", json=ASK | {"model": "other"}, headers=headers)
+    await post("/v1/segment", content=b"x" * 30_000, headers=headers)
+    for _ in range(2):
+        await post("/v1/segment", json=ASK, headers={"X-Moondream-Auth": "slow-key"})
+    expected = ["unauthorized", "invalid", "unknown", "too_large", "ok", "rate_limited"]
+    assert watched.outcomes == expected
+
+
+async def test_probes_and_documents_are_not_counted_as_requests():
+    watched = Watched()
+    for path in ("/healthz", "/v1/models", "/docs", "/openapi.json", "/nowhere", "/v1/segment"):
+        await watched.client.get(path)
+    assert watched.outcomes == []
+
+
+async def test_a_stream_that_breaks_after_its_200_is_not_counted_as_ok():
+    watched = Watched()
+    watched.backend.script = [*WELL[:2], RuntimeError("lost")]
+    response = await watched.client.post("/v1/segment", json=ASK | {"stream": True})
+    assert response.status_code == 200 and watched.outcomes == ["broken_stream"]
+
+
+async def test_a_backend_that_breaks_its_promise_is_counted_as_a_broken_stream():
+    watched = Watched()
+
+    async def broken(*_: Any) -> AsyncGenerator[dict[str, Any], None]:
+        yield {"type": "path_delta"}
+        raise OSError("the backend broke off")
+
+    watched.backend.events = broken  # type: ignore[method-assign]
+    await watched.client.post("/v1/segment", json=ASK | {"stream": True})
+    assert watched.outcomes == ["broken_stream"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_is_counted_as_left(stream):
+    watched = Watched()
+    script: list[ModelEvent | Exception | float] = [WELL[0], 30.0]
+    watched.backend.script = script
+    with served(watched.app) as url:
+        with connected(url) as sock:
+            sock.sendall(post_bytes(url, ASK | {"stream": stream}))
+            until(lambda: watched.backend.held == 1)
+        until(lambda: watched.outcomes)
+    assert watched.outcomes == ["left"]
+
+
+def test_every_status_of_the_contract_has_an_outcome_that_is_documented():
+    def kinds(kind: type[RequestError]) -> list[type[RequestError]]:
+        return [kind, *(deeper for sub in kind.__subclasses__() for deeper in kinds(sub))]
+
+    for kind in kinds(RequestError):
+        assert outcome(kind("x")) in metrics.REQUESTS.description, kind
+
+
+# One request id
+
+
+async def test_the_id_of_the_proxy_in_front_is_kept_in_header_body_and_log(caplog):
+    watched = Watched()
+    given = {"X-Request-Id": "edge-7:abc.DEF_1"}
+    response = await watched.client.post("/v1/segment", json=ASK, headers=given)
+    assert response.headers["x-request-id"] == response.json()["request_id"] == "edge-7:abc.DEF_1"
+    watched.backend.script = [KeyError("bug")]
+    await watched.client.post("/v1/segment", json=ASK, headers=given)
+    assert any("edge-7:abc.DEF_1" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 129, "<b>", "ä", "a\tb"])
+async def test_an_id_that_is_not_fit_for_a_log_is_replaced(given):
+    response = await Watched().client.post(
+        "/v1/segment", json=ASK, headers={"X-Request-Id": given.encode()}
+    )
+    assert response.headers["x-request-id"] == response.json()["request_id"] != given
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+async def test_behind_a_server_that_names_answers_there_is_one_header_not_two():
+    app = build_app(Watched().backend, name_answers=False)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    response = await client.post("/v1/segment", json=ASK, headers={"X-Request-Id": "edge-1"})
+    assert "x-request-id" not in response.headers
+    assert response.json()["request_id"] == "edge-1"
+
+
+# Names
+
+EXPORTED = {f"ray_{spec.name}": spec for spec in metrics.METRICS}
+
+
+def test_names_say_their_units():
+    for spec in metrics.METRICS:
+        assert spec.name.startswith("segment_") and spec.description.endswith(".")
+        last = spec.name.rsplit("_", 1)[1]
+        assert (
+            last
+            in {Counter: ("total",), Histogram: ("ms",), Gauge: ("requests", "slots")}[spec.kind]
+        )
+    assert len(EXPORTED) == len(metrics.METRICS)
+
+
+def test_every_metric_is_listed_and_recorded_somewhere():
+    specs = {name: value for name, value in vars(metrics).items() if value in metrics.METRICS}
+    assert len(specs) == len(metrics.METRICS)
+    used = set()
+    for path in (ROOT / "serve_graph").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif path.name == "metrics.py" and isinstance(node, ast.Call):
+                used |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
+    assert set(specs) <= used
+
+
+def test_a_metric_without_one_of_its_tags_is_a_fault_and_not_a_lost_number():
+    for spec in metrics.METRICS:
+        tags = dict.fromkeys(spec.tags, "x")
+        if spec.kind is Gauge:
+            metrics.level(spec, 1)
+            continue
+        record = {Counter: metrics.count, Histogram: metrics.observe}[spec.kind]
+        record(spec, 1, **tags)
+        if tags:
+            tags.popitem()
+            with pytest.raises(ValueError, match="Missing value for tag"):
+                record(spec, 1, **tags)
+
+
+def names(expression: str) -> set[str]:
+    """The metrics of a PromQL expression, without what histograms add."""
+    found = set(re.findall(r"\bray_[a-z0-9_]+", expression))
+    return {name.removesuffix("_bucket") for name in found}
+
+
+def panels() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return found
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+EXPRESSIONS = [t["expr"] for p in panels() for t in p["targets"]] + [r["expr"] for r in rules()]
+
+
+@pytest.fixture(scope="module")
+def names_in_ray() -> set[str]:
+    """Every string in the parts of Ray that export metrics."""
+    folder = Path(ray.__file__).parent
+    parts = [folder / "serve" / "_private", folder / "dashboard" / "modules" / "reporter"]
+    text = "".join(path.read_text() for part in parts for path in part.rglob("*.py"))
+    return set(re.findall(r"\"([a-z0-9_]+)\"", text))
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_dashboard_and_alarms_use_metrics_that_are_exported(expression, names_in_ray):
+    used = names(expression)
+    assert used
+    for name in used - set(EXPORTED):
+        assert name.removeprefix("ray_") in names_in_ray, name
+    for name in used & set(EXPORTED):
+        if EXPORTED[name].kind is Histogram:
+            assert f"{name}_bucket" in expression
+        # A label that no metric has makes a panel empty.
+        for labels in re.findall(rf"{name}(?:_bucket)?{{([^}}]*)}}", expression):
+            assert set(re.findall(r"(\w+)=", labels)) <= set(EXPORTED[name].tags)
+    tags = {tag for name in used & set(EXPORTED) for tag in EXPORTED[name].tags}
+    for by in re.findall(r"by \(([^)]*)\)", expression):
+        assert set(re.split(r",\s*", by)) <= tags | {"le", "deployment"}
+    for value in re.findall(r'(?:outcome)=~?"([^"]*)"', expression):
+        assert all(part in metrics.REQUESTS.description for part in value.split("|"))
+
+
+def test_reasons_in_alarms_are_reasons_of_the_refiner():
+    from kestrel.seg_refiner.result import REASONS
+
+    for expression in EXPRESSIONS:
+        for value in re.findall(r'reason=~"([^"]*)"', expression):
+            assert set(value.split("|")) <= set(REASONS)
+
+
+def test_every_metric_of_ours_is_on_the_dashboard():
+    shown = set().union(*(names(t["expr"]) for panel in panels() for t in panel["targets"]))
+    assert set(EXPORTED) <= shown
+
+
+def test_dashboard_panels_do_not_overlap_and_say_what_they_show():
+    places = set()
+    for panel in panels():
+        assert panel["title"] and panel["description"] and panel["targets"]
+        at = panel["gridPos"]
+        places.add((at["x"], at["y"]))
+        assert at["x"] + at["w"] <= 24
+    assert len(places) == len(panels()) == len({panel["id"] for panel in panels()})
+
+
+def test_every_metric_and_every_alarm_is_documented():
+    text = OPERATIONS.read_text()
+    for name in EXPORTED:
+        assert f"`{name}`" in text, name
+    for rule in rules():
+        assert f"`{rule['alert']}`" in text, rule["alert"]
+        assert rule["annotations"]["summary"] and rule["labels"]["severity"] in ("page", "ticket")
