@@ -52,8 +52,8 @@ class RefinerUnavailable(Exception):
 
 
 def _lost(half: str, request_id: str) -> None:
-    metrics.count(metrics.RETRIES, half=half)
-    logger.warning("request %s: %s replica lost, trying another", request_id, half)
+    metrics.count(metrics.LOST_REPLICAS, half=half)
+    logger.warning("request %s: %s replica lost", request_id, half)
 
 
 async def _pause(attempt: int, deadline: Deadline) -> None:
@@ -126,9 +126,9 @@ class ModelHalf:
             try:
                 return await _finish(response, deadline)
             except LOST as error:
+                _lost("model", request_id)
                 if attempt == ATTEMPTS:
                     raise _refusal(error) from error
-                _lost("model", request_id)
                 await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error
@@ -150,9 +150,9 @@ class ModelHalf:
                     started, finished = True, isinstance(event, ModelDone)
                     yield event
             except LOST as error:
+                _lost("model", request_id)
                 if started or attempt == ATTEMPTS:
                     raise _refusal(error) from error
-                _lost("model", request_id)
                 await _pause(attempt, deadline)
             except Exception as error:
                 raise _refusal(error) from error

@@ -46,10 +46,11 @@ REFINEMENTS = Spec(
     "Requests by what came of their refinement: refined, or why not.",
     ("reason",),
 )
-RETRIES = Spec(
-    "segment_replica_retries_total",
+LOST_REPLICAS = Spec(
+    "segment_lost_replicas_total",
     Counter,
-    "Calls that lost their replica, by half (model, refiner); each is tried again, up to a bound.",
+    "Calls that lost their replica, by half (model, refiner). Tried again, up to a bound, but for "
+    "a stream that has begun.",
     ("half",),
 )
 MODEL_REQUESTS = Spec(
@@ -92,7 +93,7 @@ METRICS = (
     REQUESTS,
     REQUEST_MS,
     REFINEMENTS,
-    RETRIES,
+    LOST_REPLICAS,
     MODEL_REQUESTS,
     MODEL_STAGE_MS,
     MODEL_STEPS,
