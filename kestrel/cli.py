@@ -118,7 +118,11 @@ def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.output} cannot be made: {error.strerror}") from error
     model, refined, load_ms = asyncio.run(_answer(config, request))
     started = time.perf_counter()
-    _write(arguments.output, request, model, refined, config)
+    try:
+        _write(arguments.output, request, model, refined, config)
+    except OSError as error:
+        where = error.filename or arguments.output
+        raise InputError(f"{where} cannot be written: {error.strerror}") from error
     write_ms = (time.perf_counter() - started) * 1e3
     stages = {
         "load": load_ms,
