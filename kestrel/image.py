@@ -18,6 +18,7 @@ UInt8Array = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
+_END_OF_JPEG = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,13 @@ def decode(
     if not isinstance(image, bytes):
         check_array(image, limits, name)
         return np.ascontiguousarray(image)
-    with _open(image, limits, name) as opened:
+    with _open(image, limits, name) as picture:
         try:
-            picture = ImageOps.exif_transpose(opened)
+            fast = _fast_jpeg(image, picture)
+            if fast is not None:
+                return fast
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise many types for broken data
@@ -111,4 +115,34 @@ def decode(
             # 16-bit grey: Pillow's own conversion clips at 255, the high byte is meant.
             grey = np.clip(np.asarray(picture, np.int64) >> 8, 0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
-        return np.array(picture.convert("RGB"))
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
+    """What Pillow would give, in less than half the time; None for what it had better look at.
+
+    Both have libjpeg-turbo decode; OpenCV leaves out several copies of the picture. It does not
+    say when data is missing, so only files that end as a JPEG does are given to it.
+    """
+    if opened.format != "JPEG" or opened.mode != "RGB" or content[-2:] != _END_OF_JPEG:
+        return None
+    import cv2
+
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if decoded is None or decoded.shape != (opened.height, opened.width, 3):
+        return None
+    pixels = np.asarray(decoded, np.uint8)
+    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    return _turned(pixels, opened.getexif().get(_ORIENTATION, 1))
+
+
+def _turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
+    """The picture as it is meant to be seen; EXIF's orientations are 1 to 8."""
+    if orientation in _SWAPS_SIDES:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

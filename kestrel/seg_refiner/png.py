@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
-import functools
 import struct
 import zlib
 
 import numpy as np
+
+from kestrel.seg_refiner.box import mask_box
+from kestrel.seg_refiner.deflate import zlib_of_runs
+
+RUNS_WORTH_IT = 64
+"""Bytes per edge from which on writing runs is faster than zlib's scan of every byte."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -39,64 +44,50 @@ def _has_between(mask: np.ndarray) -> bool:
 
 
 def encode_png(mask: np.ndarray, gain: int) -> bytes:
-    """PNG bytes of ``mask * gain``, uint8 [H, W].
+    """PNG bytes of ``mask * gain``, uint8 [H, W], mask two-valued with 0.
 
-    Rows unfiltered and run-length deflate (zlib's Z_RLE): for two-valued pictures that is both
-    smaller and faster than the filters that PNG offers for photographs. Blank rows above and
-    below the object are not even scanned.
+    Rows unfiltered and run-length deflate: for two-valued pictures that is both smaller and faster
+    than the filters that PNG offers for photographs.
     """
     height, width = mask.shape
-    set_rows = np.flatnonzero(mask.max(axis=1))
-    top, bottom = (int(set_rows[0]), int(set_rows[-1]) + 1) if set_rows.size else (0, 0)
-    rows = np.empty((bottom - top, width + 1), np.uint8)
-    rows[:, 0] = 0  # filter type None
-    np.multiply(mask[top:bottom], np.uint8(gain), out=rows[:, 1:])
-    packed = _zlib_stream(top * (width + 1), rows, (height - bottom) * (width + 1))
+    edges = _edges(mask)
+    size = height * (width + 1)
+    if len(edges) < size // RUNS_WORTH_IT:
+        packed = zlib_of_runs(edges, size, int(mask.max()) * gain)
+    else:
+        packed = _deflated_rows(mask, gain)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"".join(
         (_SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", packed), _chunk(b"IEND", b""))
     )
 
 
+def _edges(mask: np.ndarray) -> np.ndarray:
+    """Begin and end of each run of set pixels, int64, in bytes of the PNG's rows.
+
+    A row there is a filter byte and its pixels. Runs end with their row.
+    """
+    box = mask_box(mask)
+    if box is None:
+        return np.zeros(0, np.int64)
+    x0, y0, x1, y1 = box
+    # Not set on either side of a row; then each row has as many ends as beginnings.
+    rows = np.zeros((y1 - y0, x1 - x0 + 2), np.uint8)
+    rows[:, 1:-1] = mask[y0:y1, x0:x1]
+    changes = (rows[:, 1:] != rows[:, :-1]).ravel()
+    y, x = np.divmod(np.flatnonzero(changes), x1 - x0 + 1)
+    return (y + y0) * (mask.shape[1] + 1) + 1 + x0 + x
+
+
+def _deflated_rows(mask: np.ndarray, gain: int) -> bytes:
+    height, width = mask.shape
+    rows = np.empty((height, width + 1), np.uint8)
+    rows[:, 0] = 0  # filter type None
+    np.multiply(mask, np.uint8(gain), out=rows[:, 1:])
+    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    return packer.compress(rows.data) + packer.flush()
+
+
 def _chunk(kind: bytes, body: bytes) -> bytes:
     checksum = zlib.crc32(body, zlib.crc32(kind))
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-
-
-_BLANK_RUN = 1 << 18
-_ADLER_MODULUS = 65521  # RFC 1950
-
-
-def _deflate(content: bytes | memoryview, flush: int) -> bytes:
-    packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
-    return packer.compress(content) + packer.flush(flush)
-
-
-@functools.cache
-def _blank_run() -> bytes:
-    # A full flush ends on a byte and refers to nothing before it: such pieces can be chained.
-    return _deflate(bytes(_BLANK_RUN), zlib.Z_FULL_FLUSH)
-
-
-def _zlib_stream(zeros_before: int, rows: np.ndarray, zeros_after: int) -> bytes:
-    """zlib stream (RFC 1950) of zero bytes, ``rows`` and zero bytes again."""
-
-    def blank(count: int, flush: int) -> bytes:
-        runs, rest = divmod(count, _BLANK_RUN)
-        return _blank_run() * runs + _deflate(bytes(rest), flush)
-
-    middle = rows.data.cast("B") if rows.size else memoryview(b"")
-    body = (
-        b"\x78\x01",
-        blank(zeros_before, zlib.Z_FULL_FLUSH),
-        _deflate(middle, zlib.Z_FULL_FLUSH),
-        blank(zeros_after, zlib.Z_FINISH),
-    )
-    checksum = zlib.adler32(middle, _adler_of_zeros(1, zeros_before))
-    return b"".join((*body, struct.pack(">I", _adler_of_zeros(checksum, zeros_after))))
-
-
-def _adler_of_zeros(checksum: int, count: int) -> int:
-    """Adler-32 after ``count`` zero bytes: each adds the low sum to the high one."""
-    low, high = checksum & 0xFFFF, checksum >> 16
-    return ((high + count * low) % _ADLER_MODULUS) << 16 | low
