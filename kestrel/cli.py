@@ -91,8 +91,8 @@ def _config(arguments: argparse.Namespace) -> RuntimeConfig:
         device=arguments.device,
         refiner=RefinerConfig(refiner=arguments.refiner),
     )
-    if not config.checkpoint.exists():
-        raise InputError(f"there is no checkpoint at {config.checkpoint}")
+    if config.model_path is not None and not Path(config.model_path).exists():
+        raise InputError(f"there is no checkpoint at {config.model_path}")
     return config
 
 

@@ -53,6 +53,8 @@ class Limits:
     """Characters of SVG path data that the parser reads."""
     max_path_commands: int = 8_192
     """Drawn segments of one path, implicit repeats counted."""
+    max_path_length: int = 100
+    """Length of a path's segments within the image, in units of the image's width + height."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -125,19 +127,65 @@ class RefinerConfig:
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a checkpoint is: ``path`` on this machine, or ``repo`` on the Hugging Face hub."""
+
+    path: str | None = None
+    """Folder (weights, tokenizer.json, config.json) or weights file with those beside it."""
+    repo: str | None = None
+    """``owner/name`` of a hub repository."""
+    filename: str | None = None
+    """Weights file or index of shards in the repository; None: ``model.safetensors``, sharded or
+    not."""
+    revision: str | None = None
+    """Commit of the repository, 40 hexadecimal digits; nothing that moves is taken."""
+    tokenizer: str | None = None
+    """Path of a tokenizer.json, or ``repo@commit`` of one on the hub; None: the one beside the
+    weights."""
+    name: str | None = None
+    """Name under which the model is served; None: the last part of the repository or the path."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check(
+                value is None or (isinstance(value, str) and bool(value)),
+                f"model.{f.name}",
+                "must be a non-empty string or null",
+                value,
+            )
+        if (self.path is None) == (self.repo is None):
+            raise ConfigError("model must give either path or repo")
+        for key in ("filename", "revision"):
+            if self.path is not None and getattr(self, key) is not None:
+                raise ConfigError(f"model.{key} belongs to model.repo, not to model.path")
+
+    @property
+    def served_name(self) -> str:
+        """Name under which the model is served."""
+        return self.name or Path(self.repo or self.path or "").name or "model"
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """One engine: the model, where it runs, how much it takes on at once."""
 
     model: str = "nano"
-    """Name under which the model is served (the ``model`` field of a request)."""
+    """Name under which the model is served (the ``model`` field of a request). A mapping of
+    ``ModelSource`` keys in its place (YAML) sets the name and ``source``."""
     model_path: str | None = None
-    """Folder (config.json, tokenizer.json, weights) or weights file; None: the shipped model."""
+    """Short for ``source`` with a path alone. Neither: the shipped model."""
+    source: ModelSource | None = None
+    """Where the checkpoint is."""
     device: str = "auto"
     """``auto`` (CUDA when torch sees one), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
     """``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16``, ``float16``."""
     max_batch_size: int = 16
     """Requests that decode together (KV slots)."""
+    max_context: int = 4096
+    """Positions that prompt and answer of a request share, at most the model's own. Every KV slot
+    holds this many: 0.8 GB of bfloat16 for Moondream 3 at 4096, 6.4 GB at its own 32768."""
     max_queue: int = 256
     """Requests that may wait for a slot; more are refused with 503 and Retry-After."""
     request_timeout_s: float = 60.0
@@ -148,12 +196,16 @@ class RuntimeConfig:
     """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
     refiner_threads: int = 1
     """Refinements that run at once beside the engine thread."""
+    allow_empty_paths: bool = False
+    """Serve a checkpoint that gives a box and no path for the built-in picture; by default the
+    engine does not start with it."""
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[ApiKey, ...] = ()
     """When not empty, the HTTP door asks for one of these (401 otherwise). Entries are given as
     ``kestrel.api_keys.parse_keys`` takes them; keys in the clear are hashed here."""
 
     def __post_init__(self) -> None:
+        self._resolve_source()
         try:
             object.__setattr__(self, "api_keys", parse_keys(self.api_keys))
         except (TypeError, ValueError) as error:
@@ -164,7 +216,7 @@ class RuntimeConfig:
             "must be a non-empty string",
             self.model,
         )
-        for key in ("max_batch_size", "max_queue", "refiner_threads"):
+        for key in ("max_batch_size", "max_context", "max_queue", "refiner_threads"):
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, "must be a positive integer", value)
         _check(
@@ -192,11 +244,29 @@ class RuntimeConfig:
             "must be auto, cpu, cuda or cuda:N",
             self.device,
         )
+        _check(
+            isinstance(self.allow_empty_paths, bool),
+            "allow_empty_paths",
+            "must be true or false",
+            self.allow_empty_paths,
+        )
+
+    def _resolve_source(self) -> None:
+        """Where ``model`` is a mapping, make it a name and ``source`` what it says."""
+        named: Any = self.model if isinstance(self.model, dict) else None
+        if (named is not None) + (self.source is not None) + bool(self.model_path) > 1:
+            raise ConfigError("model, source and model_path name more than one checkpoint")
+        if named is not None:
+            source = from_mapping(ModelSource, named, "model")
+            object.__setattr__(self, "model", source.served_name)
+            object.__setattr__(self, "source", source)
 
     @property
-    def checkpoint(self) -> Path:
-        """Path of the checkpoint folder or file."""
-        return Path(self.model_path) if self.model_path else SHIPPED_MODELS / "nano"
+    def located(self) -> ModelSource:
+        """Where the checkpoint is, the shipped one included."""
+        if self.source is not None:
+            return self.source
+        return ModelSource(path=self.model_path or str(SHIPPED_MODELS / "nano"))
 
 
 def from_mapping(cls: type, values: dict[str, Any], where: str) -> Any:

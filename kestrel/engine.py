@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kestrel.api import (
@@ -25,6 +26,7 @@ from kestrel.api import (
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
+from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load, resolve_device, resolve_dtype
 from kestrel.scheduler import EngineError, Job, Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -65,8 +67,12 @@ class EngineResult:
 class InferenceEngine:
     """Serves one model. Usable from any event loop, from several at once, and as ``async with``."""
 
-    def __init__(self, config: RuntimeConfig, model: Moondream) -> None:
+    def __init__(
+        self, config: RuntimeConfig, model: Moondream, samples: Path | None = None
+    ) -> None:
+        """``samples``: the checkpoint's folder, whose first sample is the built-in picture."""
         self.config = config
+        self._samples = samples
         self._model = model
         self._refiner = _make_refiner(config)
         self._refine_pool = ThreadPoolExecutor(config.refiner_threads, thread_name_prefix="refine")
@@ -78,14 +84,27 @@ class InferenceEngine:
 
     @classmethod
     async def create(cls, config: RuntimeConfig | None = None) -> InferenceEngine:
-        """Load the checkpoint and start; raises ``ConfigError`` for one that does not fit."""
+        """Load the checkpoint and segment a built-in picture with it.
+
+        Raises ``ConfigError`` for a checkpoint that is not there or does not fit, ``EngineError``
+        for one that does not segment (see ``RuntimeConfig.allow_empty_paths``).
+        """
         config = config or RuntimeConfig()
 
         def build() -> InferenceEngine:
             device = resolve_device(config.device)
-            return cls(config, load(config.checkpoint, device, resolve_dtype(config.dtype, device)))
+            checkpoint = locate(config.located)
+            dtype = resolve_dtype(config.dtype, device)
+            model = load(checkpoint, device, dtype, config.max_context)
+            return cls(config, model, checkpoint.folder)
 
-        return await asyncio.to_thread(build)
+        engine = await asyncio.to_thread(build)
+        try:
+            await engine.warmup()
+        except BaseException:
+            await engine.shutdown()
+            raise
+        return engine
 
     async def __aenter__(self) -> InferenceEngine:
         return self
@@ -267,9 +286,9 @@ class InferenceEngine:
             await self._check()
 
     async def _check(self) -> None:
-        request = check_request(self.config.checkpoint)
+        request = check_request(self._samples)
         job = self._submit(request, "health", None, events=False, always=True)
-        check_outcome(*await self._outcome(job))
+        check_outcome(*await self._outcome(job), self.config)
 
     def stats(self) -> dict[str, Any]:
         """Requests that wait, run and are being refined; outcomes, steps and tokens so far."""

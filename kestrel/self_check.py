@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from kestrel.api import ModelResult, SegmentRequest
+from kestrel.config import ModelSource, RuntimeConfig
 from kestrel.scheduler import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -20,17 +21,16 @@ SIDE = 252
 """Pixels of the drawn picture."""
 
 
-@lru_cache(maxsize=1)
-def check_request(checkpoint: Path) -> SegmentRequest:
-    """The first picture of the checkpoint's ``samples/samples.json``, or a drawn ball.
+@lru_cache(maxsize=4)
+def check_request(folder: Path | None) -> SegmentRequest:
+    """The first picture of ``samples/samples.json`` in a checkpoint's folder, or a drawn ball.
 
     Masks are asked for, so that every stage runs.
     """
-    folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
-    listing = folder / "samples.json"
-    if listing.is_file():
-        first = json.loads(listing.read_text(encoding="utf-8"))[0]
-        image = (folder / first["file"]).read_bytes()
+    samples = folder / "samples" if folder is not None else None
+    if samples is not None and (samples / "samples.json").is_file():
+        first = json.loads((samples / "samples.json").read_text(encoding="utf-8"))[0]
+        image = (samples / first["file"]).read_bytes()
         return SegmentRequest(first["noun"], image, return_base64=True)
     picture = Image.new("RGB", (SIDE, SIDE), (120, 170, 90))
     draw = ImageDraw.Draw(picture)
@@ -40,17 +40,34 @@ def check_request(checkpoint: Path) -> SegmentRequest:
     return SegmentRequest("ball", encoded.getvalue(), return_base64=True)
 
 
-def check_outcome(model: ModelResult, refined: SegmentRefineBitmapsResult | None) -> None:
+def check_outcome(
+    model: ModelResult, refined: SegmentRefineBitmapsResult | None, config: RuntimeConfig
+) -> None:
     """Raises ``EngineError`` when the answer shows that a part does not work.
 
     Finding nothing is no fault of the engine: it is logged, as the picture may be strange to the
     model.
     """
-    if model.bbox is not None and not model.token_ids:
-        raise EngineError(
-            "the model gives a box and no path: this checkpoint is not trained for segmentation"
-        )
     if model.bbox is None:
         log.warning("the model finds no %s in the built-in picture", model.object)
+    elif not model.path:
+        cause = (
+            f"{config.model} gives a box and no path for the built-in picture "
+            f"({model.parse_error or 'it ended at once'}): its checkpoint "
+            f"({_described(config.located)}) is not trained for segmentation"
+        )
+        if not config.allow_empty_paths:
+            raise EngineError(
+                f"{cause}. Serve one that is: a Moondream 3 segmentation checkpoint, as "
+                "model: {repo, filename, revision} or {path}; or set allow_empty_paths: true to "
+                "serve boxes alone"
+            )
+        log.warning("%s; it is served, as allow_empty_paths is set", cause)
     if refined is not None and refined.reason in ("raster_failed", "refine_failed"):
         raise EngineError(f"the refiner does not work: {refined.reason} (see the log)")
+
+
+def _described(source: ModelSource) -> str:
+    if source.repo is None:
+        return str(source.path)
+    return f"{source.repo}@{source.revision}" + (f" {source.filename}" if source.filename else "")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kestrel.config import ConfigError
+from kestrel.moondream.checkpoint import weight_files
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import overlap_crops, select_tiling
 from kestrel.moondream.model import Moondream
@@ -33,7 +34,7 @@ def build(name: str, weights: Path, device: torch.device = CPU, dtype=torch.floa
     config = MoondreamConfig.from_file(FIXTURES / name / "config.json")
     with torch.device("meta"):
         model = Moondream(config)
-    load_weights(model, weights, device, dtype)
+    load_weights(model, weight_files(weights), device, dtype)
     model.text.reset_tables()
     return model.eval()
 

@@ -148,11 +148,7 @@ class MoondreamConfig:
     @classmethod
     def from_file(cls, path: Path) -> MoondreamConfig:
         """Read ``config.json``; raises ``ConfigError`` naming the file."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a readable JSON configuration ({error})") from error
-        return cls.from_dict(values)
+        return cls.from_dict(sections(path) or {})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -193,6 +189,24 @@ class MoondreamConfig:
         for ok, rule in rules:
             if not ok:
                 raise ConfigError(rule)
+
+
+def sections(path: Path) -> dict[str, Any] | None:
+    """The part of a ``config.json`` that gives the model's sizes; None if no part does.
+
+    The files of the hub keep it under ``config``, and may leave everything at the published sizes.
+    Raises ``ConfigError`` naming the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON configuration ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    for part in (values, values.get("config")):
+        if isinstance(part, dict) and "text" in part:
+            return part
+    return None
 
 
 def _pick(cls: type, values: dict[str, Any]) -> Any:

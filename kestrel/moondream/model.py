@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kestrel.config import ConfigError
+from kestrel.moondream.checkpoint import Checkpoint, local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import UInt8Array
 from kestrel.moondream.region import Region
@@ -115,19 +117,25 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
-def load(path: Path, device: torch.device, dtype: torch.dtype) -> Moondream:
-    """Load a checkpoint folder (or a weights file with config.json and tokenizer.json beside it).
+def load(
+    source: Path | Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_context: int | None = None,
+) -> Moondream:
+    """Load a checkpoint (a folder, a weights file with its other files beside it, or one found).
 
+    ``max_context``: positions of a request are bounded by it where the model would take more.
     Raises ``ConfigError`` naming the missing file or the tensors that do not fit.
     """
-    folder = path if path.is_dir() else path.parent
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"model_path: {folder} has no {name}")
-    config = MoondreamConfig.from_file(folder / "config.json")
+    checkpoint = local_checkpoint(source) if isinstance(source, Path) else source
+    config = checkpoint.architecture()
+    if max_context is not None and max_context < config.text.max_context:
+        config = replace(config, text=replace(config.text, max_context=max_context))
+        config.check()
     with torch.device("meta"):
         model = Moondream(config)
-    load_weights(model, path, device, dtype)
+    load_weights(model, checkpoint.weights, device, dtype)
     model.text.reset_tables()
-    model.tokenizer = SegmentTokenizer.from_file(folder / "tokenizer.json", config.prompt)
+    model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)
     return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,13 +132,16 @@ class TextDecoder(nn.Module):
 
     rotary: Tensor
     log_positions: Tensor
+    blocks: Sequence[Block]
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         nn.init.normal_(self.wte, std=0.02)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            Block(config, i) for i in range(config.n_layers)
+        )
         self.post_ln = nn.LayerNorm(config.dim, eps=1e-5)
         self.lm_head = nn.Linear(config.dim, config.vocab_size)
         self.reset_tables()

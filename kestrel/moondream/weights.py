@@ -1,141 +1,344 @@
-"""Checkpoint files to model parameters, by exact name."""
+"""Checkpoint files to model parameters: planned by name, then moved tensor by tensor."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
+import contextlib
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kestrel.config import ConfigError
+from kestrel.moondream.names import Fill, fills, parameter_name, scaled_parameter, scheme
 
-_ENGINE_NAMES: list[tuple[str, str]] = [
-    (r"text_model\.transformer\.embd\.wte\.weight", "text.wte"),
-    (r"text_model\.transformer\.h\.(\d+)\.ln\.(\w+)", r"text.blocks.\1.ln.\2"),
-    (r"text_model\.transformer\.h\.(\d+)\.mixer\.Wqkv\.(\w+)", r"text.blocks.\1.attn.qkv.\2"),
-    (r"text_model\.transformer\.h\.(\d+)\.mixer\.out_proj\.(\w+)", r"text.blocks.\1.attn.proj.\2"),
-    (r"text_model\.transformer\.h\.(\d+)\.tau_(wq|wv|alpha)", r"text.blocks.\1.attn.tau.\2"),
-    (r"text_model\.transformer\.h\.(\d+)\.mlp\.(fc[12]\.\w+)", r"text.blocks.\1.mlp.\2"),
-    (r"text_model\.transformer\.h\.(\d+)\.gate\.(\w+)", r"text.blocks.\1.mlp.router.\2"),
-    (
-        r"text_model\.transformer\.h\.(\d+)\.mlp\.experts\.weight",
-        r"text.blocks.\1.mlp.fc1.weight",
-    ),
-    (
-        r"text_model\.transformer\.h\.(\d+)\.mlp\.output_experts\.weight",
-        r"text.blocks.\1.mlp.fc2.weight",
-    ),
-    (r"text_model\.lm_head\.ln\.(\w+)", r"text.post_ln.\1"),
-    (r"text_model\.lm_head\.linear\.(\w+)", r"text.lm_head.\1"),
-    (
-        r"vision_encoder\.encoder\.model\.visual\.patch_embed\.linear\.(\w+)",
-        r"vision.patch_emb.\1",
-    ),
-    (r"vision_encoder\.encoder\.model\.visual\.pos_embed", "vision.pos_emb"),
-    (r"vision_encoder\.encoder\.model\.visual\.norm\.(\w+)", r"vision.post_ln.\1"),
-    (
-        r"vision_encoder\.encoder\.model\.visual\.blocks\.(\d+)\.norm([12])\.(\w+)",
-        r"vision.blocks.\1.ln\2.\3",
-    ),
-    (
-        r"vision_encoder\.encoder\.model\.visual\.blocks\.(\d+)\.((?:attn|mlp)\..+)",
-        r"vision.blocks.\1.\2",
-    ),
-    (r"vision_encoder\.projection\.mlp\.(fc[12]\.\w+)", r"vision.proj_mlp.\1"),
-    (r"region_model\.coordinate_encoder\.(\w+)", r"region.coord_encoder.\1"),
-    (r"region_model\.coordinate_head\.(.+)", r"region.coord_decoder.\1"),
-    (r"region_model\.size_encoder\.(\w+)", r"region.size_encoder.\1"),
-    (r"region_model\.size_head\.(.+)", r"region.size_decoder.\1"),
-    (r"region_model\.ln\.(\w+)", r"region.ln.\1"),
-    (r"region_model\.coordinate_features\.weight", "region.coord_features"),
-    (r"region_model\.size_features\.weight", "region.size_features"),
-]
-_ENGINE_PATTERNS = [(re.compile(pattern), name) for pattern, name in _ENGINE_NAMES]
-_TRANSPOSED = {"region_model.coordinate_features.weight", "region_model.size_features.weight"}
+__all__ = ["LoadReport", "Stored", "load_weights", "parameter_name", "read_index"]
+
+log = logging.getLogger(__name__)
+
+WINDOW_BYTES = 128 * 2**20
+"""Mapped pages count as the process's memory until the file is closed: it is opened anew after
+this many bytes."""
+BAR_AFTER_S = 1.0
+"""Loads that take longer than this show a progress bar (on a terminal), seconds."""
+SHOWN_PROBLEMS = 8
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_FLOAT8 = torch.float8_e4m3fn
+Getter = Callable[[str], Tensor]
 
 
-def parameter_name(stored: str) -> str | None:
-    """The parameter that a stored tensor fills, or None if its name is of no known scheme.
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, as its header describes it."""
 
-    Known schemes: engine names, Hugging Face names (``model.`` first), this package's own.
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """None: integers or another type that no parameter takes."""
+    nbytes: int
+    storage: int | str = ""
+    """Equal for tensors that share their bytes (tied weights); "" for one of its own."""
+
+
+@dataclass
+class LoadReport:
+    """What a load found."""
+
+    scheme: str
+    """Naming of the tensors, in words; several joined by " and "."""
+    tensors: int
+    """Stored tensors that were used."""
+    nbytes: int
+    """Bytes of them on disk."""
+    dtypes: tuple[str, ...]
+    """Types on disk: ``bfloat16``, ``float8_e4m3fn``, ..."""
+    tied: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs of stored names that share one tensor."""
+    seconds: float = 0.0
+
+
+@dataclass
+class _Source:
+    """Where a parameter comes from."""
+
+    stored: Stored
+    fill: Fill
+    scale: Stored | None = None
+
+
+# Files.
+
+
+def read_index(files: Iterable[Path]) -> list[Stored]:
+    """Every tensor of the files by its header, no data read; no code of a file is run.
+
+    Raises ``ConfigError`` for a file that is missing, cut off, or holds more than tensors.
     """
-    for pattern, name in _ENGINE_PATTERNS:
-        match = pattern.fullmatch(stored)
-        if match:
-            return match.expand(name)
-    stored = stored.removeprefix("model.")
-    return stored if stored.split(".")[0] in ("text", "vision", "region") else None
+    found: list[Stored] = []
+    for file in files:
+        with _readable(file):
+            found += _safetensors_index(file) if _is_safetensors(file) else _pt_index(file)
+    return found
 
 
-def checkpoint_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint folder or file; raises ``ConfigError`` if there is none."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [path / shard for shard in shards]
-    for pattern in ("*.safetensors", "*.pt"):
-        found = sorted(path.glob(pattern))
-        if found:
-            return found
-    raise ConfigError(f"model_path: no .safetensors or .pt file in {path}")
+def _is_safetensors(file: Path) -> bool:
+    return file.suffix == ".safetensors"
 
 
-def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of one file, memory-mapped, one at a time; no code of the file is run."""
-    if file.suffix == ".safetensors":
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                yield name, opened.get_tensor(name)
-        return
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file; is the checkpoint whole?") from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{file}: not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{file}: holds more than tensors and is not loaded, as that would run its code "
+            f"({reason}); save its state_dict alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{file}: cannot be read ({reason}); copy or download it again"
+        ) from error
+
+
+def _safetensors_index(file: Path) -> list[Stored]:
+    found = []
+    with safe_open(str(file), framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  (not a mapping)
+            entry = opened.get_slice(name)
+            shape, dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
+            size = torch.Size(shape).numel() * (dtype.itemsize if dtype else 1)
+            found.append(Stored(file, name, shape, dtype, size))
+        # safetensors keeps one of several tied tensors and notes the names of the others.
+        by_name = {stored.name: stored for stored in found}
+        for dropped, kept in (opened.metadata() or {}).items():
+            if kept in by_name and dropped not in by_name and fills(dropped):
+                twin = by_name[kept]
+                found.append(Stored(file, dropped, twin.shape, twin.dtype, 0, storage=kept))
+    return found
+
+
+def _pt_index(file: Path) -> list[Stored]:
+    found = []
+    owners: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in _pt_tensors(file).items():
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{file}: {name} is no tensor but {type(tensor).__name__}")
+        shape = tuple(tensor.shape)
+        twin = owners.setdefault((tensor.data_ptr(), shape), name) if tensor.numel() else name
+        floating = tensor.dtype if tensor.dtype in _DTYPES.values() else None
+        size = tensor.nbytes if twin == name else 0
+        storage = "" if twin == name else twin
+        found.append(Stored(file, name, shape, floating, size, storage))
+    return found
+
+
+def _pt_tensors(file: Path) -> dict[str, Tensor]:
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    yield from state.items()
+    if not isinstance(state, dict):
+        raise ConfigError(f"{file}: holds a {type(state).__name__}, not tensors by name")
+    return state
 
 
-def load_weights(model: nn.Module, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Getter]:
+    """A function from names to tensors, memory-mapped while the file is open."""
+    with contextlib.ExitStack() as stack:
+        # Errors of the body, such as a full GPU, are not the file's.
+        with _readable(file):
+            if _is_safetensors(file):
+                get = stack.enter_context(safe_open(str(file), framework="pt")).get_tensor
+            else:
+                tensors = _pt_tensors(file)
+                stack.callback(tensors.clear)
+                get = tensors.__getitem__
+        yield get
+
+
+def _windows(sources: Sequence[_Source]) -> Iterator[list[_Source]]:
+    """Runs of sources of one file, of about ``WINDOW_BYTES`` each."""
+    window: list[_Source] = []
+    size = 0
+    for source in sources:
+        if window and (size >= WINDOW_BYTES or source.stored.file != window[0].stored.file):
+            yield window
+            window, size = [], 0
+        window.append(source)
+        size += source.stored.nbytes
+    if window:
+        yield window
+
+
+# The plan: which stored tensor fills which parameter, before any byte is moved.
+
+
+def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Source], list[str]]:
+    """Sources in the order of the files, and what does not fit."""
+    sources: dict[str, _Source] = {}
+    scales: dict[str, Stored] = {}
+    problems: list[str] = []
+    for stored in index:
+        scaled = scaled_parameter(stored.name)
+        if scaled is not None:
+            scales[scaled] = stored
+            continue
+        targets = [fill for fill in fills(stored.name) if fill.parameter in wanted]
+        if not targets:
+            problems.append(f"unexpected tensor {stored.name}")
+        for fill in targets:
+            if fill.parameter in sources:
+                other = sources[fill.parameter].stored.name
+                problems.append(f"{stored.name} and {other} both fill {fill.parameter}")
+                continue
+            sources[fill.parameter] = _Source(stored, fill)
+            problems += _misfit(stored, fill, tuple(wanted[fill.parameter].shape))
+    problems += _attach_scales(sources, scales)
+    problems += [f"missing tensor {name}" for name in wanted if name not in sources]
+    return list(sources.values()), problems
+
+
+def _misfit(stored: Stored, fill: Fill, wanted: tuple[int, ...]) -> list[str]:
+    if stored.dtype is None:
+        return [f"{stored.name} holds no floating-point numbers"]
+    if fill.shape(stored.shape) != wanted:
+        expected = list(wanted[::-1] if fill.part == "transposed" else wanted)
+        return [f"{stored.name} has shape {list(stored.shape)}, not {expected}"]
+    return []
+
+
+def _attach_scales(sources: dict[str, _Source], scales: dict[str, Stored]) -> list[str]:
+    problems = []
+    for parameter, scale in scales.items():
+        source = sources.get(parameter)
+        if source is None or source.stored.dtype != _FLOAT8:
+            problems.append(f"unexpected tensor {scale.name}: its experts are not float8")
+            continue
+        # One scale per expert and output channel; some writers keep the reduced dimension.
+        if scale.shape not in (source.stored.shape[:2], (*source.stored.shape[:2], 1)):
+            expected = list(source.stored.shape[:2])
+            problems.append(f"{scale.name} has shape {list(scale.shape)}, not {expected}")
+        source.scale = scale
+    problems += [
+        f"{source.stored.name} is float8 and has no scales (moe_quant.up_scale, down_scale)"
+        for source in sources.values()
+        if source.stored.dtype == _FLOAT8 and source.scale is None
+    ]
+    return problems
+
+
+# The load.
+
+
+def load_weights(
+    model: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype
+) -> LoadReport:
     """Fill every parameter of ``model`` (built on the meta device) from a checkpoint.
 
-    Tensors are converted and moved one at a time. Raises ``ConfigError`` that lists stored tensors
-    that fit no parameter, parameters that no tensor fills, and shapes that differ.
+    Files are memory-mapped; tensors are converted to ``dtype`` and moved to ``device`` one at a
+    time, float8 experts multiplied with their scales on the way. Host memory beyond the model is
+    bounded by the largest tensor and ``WINDOW_BYTES``.
+
+    Raises ``ConfigError`` that lists stored tensors that fit no parameter, parameters that no
+    tensor fills, and shapes that differ, before anything is moved.
     """
-    wanted = dict(model.named_parameters())
-    loaded: dict[str, str] = {}
-    problems: list[str] = []
-    for file in checkpoint_files(path):
-        for stored, tensor in stored_tensors(file):
-            name = parameter_name(stored)
-            if name is None or name not in wanted:
-                problems.append(f"unexpected tensor {stored}")
-                continue
-            if stored in _TRANSPOSED:
-                tensor = tensor.T.contiguous()
-            if name in loaded:
-                problems.append(f"{stored} and {loaded[name]} both fill {name}")
-            elif tensor.shape != wanted[name].shape:
-                problems.append(
-                    f"{stored} has shape {list(tensor.shape)}, not {list(wanted[name].shape)}"
-                )
-            else:
-                _assign(model, name, tensor.to(device=device, dtype=dtype))
-            loaded[name] = stored
-    problems += [f"missing tensor {name}" for name in wanted if name not in loaded]
+    started = time.perf_counter()
+    index = read_index(files)
+    sources, problems = _plan(index, dict(model.named_parameters()))
     if problems:
-        shown = "; ".join(problems[:8]) + (
-            f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = "; ".join(problems[:SHOWN_PROBLEMS])
+        more = len(problems) - SHOWN_PROBLEMS
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise ConfigError(
+            f"{where} does not fit the model: {shown}" + (f"; and {more} more" if more > 0 else "")
         )
-        raise ConfigError(f"{path} does not fit the model: {shown}")
+    report = LoadReport(
+        scheme=" and ".join(sorted({scheme(stored.name) for stored in index})),
+        tensors=len(index),
+        nbytes=sum(stored.nbytes for stored in index),
+        dtypes=tuple(sorted({str(s.dtype).removeprefix("torch.") for s in index if s.dtype})),
+        tied=[(stored.name, str(stored.storage)) for stored in index if stored.storage],
+    )
+    _move(model, sources, device, dtype, report.nbytes)
+    report.seconds = time.perf_counter() - started
+    for name, twin in report.tied:
+        log.info("%s is tied to %s: both are filled with the same numbers", name, twin)
+    log.info(
+        "loaded %d tensors (%s, %s), %.2f GB, in %.1f s",
+        report.tensors,
+        report.scheme,
+        "/".join(report.dtypes),
+        report.nbytes / 1e9,
+        report.seconds,
+    )
+    return report
+
+
+def _move(
+    model: nn.Module,
+    sources: Sequence[_Source],
+    device: torch.device,
+    dtype: torch.dtype,
+    nbytes: int,
+) -> None:
+    # disable=None: no bar where the output is no terminal.
+    with tqdm(
+        total=nbytes, unit="B", unit_scale=True, desc="weights", delay=BAR_AFTER_S, disable=None
+    ) as bar:
+        for window in _windows(sources):
+            with _opened(window[0].stored.file) as get:
+                for source in window:
+                    _assign(model, source.fill.parameter, _filled(source, get, device, dtype))
+                    bar.update(source.stored.nbytes)
+
+
+def _filled(source: _Source, get: Getter, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The parameter's own tensor: never a view of the file."""
+    tensor = get(str(source.stored.storage) or source.stored.name)
+    if source.scale is not None:
+        if source.scale.file == source.stored.file:
+            return _dequantised(tensor, get(source.scale.name), device, dtype)
+        with _opened(source.scale.file) as get_scale:
+            return _dequantised(tensor, get_scale(source.scale.name), device, dtype)
+    if source.fill.part == "transposed":
+        tensor = tensor.T
+    elif source.fill.part != "all":
+        first, second = tensor.tensor_split([tensor.shape[0] // 2])
+        tensor = first if source.fill.part == "first half" else second
+    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+def _dequantised(weight: Tensor, scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Float8 experts [experts, out, in] times scales [experts, out], one expert at a time."""
+    out = torch.empty(weight.shape, device=device, dtype=dtype)
+    scale = scale.reshape(weight.shape[:2]).to(device=device, dtype=torch.float32)
+    for expert, numbers in enumerate(weight):
+        out[expert] = numbers.to(device).float() * scale[expert, :, None]
+    return out
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
-    # A clone lets go of the memory map that a converted-in-place tensor would keep alive.
-    setattr(
-        model.get_submodule(owner_name), leaf, nn.Parameter(tensor.clone(), requires_grad=False)
-    )
+    setattr(model.get_submodule(owner_name), leaf, nn.Parameter(tensor, requires_grad=False))

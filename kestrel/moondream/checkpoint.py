@@ -1,0 +1,184 @@
+"""Where a checkpoint's files are: a folder, one weights file, or a Hugging Face hub repository."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kestrel.config import ConfigError, ModelSource
+from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
+from kestrel.moondream.hub import NotThere, Snapshot
+from kestrel.moondream.names import parameter_name
+from kestrel.moondream.weights import read_index
+
+INDEX = "model.safetensors.index.json"
+PUBLIC_TOKENIZER = "moondream/starmie-v1"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|pt)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine."""
+
+    weights: tuple[Path, ...]
+    """Every weights file, shards in order."""
+    tokenizer: Path
+    config: Path | None
+    """``config.json``; None: one of the published architectures, told by its tensors."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are, and samples if there are any."""
+        return self.weights[0].parent
+
+    def architecture(self) -> MoondreamConfig:
+        """Sizes of the model: those of ``config.json`` or, where it gives none, the published ones.
+
+        Raises ``ConfigError`` naming the file.
+        """
+        if self.config is not None:
+            given = sections(self.config)
+            if given is not None:
+                return MoondreamConfig.from_dict(given)
+        return published_architecture(self.weights)
+
+
+def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
+    """The checkpoint at ``path``: a folder, or a weights file with its other files beside it.
+
+    Raises ``ConfigError`` that names what is missing.
+    """
+    if not path.exists():
+        raise ConfigError(f"model.path: there is no checkpoint at {path}")
+    folder = path if path.is_dir() else path.parent
+    weights = weight_files(path)
+    tokenizer = tokenizer or folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(
+            f"model.path: {folder} has no tokenizer.json; put the model's beside the weights "
+            f"({PUBLIC_TOKENIZER} on the Hugging Face hub is that of Moondream 3) or name it in "
+            "model.tokenizer"
+        )
+    config = folder / "config.json"
+    return Checkpoint(tuple(weights), tokenizer, config if config.is_file() else None)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weights files of a checkpoint folder, or the file itself.
+
+    Raises ``ConfigError`` when there is none, when shards are missing, or when a folder holds
+    several checkpoints.
+    """
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        shards = [path / shard for shard in _indexed_shards(path / INDEX)]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise ConfigError(f"model.path: {path} lacks {', '.join(missing)} of {INDEX}")
+        return shards
+    for suffix in ("safetensors", "pt"):
+        found = sorted(path.glob(f"*.{suffix}"))
+        if found:
+            return _one_checkpoint(path, found)
+    raise ConfigError(f"model.path: no .safetensors or .pt file in {path}")
+
+
+def _indexed_shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not a readable index of shards ({error})") from error
+    for name in names:
+        # An index comes from elsewhere: it may not point out of its own folder.
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConfigError(f"{index}: {name!r} is no file of this folder")
+    return names
+
+
+def _one_checkpoint(folder: Path, found: list[Path]) -> list[Path]:
+    if len(found) == 1:
+        return found
+    shards = [_SHARD.fullmatch(file.name) for file in found]
+    groups = {(match[1], match[3]) for match in shards if match}
+    if None in shards or len(groups) > 1:
+        raise ConfigError(
+            f"model.path: {folder} holds several checkpoints "
+            f"({', '.join(file.name for file in found)}); name one file"
+        )
+    (_, count) = groups.pop()
+    if len(found) != int(count):
+        raise ConfigError(f"model.path: {folder} has {len(found)} of {int(count)} shards")
+    return found
+
+
+def published_architecture(weights: Iterable[Path]) -> MoondreamConfig:
+    """Moondream 2 or 3 at their published sizes, told apart by a checkpoint's tensors.
+
+    Raises ``ConfigError`` for tensors of neither.
+    """
+    names = {parameter_name(stored.name) for stored in read_index(weights)}
+    if "region.coord_decoder.weight" in names and "region.ln.weight" in names:
+        return MOONDREAM_3
+    if "region.coord_decoder.fc1.weight" in names:
+        return MOONDREAM_2
+    raise ConfigError(
+        "model.path: the tensors are of no known Moondream; put the model's config.json beside them"
+    )
+
+
+# The hub.
+
+
+def locate(source: ModelSource) -> Checkpoint:
+    """The checkpoint that a configuration names, downloaded to the hub's cache if need be.
+
+    Raises ``ConfigError`` that says what is missing and what to do.
+    """
+    tokenizer = _named_tokenizer(source.tokenizer)
+    if source.repo is None:
+        assert source.path is not None
+        return local_checkpoint(Path(source.path), tokenizer)
+    snapshot = Snapshot(source.repo, source.revision)
+    weights = _hub_weights(snapshot, source.filename)
+    tokenizer = tokenizer or _optional(snapshot, "tokenizer.json")
+    if tokenizer is None:
+        raise ConfigError(
+            f"model.repo: {snapshot} gives no tokenizer.json; name one in model.tokenizer, as a "
+            f"path or as repo@commit ({PUBLIC_TOKENIZER} is that of Moondream 3)"
+        )
+    return Checkpoint(tuple(weights), tokenizer, _optional(snapshot, "config.json"))
+
+
+def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
+    if filename is not None and not filename.endswith(".index.json"):
+        return [snapshot.download(filename)]
+    index = _optional(snapshot, filename or INDEX)
+    if index is None:
+        return [snapshot.download(filename or "model.safetensors")]
+    folder = PurePosixPath(filename or INDEX).parent
+    return [snapshot.download(str(folder / shard)) for shard in _indexed_shards(index)]
+
+
+def _optional(snapshot: Snapshot, filename: str) -> Path | None:
+    try:
+        return snapshot.download(filename)
+    except NotThere:
+        return None
+
+
+def _named_tokenizer(named: str | None) -> Path | None:
+    """The file that ``model.tokenizer`` names: a path of it or of its folder, or repo@commit."""
+    if named is None:
+        return None
+    repo, _, revision = named.rpartition("@")
+    path = Path(named)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_file():
+        return path
+    if not repo:
+        raise ConfigError(f"model.tokenizer: {named} is neither a file nor repo@commit")
+    return Snapshot(repo, revision).download("tokenizer.json")

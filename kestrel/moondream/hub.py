@@ -1,0 +1,105 @@
+"""Files of Hugging Face hub repositories, by pinned revision.
+
+The only module that knows ``huggingface_hub``. Its environment variables apply: ``HF_HOME`` and
+``HF_HUB_CACHE`` (where files are kept), ``HF_TOKEN`` (gated repositories), ``HF_ENDPOINT`` (a
+mirror), ``HF_HUB_OFFLINE=1`` (the cache alone).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kestrel.config import ConfigError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+log = logging.getLogger(__name__)
+
+
+class NotThere(ConfigError):
+    """The repository has no such file at this revision, or the cache has none while offline."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A hub repository at one commit.
+
+    Raises ``ConfigError`` for a branch, a tag or no revision at all: what they name may be another
+    model tomorrow, and another one on the next replica. The message says what they name now.
+    """
+
+    repo: str
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and COMMIT.fullmatch(self.revision):
+            return
+        named = "no revision is" if self.revision is None else f"{self.revision!r} is"
+        commit = _commit_now(self.repo, self.revision or "main")
+        known = f"; now it is {commit}" if commit else " (the repository's page lists them)"
+        raise ConfigError(
+            f"model.revision: {named} a commit of {self.repo}, and anything else may change under "
+            f"a running service: pin the 40-digit commit{known}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}"
+
+    def download(self, filename: str) -> Path:
+        """The file in the local cache, fetched first (with a progress bar) if it is not there.
+
+        Raises ``NotThere``, and ``ConfigError`` that says what to do for everything else.
+        """
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repo, filename, revision=self.revision))
+        except errors.GatedRepoError as error:
+            raise ConfigError(
+                f"model.repo: {self.repo} asks for consent: accept its terms on the hub, then log "
+                "in (hf auth login, or HF_TOKEN)"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise ConfigError(
+                f"model.repo: there is no {self.repo} on the hub, or it is private: log in "
+                "(hf auth login, or HF_TOKEN)"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise ConfigError(
+                f"model.revision: {self.repo} has no commit {self.revision}"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            raise NotThere(
+                f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
+                f"be asked ({_line(error.__cause__ or error)}); on a machine with access run: "
+                f"hf download {self.repo} {filename} --revision {self.revision}, "
+                "and copy its cache (HF_HOME)"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            raise NotThere(f"model.filename: {self} has no {filename}") from error
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise ConfigError(
+                f"model.repo: {filename} of {self} cannot be fetched ({_line(error)})"
+            ) from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _commit_now(repo: str, revision: str) -> str | None:
+    """The commit that a branch or tag names now, by the hub or else by the cache."""
+    from huggingface_hub import HfApi, constants, scan_cache_dir
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return HfApi().model_info(repo, revision=revision, timeout=10).sha
+        except Exception as error:  # only for a better message
+            log.debug("the hub does not say what %s of %s is: %s", revision, repo, error)
+    try:
+        cached = next(r for r in scan_cache_dir().repos if r.repo_id == repo)
+        return cached.refs[revision].commit_hash
+    except Exception:  # no cache, no such repository or no such reference in it
+        return None
