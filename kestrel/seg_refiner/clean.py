@@ -32,22 +32,19 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     # A ring of background, so that outlines and closing are not cut at the window's rim.
     crop = _ringed(mask[window])
     islands, holes = _outlines(crop)
-    drawn_islands, drawn_holes = _drawn(coarse, window)
     min_area = MIN_FRACTION * mask.size
+    small = [island for island in islands if island.area < min_area]
+    small_holes = [hole for hole in holes if hole.area < min_area]
+    drawn_islands, drawn_holes = _drawn(coarse, window, small + small_holes)
 
-    small = [i for i, island in enumerate(islands) if island.area < min_area]
-    largest = max(range(len(islands)), key=lambda i: islands[i].area)
-    dropped = {
-        i
-        for i in small
-        if not islands[i].covers_any(drawn_islands)
-        and not (i == largest and len(small) == len(islands))
-    }
-    for i in dropped:
-        islands[i].paint(crop, 0)
-    for hole in holes:
+    largest = max(islands, key=lambda island: island.area)
+    for island in small:
+        stays = island is largest and len(small) == len(islands)
+        if not stays and not island.covers_any(drawn_islands):
+            island.paint(crop, 0)
+    for hole in small_holes:
         # A dropped island took its holes along: painting them would bring them back.
-        if hole.area < min_area and hole.parent not in dropped and not hole.covers_any(drawn_holes):
+        if hole.rim_is_set(crop) and not hole.covers_any(drawn_holes):
             hole.paint(crop, 1)
 
     closed = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
@@ -56,19 +53,30 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
 
 
 def _ringed(crop: np.ndarray) -> np.ndarray:
-    return cv2.copyMakeBorder(np.ascontiguousarray(crop), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    ringed = np.zeros((crop.shape[0] + 2, crop.shape[1] + 2), np.uint8)
+    ringed[1:-1, 1:-1] = crop
+    return ringed
 
 
 class _Outline:
     """Filled outline of an 8-connected island, or of a 4-connected hole (its rim excluded)."""
 
-    def __init__(self, contour: np.ndarray, parent: int | None) -> None:
+    __slots__ = ("area", "contour", "is_hole", "painted")
+
+    def __init__(self, contour: np.ndarray) -> None:
         self.contour = contour
-        self.parent = parent  # of a hole: index of its island
-        self.box = cv2.boundingRect(contour)
+        # Holes are followed the other way round; islands of a pixel's width enclose nothing.
+        within = cv2.contourArea(contour, oriented=True)
+        self.is_hole = within > 0
         # Pick's theorem: pixels within an outline through pixel centres, with and without it.
         rim = len(contour) / 2
-        self.area = cv2.contourArea(contour) + (rim + 1 if parent is None else 1 - rim)
+        self.painted = abs(within) + 1 + rim
+        self.area = abs(within) + 1 - rim if self.is_hole else self.painted
+
+    def rim_is_set(self, canvas: np.ndarray) -> bool:
+        """Whether the pixels around a hole are (still) set."""
+        x, y = self.contour[0, 0]
+        return bool(canvas[y, x])
 
     def paint(self, canvas: np.ndarray, value: int, offset: tuple[int, int] = (0, 0)) -> None:
         """Fill the outline; a hole's rim is part of the fill, and is set in a mask anyway."""
@@ -79,8 +87,8 @@ class _Outline:
         return any(self._overlap(other) >= COVERED_FRACTION * other.area for other in drawn)
 
     def _overlap(self, other: _Outline) -> int:
-        x, y, w, h = self.box
-        ox, oy, ow, oh = other.box
+        x, y, w, h = cv2.boundingRect(self.contour)
+        ox, oy, ow, oh = cv2.boundingRect(other.contour)
         left, top = max(x, ox), max(y, oy)
         size = (min(y + h, oy + oh) - top, min(x + w, ox + ow) - left)
         if min(size) <= 0:
@@ -92,30 +100,25 @@ class _Outline:
 
 
 def _outlines(crop: np.ndarray) -> tuple[list[_Outline], list[_Outline]]:
-    """Islands, and holes with ``parent`` the index of their island."""
-    contours, hierarchy = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    islands: list[_Outline] = []
-    holes: list[tuple[np.ndarray, int]] = []
-    index: dict[int, int] = {}
-    for i, contour in enumerate(contours):
-        parent = int(hierarchy[0, i, 3])
-        if parent < 0:
-            index[i] = len(islands)
-            islands.append(_Outline(contour, None))
-        else:
-            holes.append((contour, parent))
-    return islands, [_Outline(contour, index[parent]) for contour, parent in holes]
+    """Islands and holes."""
+    # A list, not a hierarchy: OpenCV's time for that grows with the square of the outlines, and
+    # a grainy picture gives hundreds of thousands.
+    contours, _ = cv2.findContours(crop, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    outlines = [_Outline(contour) for contour in contours]
+    return [o for o in outlines if not o.is_hole], [o for o in outlines if o.is_hole]
 
 
 def _drawn(
-    coarse: np.ndarray | None, window: tuple[slice, slice]
+    coarse: np.ndarray | None, window: tuple[slice, slice], small: list[_Outline]
 ) -> tuple[list[_Outline], list[_Outline]]:
-    """Pieces and holes of the coarse mask that were meant; none of a kind that has just one."""
-    if coarse is None:
+    """Pieces and holes of the coarse mask that were meant, if any of ``small`` may cover one."""
+    if coarse is None or not small:
         return [], []
     crop = _ringed(coarse[window])
-    islands, holes = _outlines(crop)
     least = DRAWN_FRACTION * cv2.countNonZero(crop)
+    if max(outline.painted for outline in small) < COVERED_FRACTION * least:
+        return [], []
+    islands, holes = _outlines(crop)
     return (
         [island for island in islands if island.area >= least],
         [hole for hole in holes if hole.area >= least],

@@ -6,6 +6,7 @@ Both paint with the non-zero winding rule (SVG's default ``fill-rule``).
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from kestrel.config import Limits
 from kestrel.seg_refiner.box import PixelBox
-from kestrel.svg import Path, parse_path, path_to_string, place_path
+from kestrel.svg import Command, Path, parse_path, path_to_string, place_path
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,31 @@ def rasterize_relative(
 def _resvg_mask(path: Path, width: int, height: int) -> np.ndarray:
     soft = render_svg_to_soft_mask(svg_document(path, width, height), width, height)
     return (soft > 0.5).astype(np.uint8)
+
+
+def points_of(commands: Sequence[Command]) -> np.ndarray:
+    """Every point of the commands, control points included: float64 [n, 2]."""
+    values = itertools.chain.from_iterable(coords for _, coords in commands)
+    return np.fromiter(values, np.float64).reshape(-1, 2)
+
+
+def check_length(path: Path, width: int, height: int, limits: Limits) -> None:
+    """Raises ValueError for a path (pixels) that runs to and fro beyond ``max_path_length``.
+
+    What painting and tracing take grows with the pixels that the outline crosses, and few
+    segments can cross all of them. A curve crosses no line more often than its control polygon.
+    """
+    starts = np.cumsum([len(coords) // 2 for _, coords in path.commands])
+    moves = [
+        start - 1 for start, (name, _) in zip(starts, path.commands, strict=True) if name == "M"
+    ]
+    steps = np.abs(np.diff(np.clip(points_of(path.commands), 0, (width, height)), axis=0)).sum(1)
+    drawn = steps.sum() - steps[[move - 1 for move in moves if move]].sum()
+    if drawn > limits.max_path_length * (width + height):
+        raise ValueError(
+            f"the path is {drawn / (width + height):.0f} times as long as the image is wide and "
+            f"high; the limit is {limits.max_path_length}"
+        )
 
 
 TILE = 4096

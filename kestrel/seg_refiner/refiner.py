@@ -178,6 +178,7 @@ class SegmentRefiner:
         if bbox is None:
             raise _Stopped("no_path", "the model gave a path without a box")
         placed = place_path(path, bbox, width, height)
+        raster.check_length(placed, width, height, self.limits)
         return raster.rasterize(placed, width, height, self.config.rasterizer)
 
     def _refine(self, image: np.ndarray, coarse: np.ndarray) -> np.ndarray:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from kestrel.seg_refiner.box import mask_box, mask_iou
-from kestrel.seg_refiner.raster import Painter, load_rasterizer
+from kestrel.seg_refiner.raster import Painter, load_rasterizer, points_of
 from kestrel.svg import Command, Path, path_to_string, transform
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,11 @@ QUANTUM = 0.05
 
 FAITHFUL_IOU = 0.99
 """A trace that gives the mask back less well than this is made again with sharper corners."""
+
+FARTHEST = 1.0
+"""Pixels between a mask's outline and Potrace's before curves are joined (by ``opttolerance``):
+half of one for its polygon, half of one for a corner rounded within a unit square (sections 2.2
+and 2.3 of the paper)."""
 
 Tracer = Callable[[np.ndarray, int, float, float], list[Command]]
 """``(crop uint8 [h, w] 0/1, turdsize, alphamax, opttolerance) -> commands in pixels``, y down."""
@@ -99,27 +105,36 @@ def _faithful_trace(
     opttolerance: float,
 ) -> Path | None:
     """The smoothest of four traces that gives the crop back; the first if none does."""
+    height, width = crop.shape
     first = None
     for zoom, corners in ((1, alphamax), (1, alphamax / 2), (1, 0.0), (2, 0.0)):
         zoomed = crop if zoom == 1 else crop.repeat(zoom, axis=0).repeat(zoom, axis=1)
         commands = tracer(zoomed, turdsize * zoom**2, corners, opttolerance)
         if not commands:
             return first
-        path = _within(commands, crop.shape[1], crop.shape[0], zoom)
+        path = _within(commands, width, height, zoom)
         first = first or path
-        if mask_iou(crop, paint(path, crop.shape[1], crop.shape[0])) >= FAITHFUL_IOU:
+        if _surely_faithful(path, crop, opttolerance):
+            return path
+        if mask_iou(crop, paint(path, width, height)) >= FAITHFUL_IOU:
             return path
     return first
 
 
-def _within(commands: list[Command], width: int, height: int, zoom: int) -> Path:
+def _surely_faithful(path: Path, crop: np.ndarray, opttolerance: float) -> bool:
+    """Whether the object is so large for its outline that painting the path can be left out."""
+    points = points_of(path.commands)
+    # Steps between control points are no shorter than the curve; moves to the next piece only add.
+    length = float(np.hypot(*np.diff(points, axis=0).T).sum())
+    return bool(length * (FARTHEST + opttolerance) <= (1 - FAITHFUL_IOU) * np.count_nonzero(crop))
+
+
+def _within(commands: Sequence[Command], width: int, height: int, zoom: int) -> Path:
     """Unzoomed, and cut at the box: Potrace may fit a vertex up to half a pixel outside it."""
-    limit = (float(width), float(height))
+    points = np.clip(points_of(commands) / zoom, 0.0, (width, height))
+    values = iter(points.ravel().tolist())
     return Path(
-        tuple(
-            (name, tuple(min(limit[i & 1], max(0.0, v / zoom)) for i, v in enumerate(coords)))
-            for name, coords in commands
-        )
+        tuple((name, tuple(itertools.islice(values, len(coords)))) for name, coords in commands)
     )
 
 

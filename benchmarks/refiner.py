@@ -1,0 +1,374 @@
+"""The CPU half against the public engine's way: stage by stage, whole requests, a fresh process.
+
+    python benchmarks/refiner.py --out refiner.json
+
+Both run in one process on one thread, case by case in turn, so that the ratios hold on a machine
+whose clock wanders. Every case is checked: coarse masks against resvg's, traced paths against the
+public tracer's. Exits 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from kestrel.config import RefinerConfig
+from kestrel.seg_refiner import SegmentRefiner, bitmap_to_path
+from kestrel.seg_refiner.box import mask_iou
+from kestrel.seg_refiner.clean import clean_mask
+from kestrel.seg_refiner.png import _encode_mask_png_base64
+from kestrel.seg_refiner.raster import rasterize_relative
+from kestrel.seg_refiner.trace import load_tracer
+
+SIZES = ((640, 480), (1546, 1213), (4032, 3024))
+VERTICES = (8, 32, 200)
+COVERS = (0.01, 0.17, 0.6)
+STAGES = ("rasterise", "clean", "trace", "encode", "whole")
+WANTED = {(1546, 1213): 50, (4032, 3024): 100}
+"""How many times faster than the public way the whole is to be, by size."""
+MAX_DISAGREEMENT = 0.001
+"""Pixels of the coarse mask that may differ from resvg's, per pixel of the object."""
+MIN_TRACE_IOU = 0.995
+
+Bbox = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One outline with a hole, as a model would give it, on an image of so many pixels."""
+
+    width: int
+    height: int
+    vertices: int
+    cover: float
+    path: str
+    bbox: Bbox
+
+
+def outline(vertices: int, rng: np.random.Generator) -> np.ndarray:
+    """Float [vertices, 2] in 0..1: a rounded square with uneven rim."""
+    angle = (np.arange(vertices) + rng.uniform(0, 0.6, vertices)) * 2 * np.pi / vertices
+    unit = np.stack([np.cos(angle), np.sin(angle)], 1)
+    # A superellipse of exponent 8: it must fill its box to cover 60 % of an image.
+    reach = np.sum(unit**8, axis=1) ** (-1 / 8)
+    points = unit * (reach * (1 - 0.12 * rng.random(vertices)))[:, None]
+    low, high = points.min(0), points.max(0)
+    return (points - low) / (high - low)
+
+
+def area(points: np.ndarray) -> float:
+    """Shoelace formula; points in units of the box."""
+    x, y = points.T
+    return abs(float(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1)))) / 2
+
+
+def make_case(size: tuple[int, int], vertices: int, cover: float) -> Case:
+    rng = np.random.default_rng([*size, vertices, round(cover * 100)])
+    rim = outline(vertices, rng)
+    # A third as wide and the other way round, so that non-zero winding leaves it out.
+    hole = (outline(max(4, vertices // 4), rng) - 0.5)[::-1] / 3 + 0.5
+    side = (cover / (area(rim) - area(hole))) ** 0.5
+    x0, y0 = (1 - side) * rng.uniform(0.1, 0.9, 2)
+    path = "".join(
+        "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in points) + "Z" for points in (rim, hole)
+    )
+    bbox = {"x_min": x0, "y_min": y0, "x_max": x0 + side, "y_max": y0 + side}
+    return Case(*size, vertices, cover, path, bbox)
+
+
+def torn(coarse: np.ndarray, seed: int) -> np.ndarray:
+    """The mask with specks and pinholes, as a refinement leaves them for the clean-up."""
+    rng = np.random.default_rng(seed)
+    height, width = coarse.shape
+    mask = coarse.copy()
+    for _ in range(24):
+        x, y, r = rng.integers(width), rng.integers(height), 1 + width // 600
+        mask[max(0, y - r) : y + r, max(0, x - r) : x + r] ^= 1
+    return mask
+
+
+# --- the two pipelines, by the same four stages ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Functions of the stages; masks are uint8 [H, W], 0/1."""
+
+    rasterise: Callable[[str, Bbox, int, int], np.ndarray]
+    clean: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    trace: Callable[[np.ndarray], tuple[str, Bbox] | None]
+    encode: Callable[[np.ndarray], str]
+
+
+@dataclass
+class Run:
+    """Outputs of one pass and its milliseconds by stage."""
+
+    coarse: np.ndarray
+    clean: np.ndarray
+    traced: tuple[str, Bbox] | None
+    ms: dict[str, float]
+
+
+def run(pipeline: Pipeline, case: Case) -> Run:
+    ms: dict[str, float] = {}
+
+    def timed(stage: str, function: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        made = function(*args)
+        ms[stage] = ms.get(stage, 0.0) + (time.perf_counter() - began) * 1e3
+        return made
+
+    size = (case.width, case.height)
+    coarse = timed("rasterise", pipeline.rasterise, case.path, case.bbox, *size)
+    refined = torn(coarse, case.vertices)
+    cleaned = timed("clean", pipeline.clean, refined, coarse)
+    traced = timed("trace", pipeline.trace, cleaned)
+    for mask in (coarse, cleaned):
+        timed("encode", pipeline.encode, mask)
+    ms["whole"] = sum(ms.values())
+    return Run(coarse, cleaned, traced, ms)
+
+
+OURS = Pipeline(rasterize_relative, clean_mask, bitmap_to_path, _encode_mask_png_base64)
+
+
+def public_pipeline() -> Pipeline:
+    import public_refiner as public
+
+    return Pipeline(
+        public.rasterize, lambda mask, _coarse: public.clean(mask), public.trace, public.encode
+    )
+
+
+def compare(case: Case, public: Pipeline, rounds: int) -> dict[str, Any]:
+    """Median milliseconds and ratios of both, and how far their outputs agree."""
+    theirs, ours = [], []
+    for _ in range(rounds):
+        theirs.append(run(public, case))
+        # Ours takes a hundredth of the time: more passes, or one interruption would be the result.
+        ours.append(min((run(OURS, case) for _ in range(5)), key=lambda r: r.ms["whole"]))
+    row: dict[str, Any] = {
+        "size": [case.width, case.height],
+        "vertices": case.vertices,
+        "cover": case.cover,
+        "public_ms": {s: statistics.median(r.ms[s] for r in theirs) for s in STAGES},
+        "ours_ms": {s: statistics.median(r.ms[s] for r in ours) for s in STAGES},
+    }
+    row["ratio"] = {s: row["public_ms"][s] / row["ours_ms"][s] for s in STAGES}
+    return row | agreement(case, public, theirs[0], ours[0])
+
+
+def agreement(case: Case, public: Pipeline, theirs: Run, ours: Run) -> dict[str, Any]:
+    differing = int(np.count_nonzero(theirs.coarse != ours.coarse))
+    # Both trace the same mask: ours keeps small holes that the path drew, the public way does not.
+    reference = public.trace(ours.clean)
+    assert reference is not None and ours.traced is not None
+    again = [rasterize_relative(*t, case.width, case.height) for t in (reference, ours.traced)]
+    return {
+        "coarse_pixels": int(np.count_nonzero(theirs.coarse)),
+        "coarse_differing": differing,
+        "coarse_disagreement": differing / np.count_nonzero(theirs.coarse),
+        "trace_iou": mask_iou(*again),
+        "trace_iou_with_mask": mask_iou(again[1], ours.clean),
+    }
+
+
+# --- whole requests ----------------------------------------------------------------------------
+
+
+def photo(case: Case) -> bytes:
+    """A JPEG (quality 90) of a textured scene with the case's object in it."""
+    rng = np.random.default_rng(case.vertices)
+    size = (case.width, case.height)
+    light = cv2.resize(
+        rng.random((9, 11, 3)).astype(np.float32), size, interpolation=cv2.INTER_CUBIC
+    )
+    grain = cv2.GaussianBlur(rng.standard_normal((*size[::-1], 3)).astype(np.float32), (0, 0), 1.2)
+    scene = np.clip(255 * (0.15 + 0.5 * light + 0.1 * grain), 0, 255).astype(np.uint8)
+    inside = rasterize_relative(case.path, case.bbox, *size) > 0
+    scene[inside] = np.minimum(scene[inside].astype(np.int16) + 70, 255)
+    content = io.BytesIO()
+    Image.fromarray(scene).save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+def requests(size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+    """JPEG bytes in; path, and masks when asked for, out: both refiners in turn."""
+    case = make_case(size, 32, 0.17)
+    image = photo(case)
+    refiners = {name: SegmentRefiner(RefinerConfig(refiner=name)) for name in ("guided", "none")}
+    times: dict[tuple[str, bool], list[float]] = {
+        (n, m): [] for n in refiners for m in (False, True)
+    }
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in refiners}
+    for _ in range(rounds):
+        for (name, masks), seen in times.items():
+            began = time.perf_counter()
+            result = refiners[name].refine_encoded(image, case.path, case.bbox, return_base64=masks)
+            seen.append((time.perf_counter() - began) * 1e3)
+            assert result.reason == "refined", result.reason
+            if masks:
+                stages[name].append(result.timings_ms)
+    return [
+        {
+            "size": list(size),
+            "refiner": name,
+            "jpeg_bytes": len(image),
+            "path_ms": statistics.median(times[name, False]),
+            "path_and_masks_ms": statistics.median(times[name, True]),
+            # In pairs: what a slow moment adds, it adds to both.
+            "masks_cost_ms": statistics.median(
+                b - a for a, b in zip(times[name, False], times[name, True], strict=True)
+            ),
+            "stages_ms": {
+                s: statistics.median(t[s] for t in stages[name]) for s in stages[name][0]
+            },
+        }
+        for name in refiners
+    ]
+
+
+# --- a fresh process ---------------------------------------------------------------------------
+
+FRESH = """
+import json, resource, sys, time
+image, path, bbox = json.load(open(sys.argv[1]))
+import base64
+began = time.perf_counter()
+import cv2
+cv2.setNumThreads(1)
+from kestrel.seg_refiner import SegmentRefiner
+refiner = SegmentRefiner()
+ready = time.perf_counter()
+result = refiner.refine_encoded(base64.b64decode(image), path, bbox, return_base64=True)
+done = time.perf_counter()
+assert result.reason == "refined", result.reason
+resident = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
+print(json.dumps({
+    "import_s": ready - began,
+    "first_result_s": done - began,
+    "resident_mb": resident / 1024,
+    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "torch": "torch" in sys.modules,
+}))
+"""
+
+
+def fresh_process(size: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Seconds from import to the first result, and MiB, of a process that only refines."""
+    case = make_case(size, 32, 0.17)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder, "request.json")
+        image = base64.b64encode(photo(case)).decode()
+        asked.write_text(json.dumps([image, case.path, case.bbox]))
+        for _ in range(rounds):
+            began = time.perf_counter()
+            said = subprocess.run(
+                [sys.executable, "-c", FRESH, str(asked)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            runs.append(json.loads(said) | {"process_s": time.perf_counter() - began})
+    return {"size": list(size)} | {
+        key: statistics.median(r[key] for r in runs) for key in runs[0] if key != "torch"
+    }
+
+
+# --- report ------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {"cpu": names[0] if names else "unknown", "cores": len(os.sched_getaffinity(0))}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in ("numpy", "opencv-python-headless", "pillow", "resvg", "skia-python", "pypotrace"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def show_row(row: dict[str, Any]) -> None:
+    where = f"{row['size'][0]}x{row['size'][1]}"
+    head = f"{where:>10}{row['vertices']:5d}{row['cover']:6.0%}"
+    cells = "".join(
+        f"{row['public_ms'][s]:9.1f}{row['ours_ms'][s]:8.2f}{row['ratio'][s]:6.0f}x" for s in STAGES
+    )
+    print(
+        f"{head}{cells}{row['coarse_disagreement']:9.3%}{row['trace_iou']:8.4f}"
+        f"{row['trace_iou_with_mask']:8.4f}",
+        flush=True,
+    )
+
+
+def failures(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        name = f"{row['size']}, {row['vertices']} vertices, {row['cover']:.0%}"
+        if row["coarse_disagreement"] > MAX_DISAGREEMENT:
+            yield f"{name}: {row['coarse_differing']} pixels of the coarse mask differ"
+        if row["trace_iou"] < MIN_TRACE_IOU:
+            yield f"{name}: IoU of the traces is {row['trace_iou']:.4f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="passes of each case")
+    parser.add_argument("--sizes", nargs="+", default=["640x480", "1546x1213", "4032x3024"])
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--pypotrace", help="folder that pypotrace was installed into")
+    args = parser.parse_args()
+    if args.pypotrace:
+        sys.path.insert(0, args.pypotrace)
+    cv2.setNumThreads(1)
+    load_tracer()
+    public = public_pipeline()
+    from public_refiner import TRACER
+
+    print(f"public tracer: {TRACER}")
+    print(f"{'':21}" + "".join(f"{s + ': public, ours, ratio':>24}" for s in STAGES))
+    rows = []
+    sizes = [tuple(map(int, s.split("x"))) for s in args.sizes]
+    for size in sizes:
+        for vertices in VERTICES:
+            for cover in COVERS:
+                rows.append(compare(make_case(size, vertices, cover), public, args.rounds))
+                show_row(rows[-1])
+    for size in sizes:
+        for r in requests(size, 25):
+            print(r)
+    print(fresh_process((1546, 1213), 5))
+    bad = list(failures(rows))
+    print("\n".join(bad))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
