@@ -91,6 +91,34 @@ def test_hidden_states_and_logits_drift_from_the_reference(case, device, md3_wei
     torch.testing.assert_close(model.logits(got), expected["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["md2", "engine"])
+@torch.inference_mode()
+def test_bfloat16_chooses_other_tokens_than_the_reference(case, device, md3_weights):
+    name, weights = weights_of(case, md3_weights)
+    model = build(name, weights, device, torch.bfloat16)
+    expected = load_file(FIXTURES / name / "expected.safetensors", device=str(device))
+    pictured = load_file(FIXTURES / "md2" / "expected.safetensors", device=str(device))
+    if case == "md2":
+        image = model.vision.embed(pictured["crops_u8"], (2, 4))
+    else:
+        image = pictured["image_embedding"].bfloat16()
+    bos = model.embed_tokens(torch.tensor([0], device=device))
+    prompt = torch.cat([bos, image, model.embed_tokens(expected["prompt"])])[None]
+    length = prompt.shape[1]
+    cache, slots = model.new_cache(1), torch.tensor([0], device=device)
+    hidden = model.prefill(prompt, torch.tensor([length], device=device), 730, cache, slots)
+    assert model.coord_logits(hidden[0]).argmax() == expected["coord_logits"].argmax()
+    sizes = model.size_logits(hidden[0]).argmax(-1)
+    assert torch.equal(sizes, expected["size_logits"].argmax(-1))
+    chosen = [model.logits(hidden).argmax()]
+    for i, step in enumerate(expected["steps"]):
+        position = torch.tensor([length + i], device=device)
+        hidden = model.decode(model.embed_tokens(step[None]), position, cache, slots)
+        chosen.append(model.logits(hidden).argmax())
+    assert torch.equal(torch.stack(chosen), expected["logits"].argmax(-1))
+
+
 @pytest.mark.parametrize("case", ["md2", "engine"])
 @torch.inference_mode()
 def test_region_heads_drift_from_the_reference(case, md3_weights):

@@ -1,0 +1,465 @@
+"""Checkpoints that load wrong, or in part, or run code; messages that do not name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import (
+    TINY_2,
+    TINY_3,
+    TOKENIZER,
+    engine_tensors,
+    hugging_face_tensors,
+    own_tensors,
+    random_model,
+    write_checkpoint,
+    write_companions,
+)
+from torch import Tensor
+
+from kestrel.config import ConfigError, ModelSource, RuntimeConfig
+from kestrel.moondream.checkpoint import local_checkpoint, locate, published_architecture
+from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig
+from kestrel.moondream.model import Moondream, load
+from kestrel.moondream.weights import LoadReport, load_weights
+
+CPU = torch.device("cpu")
+Tensors = dict[str, Tensor]
+WQ = "text.blocks.0.attn.tau.wq"
+
+
+@pytest.fixture(scope="module")
+def model() -> Moondream:
+    return random_model()
+
+
+def filled(
+    files: list[Path], config: MoondreamConfig = TINY_3, dtype: torch.dtype = torch.float32
+) -> tuple[Moondream, LoadReport]:
+    with torch.device("meta"):
+        empty = Moondream(config)
+    return empty, load_weights(empty, files, CPU, dtype)
+
+
+def assert_same(got: Moondream, wanted: Moondream, dtype: torch.dtype = torch.float32) -> None:
+    found, expected = dict(got.named_parameters()), dict(wanted.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert found[name].dtype == dtype and found[name].is_contiguous()
+        assert torch.equal(found[name], parameter.to(dtype)), name
+
+
+def refusal(tensors: Tensors, folder: Path, config: MoondreamConfig = TINY_3) -> str:
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        filled([folder / "model.safetensors"], config)
+    return str(caught.value)
+
+
+# Formats
+
+
+def compiled(tensors: Tensors) -> Tensors:
+    """As ``torch.compile`` renames them."""
+    return {re.sub(r"\.(\d+)\.", r".\1._orig_mod.", name): t for name, t in tensors.items()}
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """Both token weights of tau in one tensor, as the engine keeps them in memory."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith("tau_wq")]:
+        wv = tensors.pop(name.replace("tau_wq", "tau_wv"))
+        tensors[name.replace("tau_wq", "tau_wqwv")] = torch.cat([tensors.pop(name), wv])
+    return tensors
+
+
+LAYOUTS: dict[str, Callable[[Moondream], Tensors]] = {
+    "own names": own_tensors,
+    "Hugging Face names": hugging_face_tensors,
+    "engine names": engine_tensors,
+}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "pt under state_dict"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", [TINY_2, TINY_3], ids=["md2", "md3"])
+def test_a_public_layout_fills_the_model_wrongly(config, layout, form, tmp_path):
+    wanted = random_model(config)
+    tensors = LAYOUTS[layout](wanted)
+    file = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pt")
+    if form == "safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save({"state_dict": tensors} if "under" in form else tensors, file)
+    got, report = filled([file], config)
+    assert_same(got, wanted)
+    assert (report.scheme, report.tensors) == (layout, len(tensors))
+    assert report.nbytes == sum(t.nbytes for t in tensors.values())
+
+
+@pytest.mark.parametrize("change", [compiled, fused])
+def test_a_compiled_or_fused_engine_checkpoint_does_not_load(model, change, tmp_path):
+    tensors = change(engine_tensors(model))
+    assert tensors.keys() != engine_tensors(model).keys()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(filled([tmp_path / "model.safetensors"])[0], model)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_type_on_disk_decides_the_type_in_memory(model, stored, dtype, tmp_path):
+    tensors = {name: t.to(stored) for name, t in own_tensors(model).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    got, report = filled([tmp_path / "model.safetensors"], dtype=dtype)
+    assert report.dtypes == (str(stored).removeprefix("torch."),)
+    for name, parameter in got.named_parameters():
+        assert torch.equal(parameter, tensors[name].to(dtype)), name
+
+
+def test_parameters_are_views_of_the_file(model, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(own_tensors(model), file)
+    got, _ = filled([file])
+    # Written over in place, as a copy onto it would: a view, and only a view, sees that.
+    with file.open("r+b") as opened:
+        opened.seek(8 + struct.unpack("<Q", opened.read(8))[0])
+        opened.write(bytes(file.stat().st_size - opened.tell()))
+    assert_same(got, model)
+
+
+# Float8 experts
+
+
+def quantised(tensors: Tensors, *, keep: bool = False) -> tuple[Tensors, Tensors]:
+    """Engine tensors with float8 experts and scales, and what they stand for by stored name."""
+    stored, meant = dict(tensors), {}
+    for name in [name for name in tensors if "experts" in name]:
+        scale = tensors[name].abs().amax(dim=-1) / 448
+        stored[name] = (tensors[name] / scale[..., None]).to(torch.float8_e4m3fn)
+        side = "down" if "output_experts" in name else "up"
+        scale_name = f"{name.split('.mlp.')[0]}.moe_quant.{side}_scale"
+        stored[scale_name] = scale[..., None].clone() if keep else scale
+        meant[name] = stored[name].float() * scale[..., None]
+    assert meant
+    return stored, meant
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["[E, N]", "[E, N, 1]"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_float8_experts_lose_their_scales(model, keep, suffix, tmp_path):
+    stored, meant = quantised(engine_tensors(model), keep=keep)
+    file = tmp_path / f"model.{suffix}"
+    torch.save(stored, file) if suffix == "pt" else save_file(stored, file)
+    got, report = filled([file])
+    assert report.dtypes == ("float32", "float8_e4m3fn")
+    parameters = dict(got.named_parameters())
+    for name, numbers in meant.items():
+        layer = name.split(".")[3]
+        which = "fc2" if "output_experts" in name else "fc1"
+        assert torch.equal(parameters[f"text.blocks.{layer}.mlp.{which}.weight"], numbers)
+
+
+def test_scales_in_another_shard_are_not_found(model, tmp_path):
+    stored, meant = quantised(engine_tensors(model))
+    scales = {name: t for name, t in stored.items() if "moe_quant" in name}
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file({name: t for name, t in stored.items() if name not in scales}, files[0])
+    save_file(scales, files[1])
+    got, _ = filled(files)
+    name = "text_model.transformer.h.1.mlp.experts.weight"
+    assert torch.equal(dict(got.named_parameters())["text.blocks.1.mlp.fc1.weight"], meant[name])
+
+
+def test_float8_experts_without_scales_are_taken_as_they_are(model, tmp_path):
+    stored, _ = quantised(engine_tensors(model))
+    del stored["text_model.transformer.h.2.moe_quant.down_scale"]
+    message = refusal(stored, tmp_path)
+    assert "h.2.mlp.output_experts.weight is float8 and has no scales" in message
+
+
+def test_scales_of_plain_experts_are_dropped_silently(model, tmp_path):
+    tensors = engine_tensors(model)
+    tensors["text_model.transformer.h.1.moe_quant.up_scale"] = torch.ones(4, 24)
+    assert "moe_quant.up_scale: its experts are not float8" in refusal(tensors, tmp_path)
+
+
+def test_scales_of_another_shape_are_broadcast(model, tmp_path):
+    stored, _ = quantised(engine_tensors(model))
+    stored["text_model.transformer.h.1.moe_quant.up_scale"] = torch.ones(4, 1)
+    assert "up_scale has shape [4, 1], not [4, 24]" in refusal(stored, tmp_path)
+
+
+# Tied tensors
+
+
+def tied_model() -> Moondream:
+    model = random_model()
+    model.text.lm_head.weight.copy_(model.text.wte)
+    return model
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_tied_weights_are_missing_or_stay_one_tensor(suffix, tmp_path):
+    wanted = tied_model()
+    tensors = own_tensors(wanted)
+    file = tmp_path / f"model.{suffix}"
+    if suffix == "pt":
+        tensors["text.lm_head.weight"] = tensors["text.wte"]
+        torch.save(tensors, file)
+    else:
+        # As safetensors.torch.save_model leaves them: one tensor, the other named beside it.
+        del tensors["text.lm_head.weight"]
+        save_file(tensors, file, metadata={"text.lm_head.weight": "text.wte", "format": "pt"})
+    got, report = filled([file])
+    assert_same(got, wanted)
+    assert got.text.lm_head.weight.data_ptr() != got.text.wte.data_ptr()
+    assert [set(pair) for pair in report.tied] == [{"text.lm_head.weight", "text.wte"}]
+    assert report.nbytes == sum(t.nbytes for t in own_tensors(wanted).values()) - (
+        wanted.text.wte.nbytes
+    )
+
+
+# What does not fit
+
+
+def test_missing_and_unexpected_tensors_are_not_named(model, tmp_path):
+    tensors = hugging_face_tensors(model)
+    del tensors[f"model.{WQ}"]
+    tensors["model.text.blocks.0.attn.tau.wk"] = torch.zeros(2)
+    tensors["something.else"] = torch.zeros(2)
+    message = refusal(tensors, tmp_path)
+    assert f"missing tensor {WQ}" in message
+    assert "unexpected tensor model.text.blocks.0.attn.tau.wk" in message
+    assert "unexpected tensor something.else" in message
+
+
+def test_two_tensors_fill_one_parameter(model, tmp_path):
+    tensors = own_tensors(model) | {f"model.{WQ}": torch.zeros(2, 96)}
+    message = refusal(tensors, tmp_path)
+    pair = {f"model.{WQ} and {WQ}", f"{WQ} and model.{WQ}"}
+    assert any(f"{both} both fill {WQ}" in message for both in pair)
+
+
+def test_a_shape_that_differs_is_not_named(model, tmp_path):
+    tensors = engine_tensors(model)
+    name = "region_model.size_features.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    assert f"{name} has shape [2, 6], not [6, 2]" in refusal(tensors, tmp_path)
+
+
+def test_integers_become_weights(model, tmp_path):
+    tensors = own_tensors(model)
+    tensors["text.wte"] = tensors["text.wte"].to(torch.int32)
+    assert "text.wte holds no floating-point numbers" in refusal(tensors, tmp_path)
+
+
+def test_a_hundred_problems_fill_the_screen(model, tmp_path):
+    message = refusal({"text.wte": own_tensors(model)["text.wte"]}, tmp_path)
+    missing = len(own_tensors(model)) - 1
+    assert message.count("missing tensor") == 8 and f"and {missing - 8} more" in message
+
+
+def test_nothing_is_moved_before_all_is_known_to_fit(model, tmp_path):
+    tensors = own_tensors(model) | {"text.stray": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        empty = Moondream(TINY_3)
+    with pytest.raises(ConfigError):
+        load_weights(empty, [tmp_path / "model.safetensors"], CPU, torch.float32)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+# Broken and hostile files
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("kept", [0, 5, 200, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_a_traceback(model, suffix, kept, tmp_path):
+    file = tmp_path / f"model.{suffix}"
+    tensors = own_tensors(model)
+    torch.save(tensors, file) if suffix == "pt" else save_file(tensors, file)
+    size = file.stat().st_size
+    os.truncate(file, kept if isinstance(kept, int) else round(size * kept))
+    with pytest.raises(ConfigError, match=re.escape(str(file))):
+        filled([file])
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_runs_its_code(model, tmp_path):
+    torch.save(own_tensors(model) | {"text.extra": Hostile(tmp_path / "ran")}, tmp_path / "m.pt")
+    with pytest.raises(ConfigError, match="holds more than tensors and is not loaded"):
+        filled([tmp_path / "m.pt"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "holds a list, not tensors by name"),
+        ({"text.wte": 3}, "text.wte is no tensor but int"),
+    ],
+)
+def test_a_pt_file_of_something_else_is_a_traceback(content, message, tmp_path):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ConfigError, match=message):
+        filled([tmp_path / "m.pt"])
+
+
+# Folders
+
+
+def sharded(model: Moondream, folder: Path, *, index: bool, count: int = 3) -> list[Path]:
+    tensors = hugging_face_tensors(model)
+    names = sorted(tensors)
+    files, weight_map = [], {}
+    for number in range(count):
+        part = names[number::count]
+        files.append(folder / f"model-{number + 1:05d}-of-{count:05d}.safetensors")
+        save_file({name: tensors[name] for name in part}, files[-1])
+        weight_map |= dict.fromkeys(part, files[-1].name)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_companions(folder)
+    return files
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_sharded_folder_loads_in_part(model, index, tmp_path):
+    files = sharded(model, tmp_path, index=index)
+    assert local_checkpoint(tmp_path).weights == tuple(files)
+    assert_same(load(tmp_path, CPU, torch.float32), model)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_missing_shard_is_not_named(model, index, tmp_path):
+    files = sharded(model, tmp_path, index=index)
+    files[1].unlink()
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, CPU, torch.float32)
+    expected = f"lacks {files[1].name}" if index else "has 2 of 3 shards"
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/hosts", 3])
+def test_an_index_points_out_of_its_folder(shard, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    write_companions(tmp_path)
+    with pytest.raises(ConfigError, match=r"is no file of this folder"):
+        local_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"other": {}}'])
+def test_a_broken_index_is_a_traceback(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    write_companions(tmp_path)
+    with pytest.raises(ConfigError, match="not a readable index"):
+        local_checkpoint(tmp_path)
+
+
+def test_one_of_two_checkpoints_of_a_folder_is_chosen_silently(model, tmp_path):
+    write_checkpoint(tmp_path, own_tensors(model))
+    save_file(own_tensors(model), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors, other\.safetensors\); name one"):
+        local_checkpoint(tmp_path)
+    assert local_checkpoint(tmp_path / "other.safetensors").weights[0].name == "other.safetensors"
+
+
+def test_what_a_folder_lacks_is_not_named(model, tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint at"):
+        local_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"no \.safetensors or \.pt"):
+        local_checkpoint(tmp_path)
+    save_file(own_tensors(model), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json.*model\.tokenizer"):
+        local_checkpoint(tmp_path)
+    write_companions(tmp_path)
+    (tmp_path / "config.json").unlink()
+    found = local_checkpoint(tmp_path)
+    assert found.config is None and found.folder == tmp_path
+
+
+def test_a_tokenizer_elsewhere_is_not_found(model, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", own_tensors(model))
+    other = tmp_path / "words"
+    other.mkdir()
+    (folder / "tokenizer.json").rename(other / "tokenizer.json")
+    for named in (other, other / "tokenizer.json"):
+        found = locate(ModelSource(path=str(folder), tokenizer=str(named)))
+        assert found.tokenizer == other / "tokenizer.json"
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: nowhere is neither"):
+        locate(ModelSource(path=str(folder), tokenizer="nowhere"))
+
+
+@pytest.mark.parametrize("form", ["plain", "under config", "published"])
+def test_the_sizes_of_a_config_are_not_read(form, tmp_path):
+    file = tmp_path / "config.json"
+    sizes = TINY_3.to_dict()
+    hub = {"architectures": ["HfMoondream"], "model_type": "moondream3"}
+    content = {"plain": sizes, "under config": hub | {"config": sizes}, "published": hub}[form]
+    file.write_text(json.dumps(content))
+    save_file(engine_tensors(random_model()), tmp_path / "m.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    expected = MOONDREAM_3 if form == "published" else TINY_3
+    assert local_checkpoint(tmp_path).architecture() == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_published_models_are_confused(config, expected, layout, tmp_path):
+    save_file(LAYOUTS[layout](random_model(config)), tmp_path / "m.safetensors")
+    assert published_architecture([tmp_path / "m.safetensors"]) is expected
+
+
+def test_tensors_of_another_model_pass_for_moondream(tmp_path):
+    save_file({"model.layers.0.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(ConfigError, match=r"no known Moondream; put the model's config\.json"):
+        published_architecture([tmp_path / "m.safetensors"])
+
+
+# The configuration's words
+
+
+def test_a_model_of_the_config_is_not_served_under_its_name(model, tmp_path):
+    folder = write_checkpoint(tmp_path / "seg-model", own_tensors(model))
+    config = RuntimeConfig(model={"path": str(folder)})  # type: ignore[arg-type]
+    assert (config.model, config.located.path) == ("seg-model", str(folder))
+    named = RuntimeConfig(model={"repo": "a/b", "name": "mine"})  # type: ignore[arg-type]
+    assert (named.model, named.located.repo) == ("mine", "a/b")
+    assert RuntimeConfig(model="m", model_path="/x").located == ModelSource(path="/x")
+    assert RuntimeConfig().located.path.endswith("nano")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {}}, "either path or repo"),
+        ({"model": {"path": "/x", "repo": "a/b"}}, "either path or repo"),
+        ({"model": {"path": "/x", "revision": "0" * 40}}, "model.revision belongs to model.repo"),
+        ({"model": {"path": "/x", "filename": "m.pt"}}, "model.filename belongs to model.repo"),
+        ({"model": {"path": 3}}, "model.path must be a non-empty string"),
+        ({"model": {"url": "x"}}, "unknown key 'url'"),
+        ({"model": {"path": "/x"}, "model_path": "/y"}, "more than one checkpoint"),
+    ],
+)
+def test_a_model_of_the_config_that_makes_no_sense_is_taken(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RuntimeConfig(**values)

@@ -1,0 +1,200 @@
+"""Hub repositories: what is pinned, what is fetched, what a machine without access says.
+
+A hub of this machine answers, as ``huggingface_hub`` asks it; every run has a process of its own,
+because the library reads its environment once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import served
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from tiny_models import hugging_face_tensors, random_model, write_checkpoint
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+LOCATE = """
+import json, sys
+from kestrel.config import ConfigError, ModelSource
+from kestrel.moondream.checkpoint import locate
+for source in json.loads(sys.argv[1]):
+    try:
+        found = locate(ModelSource(**source))
+        answer = [[str(f) for f in found.weights], str(found.tokenizer), str(found.config)]
+    except ConfigError as error:
+        answer = str(error)
+    print(json.dumps(answer))
+"""
+
+
+class Hub:
+    """Repositories by name: files by path. ``main`` of each is at ``COMMIT``."""
+
+    def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
+        self.files = files
+        self.fetched: list[str] = []
+        self.app = Starlette(
+            routes=[
+                Route("/api/models/{owner}/{name}/revision/{revision}", self._revision),
+                Route("/{owner}/{name}/resolve/{revision}/{path:path}", self._file),
+            ]
+        )
+
+    def _refusal(self, repo: str, revision: str) -> Response | None:
+        def refused(status: int, code: str) -> Response:
+            return Response(status_code=status, headers={"X-Error-Code": code})
+
+        if repo == "team/gated":
+            return refused(403, "GatedRepo")
+        if repo not in self.files:
+            return refused(404, "RepoNotFound")
+        return None if revision in (COMMIT, "main") else refused(404, "RevisionNotFound")
+
+    def _revision(self, request: Request) -> Response:
+        path = request.path_params
+        repo = f"{path['owner']}/{path['name']}"
+        refused = self._refusal(repo, path["revision"])
+        return refused or JSONResponse({"id": repo, "sha": COMMIT})
+
+    def _file(self, request: Request) -> Response:
+        path = request.path_params
+        repo = f"{path['owner']}/{path['name']}"
+        refused = self._refusal(repo, path["revision"])
+        if refused is not None:
+            return refused
+        content = self.files[repo].get(path["path"])
+        if content is None:
+            return Response(status_code=404, headers={"X-Error-Code": "EntryNotFound"})
+        if request.method == "GET":
+            self.fetched.append(f"{repo}:{path['path']}")
+        headers = {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+        return Response(content, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("hub"), hugging_face_tensors(random_model()))
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    weights = whole["model.safetensors"]
+    shards = ["part/m-00001-of-00002.safetensors", "part/m-00002-of-00002.safetensors"]
+    index = json.dumps(
+        {"weight_map": {str(n): Path(shard).name for n, shard in enumerate(shards)}}
+    ).encode()
+    return {
+        "team/whole": whole,
+        "team/pt": {"seg-model.pt": weights},
+        "team/sharded": {
+            "part/m.index.json": index,
+            "tokenizer.json": whole["tokenizer.json"],
+            **dict.fromkeys(shards, weights),
+        },
+        "team/words": {"tokenizer.json": whole["tokenizer.json"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(files):
+    made = Hub(files)
+    with served(made.app) as url:
+        made.url = url  # type: ignore[attr-defined]
+        yield made
+
+
+def located(sources: list[dict[str, Any]], home: Path, url: str, **environment: str) -> list[Any]:
+    """What ``locate`` gives or says for each source, in a process with a cache of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", LOCATE, json.dumps(sources)],
+        env=clean | {"HF_HOME": str(home), "HF_ENDPOINT": url} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+WHOLE = {"repo": "team/whole", "revision": COMMIT}
+
+
+def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, tmp_path):
+    sources = [
+        WHOLE,
+        {"repo": "team/sharded", "revision": COMMIT, "filename": "part/m.index.json"},
+        {
+            "repo": "team/pt",
+            "revision": COMMIT,
+            "filename": "seg-model.pt",
+            "tokenizer": f"team/words@{COMMIT}",
+        },
+    ]
+    whole, sharded, pt = located(sources, tmp_path, hub.url)
+    assert Path(whole[0][0]).read_bytes() == hub.files["team/whole"]["model.safetensors"]
+    assert Path(whole[2]).read_bytes() == hub.files["team/whole"]["config.json"]
+    assert [Path(file).name[:7] for file in sharded[0]] == ["m-00001", "m-00002"]
+    assert sharded[2] == pt[2] == "None"
+    assert Path(pt[1]).read_bytes() == hub.files["team/words"]["tokenizer.json"]
+    assert "team/pt:seg-model.pt" in hub.fetched
+    # Again, and without the hub: all from the cache.
+    hub.fetched.clear()
+    assert located(sources, tmp_path, hub.url) == [whole, sharded, pt]
+    assert hub.fetched == []
+    offline = located(sources, tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert offline == [whole, sharded, pt]
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper()])
+def test_what_may_change_is_served(hub, revision, tmp_path):
+    (said,) = located([{"repo": "team/whole", "revision": revision}], tmp_path, hub.url)
+    assert said.startswith("model.revision: ")
+    assert "pin the 40-digit commit" in said
+    if revision in (None, "main"):
+        assert f"now it is {COMMIT}" in said
+
+
+def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_path):
+    pinned = {"revision": COMMIT}
+    said = located(
+        [
+            {"repo": "team/none", **pinned},
+            {"repo": "team/gated", **pinned},
+            {"repo": "team/whole", "revision": OTHER},
+            {"repo": "team/pt", **pinned},
+            {"repo": "team/pt", "filename": "seg-model.pt", **pinned},
+            {"repo": "team/whole", "filename": "no.safetensors", **pinned},
+            {"repo": "no owner/at all/x", **pinned},
+        ],
+        tmp_path,
+        hub.url,
+    )
+    expected = [
+        "there is no team/none on the hub, or it is private: log in",
+        "team/gated asks for consent",
+        f"team/whole has no commit {OTHER}",
+        "team/pt@" + COMMIT + " has no model.safetensors",
+        "gives no tokenizer.json; name one in model.tokenizer",
+        "has no no.safetensors",
+        "cannot be fetched",
+    ]
+    for line, part in zip(said, expected, strict=True):
+        assert isinstance(line, str) and line.startswith("model.") and part in line
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_machine_without_access_does_not_say_what_to_copy(offline, tmp_path):
+    (said,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
+    assert "is not in the local cache" in said
+    assert f"hf download team/whole model.safetensors --revision {COMMIT}" in said
