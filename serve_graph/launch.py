@@ -35,6 +35,22 @@ FAST_SERVE = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 
+PATIENCE = {
+    # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
+    # where all cores are taken, and Serve then refuses the config.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+
+STEADY_CLIENT = {
+    # The Ray Client server forks a process for each client that connects. gRPC's fork handlers
+    # take locks that other threads hold at that moment: the child then aborts before it runs
+    # ("Starting Ray client server failed"), one connection in seven on two busy cores. Nothing
+    # goes on calling gRPC after a fork, so that it needs no handlers.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    # How long that process may take to listen, seconds; Ray's 30 are short on a busy machine.
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+}
+
 LOOPBACK = {
     # Ray's own switch for clusters that must not leave the machine: every daemon then binds
     # 127.0.0.1 in place of the machine's address. Drivers need it too (see client.py).
@@ -109,7 +125,13 @@ class LocalCluster:
         self.gcs_port = free_port()
         self.client_port = client_port or free_port()
         self.dashboard_port = dashboard_port or free_port()
-        self.variables = {**FAST_SERVE, **LOOPBACK, **(environment or {})}
+        self.variables = {
+            **FAST_SERVE,
+            **PATIENCE,
+            **STEADY_CLIENT,
+            **LOOPBACK,
+            **(environment or {}),
+        }
         if "RAY_AUTH_TOKEN" not in self.variables:
             self.variables.update(token_variables(self.dir))
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
@@ -182,14 +204,27 @@ class LocalCluster:
             self.stop(keep_logs=True)
             raise
 
-    def deploy(self, config: dict[str, Any]) -> None:
-        """Hand a Serve config to the cluster, like ``serve deploy``; it becomes ready later."""
+    def deploy(self, config: dict[str, Any], timeout_s: float = 180.0) -> None:
+        """Hand a Serve config to the cluster, like ``serve deploy``; it becomes ready later.
+
+        Tried again while Serve itself is still starting. LaunchError when it refuses the config.
+        """
         url = f"{self.dashboard}/api/serve/applications/"
-        try:
-            self._call(url, method="PUT", body=json.dumps(config).encode(), timeout_s=60)
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")
-            raise LaunchError(f"Serve refused the config: {reason}") from error
+        body = json.dumps(config).encode()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._call(url, method="PUT", body=body, timeout_s=timeout_s)
+                return
+            except urllib.error.HTTPError as error:
+                if error.code < 500 or time.monotonic() > deadline:
+                    reason = error.read().decode(errors="replace")
+                    raise LaunchError(f"Serve refused the config: {reason}") from error
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise LaunchError(f"Serve does not take the config: {error}") from error
+            self.check()
+            time.sleep(1.0)
 
     def wait_ready(
         self, url: str, timeout_s: float = 300.0, stop: threading.Event | None = None
