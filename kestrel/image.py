@@ -126,7 +126,10 @@ def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
     """
     if opened.format != "JPEG" or opened.mode != "RGB" or content[-2:] != _END_OF_JPEG:
         return None
-    import cv2
+    try:
+        import cv2
+    except ImportError:
+        return None
 
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)

@@ -3,6 +3,7 @@ and settings that drifted from configs/cluster.yaml."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import fnmatch
 import gzip
@@ -11,7 +12,6 @@ import math
 import re
 import subprocess
 import sys
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ import jsonschema
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest.importorskip("ray.serve")
 
@@ -27,7 +34,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import kestrel
 from serve_graph.args import GraphArgs
-from serve_graph.launch import FAST_SERVE
+from serve_graph.launch import FAST_SERVE, STEADY_CLIENT
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -294,20 +301,71 @@ def test_everything_copied_is_in_the_repository_and_in_the_build_context(half):
 def test_images_set_what_ray_reads_when_it_starts_alike(half):
     (text,) = values(stages(half)[-1], "ENV")
     environment = dict(pair.split("=") for pair in text.split())
-    assert FAST_SERVE.items() <= environment.items()
+    assert (FAST_SERVE | STEADY_CLIENT).items() <= environment.items()
     assert environment["RAY_AUTH_MODE"] == "token"
 
 
 def test_installed_packages_are_pinned_and_declared(half):
-    declared = [
-        line
-        for line in requires("kestrel-segment-serve") or ()
-        if "extra" not in line or "serve" in line.split("extra")[1]
-    ]
-    names = {re.split(r"[\[>=<;\s]", line)[0].lower() for line in declared}
-    for name in requirements(half):
-        assert name.lower().split("[")[0] in pins(), name
-        assert name.split("[")[0] in names or name == "tqdm", name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["serve"]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    pinned = {canonicalize_name(name) for name in pins()}
+    for line in requirements(half):
+        assert canonicalize_name(Requirement(line).name) in declared & pinned
+
+
+MODULES = {
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "potracer": "potrace",
+    "ray[serve]": "ray",
+    "skia-python": "skia",
+}
+"""Names that packages are imported by, where those are others."""
+
+
+def imported(roots: list[str], others: str) -> set[str]:
+    """Top-level names of what ``roots`` import, at any depth and in functions too, but not for
+    types alone; modules that begin with ``others`` are not followed."""
+    found, seen, left = set(), set(), list(roots)
+    while left:
+        module = left.pop()
+        path = ROOT / Path(*module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if module in seen or module.startswith(others) or not path.is_file():
+            continue
+        seen.add(module)
+        tree = ast.parse(path.read_text())
+        types_only = [
+            statement
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for statement in node.body
+        ]
+        for node in ast.walk(tree):
+            if node in types_only or not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            for name in names:
+                found.add(name.split(".")[0])
+                left += [name] if name.split(".")[0] in ("kestrel", "serve_graph") else []
+    return found - set(sys.stdlib_module_names) - {"kestrel", "serve_graph"}
+
+
+def test_an_image_has_what_its_half_imports_however_late(half):
+    roots = ["serve_graph.app", "serve_graph.ingress", f"serve_graph.{half}"]
+    others = {
+        "model": ("kestrel.seg_refiner.", "serve_graph.refiner"),
+        "refiner": ("kestrel.engine", "kestrel.moondream", "serve_graph.model"),
+    }[half]
+    needed = imported(roots, others)
+    there = {MODULES.get(name, name) for name in requirements(half)}
+    brought_by_ray = {"pydantic"}
+    optional = {"resvg"}  # the second rasteriser, and not for ARM
+    assert needed - there - brought_by_ray - optional == set()
+    assert there - needed - {"ray"} == set(), "the image holds what its half never imports"
 
 
 def test_only_the_model_image_has_torch_and_only_the_refiner_image_potrace():
@@ -349,10 +407,9 @@ RefinerDeployment(RefinerConfig(), Limits(), 1)
 )
 def test_a_half_runs_with_the_packages_of_its_image_alone(half, program):
     """The packages that only the other image names are away, and it does its self-check."""
-    modules = {"opencv-python-headless": "cv2", "skia-python": "skia", "potracer": "potrace"}
     other = {"model": "refiner", "refiner": "model"}[half]
-    away = set(requirements(other)) - set(requirements(half)) - {"tqdm"}
-    missing = {modules.get(name, name) for name in away} | {"resvg"}
+    away = set(requirements(other)) - set(requirements(half))
+    missing = {MODULES.get(name, name) for name in away} | {"resvg"}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(missing=missing) + program],
         capture_output=True,

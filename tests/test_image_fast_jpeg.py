@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_a_file_that_does_not_end_as_a_jpeg_is_left_to_pillow() -> None:
     # Cut in its last tenth: every header is there, pixels are missing.
     with pytest.raises(InvalidRequest):
         decode(whole[: -len(whole) // 10])
+
+
+def test_without_opencv_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    content = turned(6)
+    assert not taken_fast(content)
+    assert np.array_equal(decode(content), by_pillow(content))
 
 
 def test_arrays_of_the_fast_decoder_can_be_written_to() -> None:
