@@ -83,7 +83,7 @@ class GraphBackend:
     ) -> SegmentRefineBitmapsResult:
         if request.image is None:
             refined = SegmentRefineBitmapsResult(reason="no_image")
-        elif not model.path:
+        elif not model.refinable:
             refined = SegmentRefineBitmapsResult(reason="no_path")
         else:
             try:

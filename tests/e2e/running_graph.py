@@ -15,7 +15,7 @@ import httpx
 from serve_graph.launch import REPOSITORY, LocalCluster
 
 KEY = "a-key-for-the-tests"
-REFINE_TIMEOUT_S = 5.0
+REFINE_TIMEOUT_S = 10.0
 
 
 class Driver:

@@ -130,6 +130,23 @@ def test_without_return_base64_no_mask_is_encoded_or_sent(
     assert graph.count("Refiner", "encoded") == encoded
 
 
+def test_answer_that_is_cut_off_is_no_path_and_nobody_refines_it(
+    graph: Graph, samples: list[Sample]
+) -> None:
+    cut = {"return_base64": True, "settings": {"max_tokens": 20}}
+    answered = graph.count("Refiner", "answered")
+    plain = graph.http.post("/v1/segment", json=body(samples[0], **cut)).json()
+    request = body(samples[0], stream=True, **cut)
+    with graph.http.stream("POST", "/v1/segment", json=request) as response:
+        first, *deltas, final = sse(response)
+    assert first["bbox"] == plain["bbox"] and deltas
+    assert without_times(final) == without_times(plain)
+    assert (plain["path"], plain["finish_reason"]) == ("", "length")
+    assert "20 tokens" in plain["parse_error"]
+    assert not any("mask" in key for key in plain)
+    assert graph.count("Refiner", "answered") == answered
+
+
 def test_refiner_replicas_never_load_torch(graph: Graph) -> None:
     stats = graph.stats()
     assert len(stats["Refiner"]) == 2
@@ -287,10 +304,11 @@ def test_without_a_refiner_the_path_is_the_model_s_and_masks_are_a_503(
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
+        requests = [body(samples[0]), body(samples[0], return_base64=True)]
         began = time.monotonic()
-        plain = graph.http.post("/v1/segment", json=body(samples[0]))
+        with ThreadPoolExecutor(2) as pool:
+            plain, masks = pool.map(lambda r: graph.http.post("/v1/segment", json=r), requests)
         assert time.monotonic() - began < REFINE_TIMEOUT_S + 20
-        masks = graph.http.post("/v1/segment", json=body(samples[0], return_base64=True))
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
