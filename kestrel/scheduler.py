@@ -162,12 +162,18 @@ class Scheduler:
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
-        """Waiting and running requests, slots, and counts of outcomes, steps and tokens."""
+        """Waiting and running requests, slots, the mean ``seconds`` of a request in its slot,
+        ``left_s``: how long the running ones are still expected to take on average; and counts of
+        outcomes, steps and tokens."""
         with self._wake:
+            now = time.monotonic()
+            left = [max(0.0, self._seconds - (now - job.admitted)) for job in self._jobs()]
             return {
                 "waiting": len(self._waiting),
                 "running": len(self._batch.rows),
                 "slots": self._config.max_batch_size,
+                "seconds": self._seconds,
+                "left_s": sum(left) / len(left) if left else self._seconds,
                 **self.counts,
             }
 

@@ -23,7 +23,9 @@ def build(args: GraphArgs) -> Application:
     Serve validates ``args`` before the call: an unknown key or a value out of range raises
     ``pydantic.ValidationError`` and nothing is deployed.
     """
-    model = serve.deployment(name="Model", **args.model_pool.options())(ModelDeployment)
+    # A policy that looks ahead for the refiners sees the model pool, of fixed size or not.
+    model_options = args.model_pool.options(watched=args.refiner_pool.scales)
+    model = serve.deployment(name="Model", **model_options)(ModelDeployment)
     refiner = serve.deployment(name="Refiner", **args.refiner_pool.options())(RefinerDeployment)
     ingress = serve.deployment(name="Ingress", **args.ingress_pool.options())(
         serve.ingress()(IngressDeployment)

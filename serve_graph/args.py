@@ -19,8 +19,9 @@ class Pool(BaseModel):
     """Logical CPUs that one replica reserves (0: none, it is only placed by memory)."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that one replica reserves; a fraction shares a GPU between replicas."""
-    min_replicas: int = Field(default=1, ge=1)
-    """Replicas kept when idle. At least 1: a cold start is longer than any deadline."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Replicas kept when idle. At least 1, but for refiners: a model takes longer to load than any
+    request waits."""
     max_replicas: int = Field(default=1, ge=1)
     """Replicas at most. Equal to ``min_replicas``: a fixed pool, no autoscaling."""
     target_ongoing_requests: float = Field(default=2.0, gt=0)
@@ -29,6 +30,10 @@ class Pool(BaseModel):
     """Load must stay high this long before a replica is added, seconds."""
     downscale_delay_s: float = Field(default=300.0, ge=0)
     """Load must stay low this long before a replica is removed, seconds."""
+    metrics_interval_s: float = Field(default=2.0, gt=0)
+    """How often load is reported to the autoscaler, seconds."""
+    look_back_period_s: float = Field(default=10.0, gt=0)
+    """The autoscaler sees the mean load of this long, seconds."""
     max_ongoing_requests: int = Field(default=16, ge=1)
     """Requests that one replica runs at once."""
     max_queued_requests: int = Field(default=64, ge=1)
@@ -48,8 +53,17 @@ class Pool(BaseModel):
             raise ValueError("max_replicas must be at least min_replicas")
         return self
 
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of ``serve.deployment`` that give this pool."""
+    @property
+    def scales(self) -> bool:
+        """Whether the number of replicas changes with the load."""
+        return self.max_replicas > self.min_replicas
+
+    def options(self, *, watched: bool = False) -> dict[str, Any]:
+        """The keyword arguments of ``serve.deployment`` that give this pool.
+
+        ``watched``: report load to the autoscaler even from a pool of fixed size, for the policies
+        of others.
+        """
         options: dict[str, Any] = {
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
@@ -63,16 +77,51 @@ class Pool(BaseModel):
                 "resources": dict(self.resources),
             },
         }
-        if self.max_replicas > self.min_replicas:
+        if self.scales or watched:
             options["autoscaling_config"] = {
                 "min_replicas": self.min_replicas,
                 "max_replicas": self.max_replicas,
                 "target_ongoing_requests": self.target_ongoing_requests,
                 "upscale_delay_s": self.upscale_delay_s,
                 "downscale_delay_s": self.downscale_delay_s,
+                "metrics_interval_s": self.metrics_interval_s,
+                "look_back_period_s": self.look_back_period_s,
             }
         else:
             options["num_replicas"] = self.min_replicas
+        return options
+
+
+class LookAhead(BaseModel):
+    """Aims of the look-ahead policy, for the refiner pool of an application that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start_s: float = Field(default=10.0, gt=0)
+    """How long a refiner takes from the decision to its first request, seconds: how far ahead the
+    policy looks."""
+    drain_s: float = Field(default=5.0, gt=0)
+    """A queue should be gone this long after the replicas for it have started, seconds."""
+    busy_target: float = Field(default=0.7, gt=0, le=1)
+    """Part of their time that refiners should be busy at a steady load."""
+    busy_s: float = Field(default=0.2, gt=0)
+    """Seconds of one replica per refinement, until a refiner has measured it."""
+
+
+class RefinerPool(Pool):
+    """The refiner pool; it may shrink to nothing."""
+
+    max_ongoing_requests: int = Field(default=2, ge=1)
+    """Requests that one replica runs at once: its threads."""
+    lookahead: LookAhead = LookAhead()
+    """Used where the application's ``autoscaling_policy`` is ``serve_graph.autoscaling:Policy``."""
+
+    def options(self, *, watched: bool = False) -> dict[str, Any]:
+        options = super().options(watched=watched)
+        if "autoscaling_config" in options:
+            # Read by serve_graph.autoscaling; the function itself is Serve's default.
+            policy = {"policy_kwargs": self.lookahead.model_dump()}
+            options["autoscaling_config"]["policy"] = policy
         return options
 
 
@@ -99,7 +148,7 @@ class GraphArgs(BaseModel):
     """Seconds that a request waits for its refinement before it goes on without one."""
     ingress_pool: Pool = Pool(num_cpus=0.5, max_ongoing_requests=256, max_queued_requests=512)
     model_pool: Pool = Pool()
-    refiner_pool: Pool = Pool(max_ongoing_requests=2)
+    refiner_pool: RefinerPool = RefinerPool()
 
     @field_validator("runtime", mode="before")
     @classmethod
@@ -133,6 +182,9 @@ class GraphArgs(BaseModel):
                 f"not exceed runtime.max_batch_size + runtime.max_queue ({room}): the engine "
                 "would refuse what Serve lets in"
             )
+        for name in ("ingress_pool", "model_pool"):
+            if getattr(self, name).min_replicas < 1:
+                raise ValueError(f"{name}.min_replicas must be at least 1: only refiners can wait")
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
         return self

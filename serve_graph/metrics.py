@@ -88,6 +88,16 @@ REFINER_STAGE_MS = Spec(
 )
 REFINER_RUNNING = Spec("segment_refiner_running_requests", Gauge, "Refinements that hold a thread.")
 REFINER_WAITING = Spec("segment_refiner_waiting_requests", Gauge, "Refinements without a thread.")
+REFINERS_DUE = Spec(
+    "segment_autoscaling_due_per_s",
+    Gauge,
+    "Requests per second that the model pool is about to hand over, as the look-ahead policy sees.",
+)
+REFINERS_WANTED = Spec(
+    "segment_autoscaling_wanted_refiners",
+    Gauge,
+    "Refiners that the look-ahead policy wants, before bounds and delays.",
+)
 
 METRICS = (
     REQUESTS,
@@ -105,6 +115,8 @@ METRICS = (
     REFINER_STAGE_MS,
     REFINER_RUNNING,
     REFINER_WAITING,
+    REFINERS_DUE,
+    REFINERS_WANTED,
 )
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kestrel.api import ModelEvent, ModelResult, SegmentRequest
     from kestrel.config import RuntimeConfig
 
+SHARE_WEIGHT = 0.02
+"""Weight of one request in the running mean of how many go on to a refiner."""
+
 
 class ModelDeployment:
     """Image and noun in, path and box out. Its replica is ready once it has segmented a picture."""
@@ -31,6 +34,7 @@ class ModelDeployment:
         self._exported = {"steps": 0, "tokens": 0}
         # Kept, because asyncio itself holds its tasks weakly.
         self._watching = asyncio.create_task(self._watch())
+        self._share = 1.0
         self._outcomes = {"completed": 0, "failed": 0, "cancelled": 0}
 
     async def _watch(self) -> None:
@@ -57,6 +61,8 @@ class ModelDeployment:
                 if isinstance(event, ModelDone):
                     outcome = "completed"
                     _observe_stages(event.result)
+                    handed = request.image is not None and event.result.refinable
+                    self._share += SHARE_WEIGHT * (handed - self._share)
                 yield event
         except Exception as error:
             outcome, failure = "failed", error
@@ -80,6 +86,12 @@ class ModelDeployment:
         finally:
             await events.aclose()
         raise RuntimeError("the engine ended a request without a result")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler: the fields of ``serve_graph.lookahead.ModelLoad``."""
+        stats = self._engine.stats()
+        load = {key: stats[key] for key in ("waiting", "running", "slots", "seconds", "left_s")}
+        return {**load, "share": self._share}
 
     async def health(self) -> int:
         """Positions of the model. A replica exists only after it has segmented a picture."""

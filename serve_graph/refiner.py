@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,44 @@ if TYPE_CHECKING:
 
     from kestrel.config import Limits, RefinerConfig
     from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+MEAN_WEIGHT = 0.05
+"""Weight of one refinement in the running mean of what they take."""
+
+
+class Busy:
+    """How long one refinement takes of a replica's full attention.
+
+    Refinements that run together share a replica's CPUs, so each counts the time that passes
+    divided by how many there were. A context manager; entered from several threads.
+    """
+
+    def __init__(self) -> None:
+        self.mean_s: float | None = None
+        """Running mean, seconds; None before the first."""
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = time.monotonic()
+        self._spent = 0.0
+
+    def __enter__(self) -> None:
+        self._change(1)
+
+    def __exit__(self, *error: object) -> None:
+        self._change(-1)
+
+    def _change(self, more: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._running:
+                self._spent += now - self._since
+            self._since = now
+            self._running += more
+            if more < 0:
+                # All the time in which anything ran, over all that finished.
+                spent, self._spent = self._spent, 0.0
+                mean = spent if self.mean_s is None else self.mean_s
+                self.mean_s = mean + MEAN_WEIGHT * (spent - mean)
 
 
 class RefinerDeployment:
@@ -36,6 +76,7 @@ class RefinerDeployment:
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
         self._room = threads
+        self._busy = Busy()
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
 
@@ -52,12 +93,17 @@ class RefinerDeployment:
             if isinstance(image, bytes)
             else self._refiner.refine_with_bitmaps
         )
+
+        def timed() -> SegmentRefineBitmapsResult:
+            with self._busy:
+                return refine(image, path, bbox, return_base64=return_base64)
+
         self._held(1)
         failure: BaseException | None = None
         try:
             # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
             result: SegmentRefineBitmapsResult = await asyncio.get_running_loop().run_in_executor(
-                self._threads, lambda: refine(image, path, bbox, return_base64=return_base64)
+                self._threads, timed
             )
         except BaseException as error:
             failure = error
@@ -77,6 +123,10 @@ class RefinerDeployment:
         running = self._counts["running"]
         metrics.level(metrics.REFINER_RUNNING, min(running, self._room))
         metrics.level(metrics.REFINER_WAITING, max(0, running - self._room))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler: ``busy_s`` of ``serve_graph.lookahead.RefinerLoad``."""
+        return {} if self._busy.mean_s is None else {"busy_s": self._busy.mean_s}
 
     async def health(self) -> None:
         """Returns: a replica exists only after it has refined a picture."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 pytest.importorskip("ray.serve")
 
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 from serve_graph.args import GraphArgs, Pool
@@ -68,7 +69,12 @@ def test_cluster_config_keeps_the_gpu_for_the_model() -> None:
         ({"runtime": {"device": "cuda"}}, "num_gpus"),
         ({"runtime": ["nano"]}, "runtime"),
         ({"refiner": {"turdsiz": 2}}, "turdsiz"),
-        ({"refiner_pool": {"min_replicas": 0}}, "min_replicas"),
+        ({"model_pool": {"min_replicas": 0}}, "model_pool.min_replicas"),
+        ({"ingress_pool": {"min_replicas": 0}}, "ingress_pool.min_replicas"),
+        ({"refiner_pool": {"max_replicas": 0, "min_replicas": 0}}, "max_replicas"),
+        ({"refiner_pool": {"lookahead": {"busy_target": 1.5}}}, "busy_target"),
+        ({"refiner_pool": {"lookahead": {"start": 1}}}, "start"),
+        ({"model_pool": {"lookahead": {}}}, "lookahead"),
         ({"refiner_pool": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas"),
         ({"model_pool": {"max_ongoing_requests": 10_000}}, "max_queue"),
         ({"refine_timeout_s": 0}, "refine_timeout_s"),
@@ -84,3 +90,19 @@ def test_fixed_pool_does_not_autoscale_and_a_range_does() -> None:
     assert fixed["num_replicas"] == 2 and "autoscaling_config" not in fixed
     ranged = Pool(min_replicas=1, max_replicas=3).options()
     assert ranged["autoscaling_config"]["max_replicas"] == 3 and "num_replicas" not in ranged
+
+
+def test_refiners_may_scale_to_nothing_and_carry_the_aims_of_the_policy() -> None:
+    pool = GraphArgs.model_validate(
+        {"refiner_pool": {"min_replicas": 0, "max_replicas": 4, "lookahead": {"start_s": 7}}}
+    ).refiner_pool
+    config = AutoscalingConfig(**pool.options()["autoscaling_config"])
+    assert config.min_replicas == 0
+    assert config.policy.policy_kwargs["start_s"] == 7
+    assert config.policy.is_default_policy_function()
+
+
+def test_cluster_config_names_a_policy_that_is_there() -> None:
+    (application,) = load("cluster.yaml")["applications"]
+    policy = AutoscalingPolicy(**application["autoscaling_policy"])
+    assert callable(policy.get_policy())

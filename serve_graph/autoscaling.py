@@ -1,0 +1,110 @@
+"""The look-ahead policy as Ray Serve calls it: one policy for the whole application.
+
+An application names it beside its ``args``::
+
+    autoscaling_policy: {policy_function: "serve_graph.autoscaling:Policy"}
+
+Refiners are then scaled by ``serve_graph.lookahead``, the other pools by Serve's default; the
+bounds and the delays of each pool hold as before, Serve applies them to what is decided here.
+Serve's default alone cannot look ahead: it knows of a refiner's work when a request has reached
+the refiner's queue, which for a long decode is seconds too late.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
+
+from serve_graph import metrics
+from serve_graph.args import LookAhead
+from serve_graph.lookahead import Decision, ModelLoad, RefinerLoad, decide
+
+if TYPE_CHECKING:
+    from ray.serve._private.common import DeploymentID, TimeSeries
+    from ray.serve.config import AutoscalingContext
+
+logger = logging.getLogger("ray.serve")
+
+REPORTS = 3
+"""Latest reports of a replica whose mean is taken: one alone is a snapshot of a batch that changes
+many times a second."""
+
+
+class Policy:
+    """Called by the Serve controller, about ten times a second, with every pool's load."""
+
+    def __init__(self) -> None:
+        self._busy_s: float | None = None
+        self._last: tuple[int, int, str] | None = None
+
+    def __call__(
+        self, contexts: dict[DeploymentID, AutoscalingContext]
+    ) -> tuple[dict[DeploymentID, float], dict[DeploymentID, dict[str, Any]]]:
+        """Replicas wanted of each pool that scales."""
+        wanted: dict[DeploymentID, float] = {}
+        states: dict[DeploymentID, dict[str, Any]] = {}
+        models = [
+            load
+            for deployment, context in contexts.items()
+            if deployment.name == "Model"
+            for load in model_loads(context)
+        ]
+        for deployment, context in contexts.items():
+            if deployment.name == "Refiner" and models:
+                wanted[deployment] = self._refiners(models, context)
+            else:
+                # No model replica has reported yet: there is nothing to look ahead with.
+                wanted[deployment], states[deployment] = replica_queue_length_autoscaling_policy(
+                    context
+                )
+        return wanted, states
+
+    def _refiners(self, models: list[ModelLoad], context: AutoscalingContext) -> int:
+        assert context.config is not None
+        options = LookAhead(**context.config.policy.policy_kwargs)
+        measured = latest(context, "busy_s").values()
+        if measured:
+            # Kept for when no refiner is left to ask.
+            self._busy_s = sum(measured) / len(measured)
+        load = RefinerLoad(
+            requests=context.total_num_requests,
+            replicas=context.current_num_replicas,
+            target=context.target_num_replicas,
+            busy_s=self._busy_s or options.busy_s,
+        )
+        decision = decide(models, load, options)
+        self._tell(decision)
+        return decision.wanted
+
+    def _tell(self, decision: Decision) -> None:
+        """Log what is new; most of the decisions repeat the one before."""
+        metrics.level(metrics.REFINERS_DUE, decision.due_per_s)
+        metrics.level(metrics.REFINERS_WANTED, decision.wanted)
+        told = (decision.wanted, decision.target, decision.reason)
+        if told != self._last:
+            self._last = told
+            logger.info("%s", decision)
+
+
+def latest(context: AutoscalingContext, name: str) -> dict[Any, float]:
+    """What each running replica last reported under ``name``: the mean of its last reports."""
+    series: Mapping[Any, TimeSeries] = (context.raw_metrics or {}).get(name, {})
+    return {
+        replica: sum(point.value for point in points[-REPORTS:]) / len(points[-REPORTS:])
+        for replica, points in series.items()
+        if points
+    }
+
+
+def model_loads(context: AutoscalingContext) -> list[ModelLoad]:
+    """The load of each model replica that has reported all of it."""
+    reports = {field.name: latest(context, field.name) for field in fields(ModelLoad)}
+    whole = set.intersection(*(set(report) for report in reports.values()))
+    return [
+        ModelLoad(**{name: report[replica] for name, report in reports.items()})
+        for replica in sorted(whole, key=str)
+    ]

@@ -1,0 +1,167 @@
+"""The look-ahead policy behind Serve's own interface, with Serve's own contexts and wrapper."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from ray.serve._private.autoscaling_state import _resolve_policy_callable
+from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
+from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+
+from serve_graph.args import Pool, RefinerPool
+from serve_graph.autoscaling import latest
+
+MODEL, REFINER, INGRESS = (
+    DeploymentID(name, "segment") for name in ("Model", "Refiner", "Ingress")
+)
+BUSY = {"waiting": 20.0, "running": 8.0, "slots": 8.0, "seconds": 1.0, "left_s": 0.5, "share": 1.0}
+
+
+def context(
+    deployment: DeploymentID,
+    pool: Pool,
+    *,
+    replicas: int = 1,
+    target: int | None = None,
+    requests: float = 0,
+    reports: dict[str, float] | None = None,
+) -> AutoscalingContext:
+    ids = [ReplicaID(f"r{n}", deployment) for n in range(replicas)]
+    series: dict[str, Any] = {
+        key: {replica: [TimeStampedValue(1.0, value)] for replica in ids}
+        for key, value in (reports or {}).items()
+    }
+    return AutoscalingContext(
+        deployment_id=deployment,
+        deployment_name=deployment.name,
+        app_name="segment",
+        current_num_replicas=replicas,
+        target_num_replicas=replicas if target is None else target,
+        running_replicas=ids,
+        total_num_requests=requests,
+        total_queued_requests=0,
+        aggregated_metrics={},
+        raw_metrics=series,
+        capacity_adjusted_min_replicas=pool.min_replicas,
+        capacity_adjusted_max_replicas=pool.max_replicas,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=None,
+        config=AutoscalingConfig(**pool.options(watched=True)["autoscaling_config"]),
+    )
+
+
+@pytest.fixture()
+def policy() -> Any:
+    """As the controller makes it of the application's ``autoscaling_policy``."""
+    named = AutoscalingPolicy(policy_function="serve_graph.autoscaling:Policy")
+    return _apply_app_level_autoscaling_config(_resolve_policy_callable(named))
+
+
+ONE_TO_MANY = RefinerPool(min_replicas=1, max_replicas=50, upscale_delay_s=0, downscale_delay_s=60)
+
+
+def test_refiners_grow_with_what_the_model_pool_holds(policy: Any) -> None:
+    decisions, _ = policy(
+        {
+            MODEL: context(MODEL, Pool(), reports=BUSY, requests=28),
+            REFINER: context(REFINER, ONE_TO_MANY, reports={"busy_s": 0.5}),
+        }
+    )
+    # 8 a second of half a second each: more than 4 replicas, without one request at a refiner.
+    assert decisions[REFINER] > 4
+
+
+def test_other_pools_follow_serves_default(policy: Any) -> None:
+    pool = Pool(min_replicas=1, max_replicas=9, target_ongoing_requests=4, upscale_delay_s=0)
+    decisions, _ = policy(
+        {
+            MODEL: context(MODEL, pool, reports=BUSY, requests=28),
+            INGRESS: context(INGRESS, pool, requests=2),
+        }
+    )
+    assert decisions == {MODEL: 7, INGRESS: 1}
+
+
+def test_delays_of_the_pool_hold(policy: Any) -> None:
+    slow = ONE_TO_MANY.model_copy(update={"upscale_delay_s": 30.0})
+    decisions, state = policy(
+        {
+            MODEL: context(MODEL, Pool(), reports=BUSY),
+            REFINER: context(REFINER, slow, reports={"busy_s": 0.5}),
+        }
+    )
+    assert decisions[REFINER] == 1 and state[REFINER]
+    idle = {**BUSY, "waiting": 0.0, "running": 0.0}
+    decisions, _ = policy(
+        {
+            MODEL: context(MODEL, Pool(), reports=idle),
+            REFINER: context(REFINER, ONE_TO_MANY, replicas=8, reports={"busy_s": 0.5}),
+        }
+    )
+    assert decisions[REFINER] == 8
+
+
+def test_pool_at_zero_is_woken_by_a_request_in_the_model(policy: Any) -> None:
+    nobody = ONE_TO_MANY.model_copy(update={"min_replicas": 0})
+    one = {**BUSY, "waiting": 0.0, "running": 1.0}
+    decisions, _ = policy(
+        {
+            MODEL: context(MODEL, Pool(), reports=one, requests=1),
+            REFINER: context(REFINER, nobody, replicas=0),
+        }
+    )
+    assert decisions[REFINER] >= 1
+
+
+def test_without_reports_of_the_model_serves_default_decides(policy: Any) -> None:
+    pool = ONE_TO_MANY.model_copy(update={"target_ongoing_requests": 2.0})
+    for reports in ({}, {"waiting": 9.0}):
+        decisions, _ = policy(
+            {
+                MODEL: context(MODEL, Pool(), reports=reports),
+                REFINER: context(REFINER, pool, requests=12),
+            }
+        )
+        assert decisions[REFINER] == 6
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+
+
+def test_each_new_decision_is_logged_once_with_its_inputs(policy: Any) -> None:
+    log, lines = logging.getLogger("ray.serve"), Lines()
+    contexts = {
+        MODEL: context(MODEL, Pool(), reports=BUSY),
+        REFINER: context(REFINER, ONE_TO_MANY, reports={"busy_s": 0.5}),
+    }
+    log.addHandler(lines)
+    try:
+        policy(contexts)
+        policy(contexts)
+    finally:
+        log.removeHandler(lines)
+    (line,) = (line for line in lines.seen if line.startswith("refiners wanted="))
+    assert "due_per_s=8 " in line and "model_waiting=20" in line and "grow" in line
+
+
+def test_a_report_is_the_mean_of_the_last_three() -> None:
+    seen = context(MODEL, Pool(), reports={"running": 0.0})
+    assert seen.raw_metrics is not None
+    (points,) = seen.raw_metrics["running"].values()
+    points.extend(TimeStampedValue(float(n), float(n)) for n in range(10))
+    assert list(latest(seen, "running").values()) == [8.0]
+    assert latest(seen, "nothing") == {}
