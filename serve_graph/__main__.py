@@ -1,4 +1,4 @@
-"""``python -m serve_graph up`` serves on this machine; ``demo`` runs the samples through it."""
+"""``python -m serve_graph``: ``up`` serves, ``demo`` runs the samples, ``plan`` sizes a cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from kestrel.config import SHIPPED_MODELS
+from serve_graph import plan
 from serve_graph.launch import LaunchError, LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -115,10 +116,15 @@ def main() -> None:
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
     command.set_defaults(run=demo)
+    command = commands.add_parser(
+        "plan", help="the smallest pools that carry a load, by simulation"
+    )
+    plan.add_arguments(command)
+    command.set_defaults(run=plan.run)
     options = parser.parse_args()
     try:
         options.run(options)
-    except LaunchError as error:
+    except (LaunchError, plan.PlanError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -39,6 +39,20 @@ async def model_result(events: AsyncGenerator[ModelEvent, None]) -> ModelResult:
     raise RuntimeError("the model half ended without a result")
 
 
+def server_timing(model: ModelResult, refined: Refinement) -> str:
+    """Where a request's time went, as the value of a ``Server-Timing`` header, milliseconds:
+    ``prepare`` (wait and picture), ``prefill``, ``decode``, ``refine``."""
+    times = model.metrics
+    stages = {
+        "prepare": times.ttft_ms - times.prefill_time_ms,
+        "prefill": times.prefill_time_ms,
+        "decode": times.decode_time_ms,
+    }
+    if refined is not None and refined.timings_ms:
+        stages["refine"] = sum(refined.timings_ms.values())
+    return ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in stages.items())
+
+
 async def compose_events(
     events: AsyncGenerator[ModelEvent, None],
     refine: Callable[[ModelResult], Awaitable[Refinement]],

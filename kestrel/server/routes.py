@@ -24,7 +24,7 @@ from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.openapi import docs_page, openapi_document
-from kestrel.server.compose import Refinement, within
+from kestrel.server.compose import Refinement, server_timing, within
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +144,10 @@ class _Routes:
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
         )
         answer = api.segment_response(model, refined, return_base64=asked.return_base64)
-        unavailable = refined is not None and refined.reason == "unavailable"
-        return JSONResponse(answer, headers={"X-Refinement": "unavailable"} if unavailable else {})
+        headers = {"Server-Timing": server_timing(model, refined)}
+        if refined is not None and refined.reason == "unavailable":
+            headers["X-Refinement"] = "unavailable"
+        return JSONResponse(answer, headers=headers)
 
     async def models(self, request: Request) -> Response:
         config = self.backend.config

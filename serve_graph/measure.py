@@ -1,0 +1,221 @@
+"""Measure a running graph from outside: the profile that the planner counts with.
+
+The graph must have one model replica and one refiner replica and serve nobody else. Closed loops of
+1, 2, 4, ... clients give the time of a request by how many the replica holds; ``Server-Timing`` of
+the answers says which stage took what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import datetime
+import itertools
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from kestrel.config import SHIPPED_MODELS
+from serve_graph.profile import PlanError, Profile, quantiles
+
+SAMPLES = SHIPPED_MODELS / "nano" / "samples"
+WARMUP = 0.2
+"""Part of a level's time that comes before it and is not counted."""
+CALM = 0.5
+"""Levels that keep the refiner busier than this have requests queue for it, which is not part of
+what a refinement takes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's times, seconds."""
+
+    sent: float
+    total: float
+    slot: float
+    """Prefill and decode: the time in a slot of the model."""
+    refine: float | None
+    """None: it was not refined."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one closed loop gave."""
+
+    clients: int
+    per_s: float
+    answers: list[Answer]
+
+    @property
+    def slot_s(self) -> float:
+        return float(np.mean([answer.slot for answer in self.answers]))
+
+    @property
+    def held(self) -> float:
+        """Requests in slots on average, by Little's law."""
+        return self.per_s * self.slot_s
+
+    @property
+    def refiner_busy(self) -> float:
+        return self.per_s * float(np.mean([answer.refine or 0.0 for answer in self.answers]))
+
+
+def read_timing(header: str) -> dict[str, float]:
+    """Stage -> seconds of a ``Server-Timing`` header."""
+    stages = re.findall(r"([\w-]+);dur=([\d.]+)", header)
+    return {stage: float(ms) / 1e3 for stage, ms in stages}
+
+
+def bodies(image: bytes, noun: str, masks: bool) -> Iterator[bytes]:
+    """Requests about one picture, each with other bytes: the model remembers pictures by them."""
+    for number in itertools.count(time.time_ns()):
+        # What follows the end of a JPEG or PNG is not read.
+        varied = base64.b64encode(image + number.to_bytes(8, "big")).decode()
+        yield json.dumps({"object": noun, "image_url": varied, "return_base64": masks}).encode()
+
+
+async def ask(client: httpx.AsyncClient, body: bytes) -> Answer:
+    """One request; PlanError when it is not answered well."""
+    sent = time.monotonic()
+    reply = await client.post("/v1/segment", content=body)
+    total = time.monotonic() - sent
+    if reply.status_code != 200:
+        raise PlanError(f"the graph answered {reply.status_code}: {reply.text[:200]}")
+    stages = read_timing(reply.headers.get("server-timing", ""))
+    if "prefill" not in stages:
+        raise PlanError("the answers carry no Server-Timing header: is this the graph?")
+    return Answer(sent, total, stages["prefill"] + stages["decode"], stages.get("refine"))
+
+
+async def closed_loop(
+    client: httpx.AsyncClient, requests: Iterator[bytes], clients: int, seconds: float
+) -> Level:
+    """So many clients, each with one request at a time, for so long."""
+    answers: list[Answer] = []
+
+    async def one(until: float, counted: bool) -> None:
+        while time.monotonic() < until:
+            answer = await ask(client, next(requests))
+            if counted:
+                answers.append(answer)
+
+    async def all_for(span: float, counted: bool) -> float:
+        began = time.monotonic()
+        await asyncio.gather(*(one(began + span, counted) for _ in range(clients)))
+        return began
+
+    await all_for(WARMUP * seconds, counted=False)
+    began = await all_for(seconds, counted=True)
+    # What was answered after the time is up did not run under the full load.
+    inside = [a for a in answers if a.sent + a.total <= began + seconds]
+    if not inside:
+        raise PlanError(f"no request was answered within {seconds:g} s: measure longer")
+    return Level(clients, len(inside) / seconds, inside)
+
+
+async def measure(
+    url: str,
+    image: bytes,
+    noun: str,
+    *,
+    slots: int,
+    seconds: float,
+    masks: bool = False,
+    api_key: str | None = None,
+) -> list[Level]:
+    """Closed loops of 1, 2, 4, ... clients up to twice the slots."""
+    levels: list[Level] = []
+    requests = bodies(image, noun, masks)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=300, headers=headers, limits=limits
+    ) as client:
+        clients = 1
+        while clients <= 2 * slots:
+            levels.append(await closed_loop(client, requests, clients, seconds))
+            last = levels[-1]
+            print(
+                f"{clients:4} clients  {last.per_s:8.2f} requests/s  model {last.slot_s:.3f} s, "
+                f"{last.held:.1f} of {slots} slots held  refiner busy {last.refiner_busy:.0%}",
+                flush=True,
+            )
+            clients *= 2
+    return levels
+
+
+def profile_of(
+    name: str, levels: list[Level], slots: int, refiner_cpus: float, measured: dict[str, Any]
+) -> Profile:
+    """What the planner keeps of a measurement; PlanError when it is not enough."""
+    calm = [level for level in levels if level.refiner_busy < CALM and level.clients <= slots]
+    if not calm:
+        raise PlanError("the refiner is the bottleneck of one client: measure with more refiners")
+    refines = [a.refine for level in calm for a in level.answers if a.refine is not None]
+    if not refines:
+        raise PlanError("no answer was refined: choose an --image that shows the --object")
+    rising: list[Level] = []
+    for level in levels:
+        # Held by Little's law, so that it may stay where it is once the slots are full.
+        if level.refiner_busy < 0.95 and (not rising or level.held > 1.05 * rising[-1].held):
+            rising.append(level)
+    return Profile(
+        name=name,
+        measured=measured,
+        slots=slots,
+        held=tuple(round(level.held, 3) for level in rising),
+        slot_s=tuple(round(level.slot_s, 5) for level in rising),
+        work=quantiles([a.slot / level.slot_s for level in rising for a in level.answers]),
+        refine_s=quantiles(refines),
+        refiner_cpus=refiner_cpus,
+        overhead_s=quantiles(
+            [
+                max(0.0, a.total - a.slot - (a.refine or 0.0))
+                for level in calm
+                for a in level.answers
+            ]
+        ),
+    )
+
+
+def measure_to_file(options: argparse.Namespace) -> None:
+    """``python -m serve_graph plan --measure URL --gpu NAME``."""
+    if options.slots is None:
+        raise PlanError("--measure needs --slots: runtime.max_batch_size of the graph")
+    image, noun = options.image, options.object
+    if image is None:
+        sample = json.loads((SAMPLES / "samples.json").read_text())[0]
+        image, noun = SAMPLES / sample["file"], noun or sample["noun"]
+    if noun is None:
+        raise PlanError("--image needs --object")
+    content = image.read_bytes()
+    levels = asyncio.run(
+        measure(
+            options.measure,
+            content,
+            noun,
+            slots=options.slots,
+            seconds=options.level_seconds,
+            masks=options.masks,
+            api_key=options.api_key,
+        )
+    )
+    measured = {
+        "date": datetime.date.today().isoformat(),
+        "machine": options.machine or platform.processor() or platform.machine(),
+        "image": f"{image.name}, {len(content)} bytes",
+        "masks": options.masks,
+        "seconds per level": options.level_seconds,
+    }
+    profile = profile_of(options.gpu, levels, options.slots, options.refiner_cpus, measured)
+    path = options.profiles / f"{options.gpu}.json"
+    profile.save(path)
+    print(f"wrote {path}")

@@ -1,0 +1,318 @@
+"""``python -m serve_graph plan``: the smallest pools that carry a load, found by simulation."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serve_graph.args import LookAhead
+from serve_graph.profile import SHIPPED, PlanError, Profile, find
+from serve_graph.simulation import Outcome, PoolPlan, Scenario, Simulation
+
+MOST_MODELS, MOST_REFINERS = 1_000, 20_000
+"""The largest pools that a plan may have."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a plan must hold."""
+
+    rps: float
+    p99_s: float
+    seconds: float
+    """Simulated time, after ``warmup_s``."""
+    warmup_s: float
+    refined_share: float
+    lost_models: int
+    lost_refiners: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Starts:
+    """How long replicas and nodes take to start, and how many replicas a node holds."""
+
+    model_s: float
+    refiner_s: float
+    node_s: float
+    gpus_per_node: int
+    cpus_per_node: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pools that hold the aim, and the simulation that shows it."""
+
+    profile: Profile
+    models: int
+    refiners: int
+    outcome: Outcome
+
+
+def constant(rate: float) -> Callable[[float], float]:
+    return lambda _: rate
+
+
+def scenario(
+    profile: Profile, aim: Aim, starts: Starts, models: int, refiners: int, threads: int
+) -> Scenario:
+    """Pools of fixed size under a steady load; what is lost is lost in the middle."""
+    return Scenario(
+        profile=profile,
+        model=PoolPlan(
+            models,
+            max_ongoing=2 * profile.slots,
+            start_s=starts.model_s,
+            per_node=starts.gpus_per_node,
+            node_start_s=starts.node_s,
+        ),
+        refiner=PoolPlan(
+            refiners,
+            max_ongoing=threads,
+            start_s=starts.refiner_s,
+            per_node=starts.cpus_per_node,
+            node_start_s=starts.node_s,
+        ),
+        rate=constant(aim.rps),
+        seconds=aim.warmup_s + aim.seconds,
+        refined_share=aim.refined_share,
+        warmup_s=aim.warmup_s,
+        lost_at_s=aim.warmup_s + aim.seconds / 2,
+        lost_models=aim.lost_models,
+        lost_refiners=aim.lost_refiners,
+        seed=aim.seed,
+    )
+
+
+def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
+    """The smallest model pool beside ample refiners, then the smallest refiner pool beside it.
+
+    PlanError where no pool holds the aim: a request alone takes longer than ``p99_s``, or the
+    pools would be larger than ``MOST_MODELS`` and ``MOST_REFINERS``.
+    """
+    tried: dict[tuple[int, int], Outcome] = {}
+
+    def holds(models: int, refiners: int) -> bool:
+        key = (models, refiners)
+        if key not in tried:
+            tried[key] = Simulation(scenario(profile, aim, starts, models, refiners, threads)).run()
+        return tried[key].percentile(99) <= aim.p99_s
+
+    floor = math.ceil(aim.rps / profile.model_per_s)
+    refiner_rate = aim.rps * aim.refined_share
+    few = max(1, math.ceil(refiner_rate / profile.refiner_per_s))
+    ample = min(MOST_REFINERS, 2 * few + 8)
+    if floor > MOST_MODELS or few > MOST_REFINERS:
+        raise PlanError(
+            f"{aim.rps:g} requests/s need {floor} model replicas and {few} refiners even when all "
+            f"are always busy; the planner goes up to {MOST_MODELS} and {MOST_REFINERS}"
+        )
+    models = _smallest(max(1, floor), MOST_MODELS, lambda n: holds(n, ample))
+    if models is None:
+        best = tried[MOST_MODELS, ample].percentile(99)
+        raise PlanError(
+            f"p99 {aim.p99_s:g} s is not reached with {MOST_MODELS} model replicas: {best:.2f} s"
+        )
+    refiners = _smallest(few, ample, lambda n: holds(models, n))
+    assert refiners is not None, "the ample pool held the aim"
+    return Plan(profile, models, refiners, tried[models, refiners])
+
+
+def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The smallest number in low..high that holds, larger ones holding too; None: not even high."""
+    step, top = 1, low
+    while not holds(top):
+        if top >= high:
+            return None
+        low, top = top + 1, min(high, top + step)
+        step *= 2
+    while low < top:
+        middle = (low + top) // 2
+        if holds(middle):
+            top = middle
+        else:
+            low = middle + 1
+    return top
+
+
+def queue_bound(most: int) -> int:
+    """A bound that the simulated queue stays well below, at least 16."""
+    return max(16, 2 ** math.ceil(math.log2(2 * most + 1)))
+
+
+def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] | None) -> str:
+    """The plan for people: pools, queue bounds, latency, cost, and what it rests on."""
+    outcome, profile = plan.outcome, plan.profile
+    measured = ", ".join(f"{key} {value}" for key, value in profile.measured.items())
+    cpus = plan.refiners * max(1.0, profile.refiner_cpus)
+    lines = [
+        f"{aim.rps:g} requests/s, p99 {aim.p99_s:g} s, {aim.refined_share:.0%} refined; "
+        f"profile {profile.name} ({measured})",
+        f"  model pool    {plan.models:6} replicas   slots held {outcome.model_busy:4.0%}   "
+        f"model_pool: {{max_queued_requests: {queue_bound(outcome.model_queue)}}}",
+        f"  refiner pool  {plan.refiners:6} replicas   busy       {outcome.refiner_busy:4.0%}   "
+        f"refiner_pool: {{max_queued_requests: {queue_bound(outcome.refiner_queue)}}}",
+        f"  simulated     {outcome.answered_per_s:.1f} answers/s, "
+        f"p50 {outcome.percentile(50):.3f} s, p99 {outcome.percentile(99):.3f} s, "
+        f"longest queues {outcome.model_queue} and {outcome.refiner_queue}",
+    ]
+    if aim.lost_models or aim.lost_refiners:
+        lines.append(
+            f"  survives      {aim.lost_models} model and {aim.lost_refiners} refiner replicas "
+            f"lost at once, back after {starts.model_s:g} and {starts.refiner_s:g} s"
+        )
+    if prices is None:
+        lines.append(f"  costs         {plan.models} GPU-hours and {cpus:g} CPU-hours per hour")
+    else:
+        gpu, cpu = prices
+        total = plan.models * gpu + cpus * cpu
+        per_million = total / (aim.rps * 3600) * 1e6
+        lines.append(
+            f"  costs         {total:.2f} per hour, {per_million:.2f} per million requests"
+        )
+    return "\n".join(lines)
+
+
+def scaled(
+    plan: Plan, aim: Aim, starts: Starts, threads: int, lookahead: bool, rise_s: float
+) -> Outcome:
+    """The load rises from a tenth to all of it within ``rise_s`` while both pools autoscale."""
+    base = scenario(plan.profile, aim, starts, plan.models, plan.refiners, threads)
+    begins = aim.warmup_s
+
+    def rate(at: float) -> float:
+        risen = 1.0 if rise_s == 0 else min(1.0, max(0.0, (at - begins) / rise_s))
+        return aim.rps * (0.1 + 0.9 * (risen if at >= begins else 0.0))
+
+    room = 2
+    return Simulation(
+        replace(
+            base,
+            rate=rate,
+            lost_models=0,
+            lost_refiners=0,
+            refiner=replace(
+                base.refiner,
+                replicas=max(1, plan.refiners // 10),
+                max_replicas=min(MOST_REFINERS, room * plan.refiners),
+                nodes=math.ceil(room * plan.refiners / starts.cpus_per_node),
+                target_ongoing=0.75 * threads,
+                lookahead=LookAhead(start_s=starts.refiner_s, busy_s=1 / plan.profile.refiner_per_s)
+                if lookahead
+                else None,
+            ),
+        )
+    ).run()
+
+
+def draw_plot(path: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
+    """Load, replicas and queues over time as PNG; PlanError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlanError("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(9, 3 * len(outcomes)), layout="constrained")
+    for row, (name, outcome) in enumerate(outcomes.items(), 1):
+        axes = figure.add_subplot(len(outcomes), 1, row)
+        times, rate, models, refiners, model_queue, refiner_queue = zip(*outcome.trace, strict=True)
+        axes.plot(times, rate, color="0.6", label="requests/s")
+        axes.step(times, models, where="post", label="model replicas")
+        axes.step(times, refiners, where="post", label="refiner replicas")
+        axes.plot(times, model_queue, ":", label="wait for a model slot")
+        axes.plot(times, refiner_queue, ":", label="wait for a refiner")
+        axes.set_title(
+            f"{name}: p50 {outcome.percentile(50):.2f} s, p99 {outcome.percentile(99):.2f} s",
+            fontsize=10,
+        )
+        axes.set_xlabel("seconds")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, ncols=5, loc="upper left")
+    figure.suptitle(f"profile {plan.profile.name}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of ``python -m serve_graph plan``."""
+    add = command.add_argument
+    add("--gpu", required=True, metavar="NAME", help="measured profile by name, or its .json file")
+    add("--profiles", type=Path, default=Path("profiles"), help="folder of measured profiles")
+    add("--rps", type=float, help="requests per second to carry")
+    add("--p99", type=float, help="seconds within which 99 of 100 answers must come")
+    add("--refined-share", type=float, default=1.0, help="part of the requests that is refined")
+    add("--refiner-threads", type=int, default=2, help="refiner_pool.max_ongoing_requests")
+    add("--seconds", type=float, default=60, help="simulated time of each trial")
+    add("--model-start", type=float, default=60, help="assumed start of a model replica, seconds")
+    add("--refiner-start", type=float, default=10, help="assumed start of a refiner, seconds")
+    add("--node-start", type=float, default=180, help="assumed start of a node, seconds")
+    add("--gpus-per-node", type=int, default=8)
+    add("--cpus-per-node", type=int, default=64)
+    add("--lose-models", type=int, default=0, help="replicas lost at once while the aim must hold")
+    add("--lose-refiners", type=int, default=0)
+    add("--gpu-price", type=float, help="per model replica and hour, in any currency")
+    add("--cpu-price", type=float, help="per CPU and hour, in the same currency")
+    add("--rise", type=float, default=0, help="seconds in which the compared load rises; 0: a step")
+    add("--plot", type=Path, help="PNG of both autoscaling policies under the risen load")
+    add("--seed", type=int, default=1)
+    add("--measure", metavar="URL", help="measure the graph there and write the profile")
+    add("--image", type=Path, help="picture for --measure; default: the shipped sample")
+    add("--object", help="noun for --measure")
+    add("--masks", action="store_true", help="ask for masks in --measure")
+    add("--slots", type=int, help="for --measure: runtime.max_batch_size of the graph")
+    add("--refiner-cpus", type=float, default=1.0, help="for --measure: refiner_pool.num_cpus")
+    add("--level-seconds", type=float, default=10, help="for --measure: time of each level")
+    add("--machine", help="for --measure: what is written down as the machine")
+    add("--api-key", help="for --measure")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure a profile, or make a plan and print it."""
+    if options.measure:
+        from serve_graph.measure import measure_to_file
+
+        measure_to_file(options)
+        return
+    if options.rps is None or options.p99 is None:
+        raise PlanError("plan needs --rps and --p99 (or --measure)")
+    for name in ("rps", "p99", "seconds", "model_start", "refiner_start"):
+        if getattr(options, name) <= 0:
+            raise PlanError(f"--{name.replace('_', '-')} must be over 0")
+    if not 0 <= options.refined_share <= 1:
+        raise PlanError("--refined-share must be in 0..1")
+    if (options.gpu_price is None) != (options.cpu_price is None):
+        raise PlanError("--gpu-price and --cpu-price belong together")
+    profile = find(options.gpu, [options.profiles, SHIPPED])
+    starts = Starts(
+        options.model_start,
+        options.refiner_start,
+        options.node_start,
+        options.gpus_per_node,
+        options.cpus_per_node,
+    )
+    aim = Aim(
+        rps=options.rps,
+        p99_s=options.p99,
+        seconds=options.seconds,
+        warmup_s=max(5.0, 3 * float(profile.slot_s[-1])),
+        refined_share=options.refined_share,
+        lost_models=options.lose_models,
+        lost_refiners=options.lose_refiners,
+        seed=options.seed,
+    )
+    began = time.perf_counter()
+    plan = search(profile, aim, starts, options.refiner_threads)
+    took = time.perf_counter() - began
+    prices = None if options.gpu_price is None else (options.gpu_price, options.cpu_price)
+    print(describe(plan, aim, starts, prices))
+    print(f"  found in      {took:.1f} s")
+    if options.plot:
+        outcomes = {"steady load, pools of this size": plan.outcome}
+        for name, ahead in (("Serve's default", False), ("look-ahead", True)):
+            outcomes[f"load rises tenfold, {name} scales refiners"] = scaled(
+                plan, aim, starts, options.refiner_threads, ahead, options.rise
+            )
+        draw_plot(options.plot, plan, outcomes)
+        print(f"  plot          {options.plot}")

@@ -1,0 +1,113 @@
+"""Measured service times of one deployment, from a JSON file: what the planner counts with.
+
+``python -m serve_graph plan --measure URL`` writes one (``serve_graph.measure``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+class PlanError(ValueError):
+    """The plan cannot be made; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of model replica and one kind of refiner replica."""
+
+    name: str
+    measured: dict[str, Any]
+    """Where it comes from: machine, model, picture, date. Shown with every plan."""
+    slots: int
+    """``max_batch_size`` of the replica that was measured."""
+    held: tuple[float, ...]
+    """Requests that it held on average, one entry per level of load, rising."""
+    slot_s: tuple[float, ...]
+    """Mean seconds of a request in the model at each of those levels."""
+    work: tuple[float, ...]
+    """Quantiles, evenly spaced, of a request's time in the model over the mean: longer answers."""
+    refine_s: tuple[float, ...]
+    """Quantiles of the seconds that one refinement takes alone on its replica."""
+    refiner_cpus: float
+    """CPUs of that replica; more refinements at once share them."""
+    overhead_s: tuple[float, ...]
+    """Quantiles of what is left of a request: HTTP, handle calls, encoding."""
+
+    def __post_init__(self) -> None:
+        if len(self.held) != len(self.slot_s) or not self.held:
+            raise PlanError(f"profile {self.name}: held and slot_s must have as many entries")
+        if list(self.held) != sorted(self.held) or min(self.held) <= 0 or min(self.slot_s) <= 0:
+            raise PlanError(f"profile {self.name}: held must rise, times must be over 0")
+        for key in ("work", "refine_s", "overhead_s"):
+            if not getattr(self, key):
+                raise PlanError(f"profile {self.name}: {key} is empty")
+
+    def seconds(self, held: np.ndarray | float) -> np.ndarray:
+        """Mean time in the model when a replica holds so many requests; beyond the measured levels
+        the throughput stays that of the last."""
+        held = np.asarray(held, float)
+        known = np.interp(held, self.held, self.slot_s)
+        return np.where(held > self.held[-1], known * held / self.held[-1], known)
+
+    @property
+    def model_per_s(self) -> float:
+        """Requests per second of one model replica, at its best level."""
+        return max(held / seconds for held, seconds in zip(self.held, self.slot_s, strict=True))
+
+    @property
+    def refiner_per_s(self) -> float:
+        """Refinements per second of one refiner replica."""
+        return max(1.0, self.refiner_cpus) / float(np.mean(self.refine_s))
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def load(path: Path) -> Profile:
+    """A profile from its file; PlanError where it does not fit."""
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(fields, dict):
+            raise PlanError("it must be a mapping")
+        tuples: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+        return Profile(**(fields | tuples))
+    except (OSError, ValueError, TypeError) as error:
+        raise PlanError(f"{path} is not a profile: {error}") from error
+
+
+def find(name: str, folders: Sequence[Path]) -> Profile:
+    """The profile of that name (or file); PlanError that says how to measure one."""
+    if name.endswith(".json"):
+        return load(Path(name))
+    known: list[str] = []
+    for folder in folders:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            return load(path)
+        known += sorted(file.stem for file in folder.glob("*.json"))
+    raise PlanError(
+        f"nothing was measured for {name!r} (known: {', '.join(known) or 'none'}). Deploy the "
+        "graph with one model replica and one refiner replica on that machine, then run: "
+        f"python -m serve_graph plan --measure http://127.0.0.1:8000 --gpu {name}"
+    )
+
+
+def quantiles(values: Sequence[float], points: int = 101) -> tuple[float, ...]:
+    """Evenly spaced quantiles of a sample, in order: all that the planner keeps of it."""
+    return tuple(round(float(q), 6) for q in np.quantile(values, np.linspace(0, 1, points)))
+
+
+def draw(rng: np.random.Generator, points: Sequence[float], size: int) -> np.ndarray:
+    """Random values of the distribution with these evenly spaced quantiles."""
+    return np.interp(rng.random(size), np.linspace(0, 1, len(points)), points)

@@ -1,0 +1,90 @@
+"""The look-ahead policy in a running graph whose refiner pool may shrink to nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_graph.__main__ import LOCAL, read_config, service_url
+from serve_graph.demo import Sample
+from serve_graph.launch import LocalCluster, free_port
+
+pytestmark = pytest.mark.timeout(180)
+
+QUICK: dict[str, Any] = {"metrics_interval_s": 0.5, "look_back_period_s": 1.5}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def http(cluster: LocalCluster) -> Iterator[httpx.Client]:
+    config = read_config(LOCAL, free_port())
+    (application,) = config["applications"]
+    application["autoscaling_policy"] = {"policy_function": "serve_graph.autoscaling:Policy"}
+    args = application["args"]
+    args["refine_timeout_s"] = 60
+    args["model_pool"].update(QUICK)
+    args["refiner_pool"].update(QUICK, min_replicas=0, upscale_delay_s=0, downscale_delay_s=1)
+    url = service_url(config)
+    cluster.deploy(config)
+    cluster.wait_ready(f"{url}/healthz")
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield client
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.2)
+    return found
+
+
+def refiners(cluster: LocalCluster) -> int:
+    deployments = cluster.status()["applications"]["segment"]["deployments"]
+    return sum(replica["state"] == "RUNNING" for replica in deployments["Refiner"]["replicas"])
+
+
+def controller_log(cluster: LocalCluster) -> str:
+    files = Path(cluster.dir).glob("session_*/logs/serve/controller_*.log")
+    return "".join(file.read_text() for file in files)
+
+
+def exported(cluster: LocalCluster) -> str:
+    found = json.loads((Path(cluster.dir) / "prom_metrics_service_discovery.json").read_text())
+    targets = {target for group in found for target in group["targets"]}
+    return "".join(httpx.get(f"http://{target}/metrics").text for target in targets)
+
+
+def test_pool_at_zero_serves_the_first_request_and_shrinks_again(
+    cluster: LocalCluster, http: httpx.Client, samples: list[Sample]
+) -> None:
+    until(lambda: refiners(cluster) == 0)
+    image = base64.b64encode(samples[0].image).decode()
+    ask = {"object": samples[0].noun, "image_url": image, "return_base64": True}
+    reply = http.post("/v1/segment", json=ask)
+    assert reply.status_code == 200
+    assert "x-refinement" not in reply.headers and "refined_mask_base64" in reply.json()
+    until(lambda: refiners(cluster) == 0)
+
+
+def test_decisions_are_logged_with_their_inputs_and_exported(
+    cluster: LocalCluster, http: httpx.Client
+) -> None:
+    lines = [x for x in controller_log(cluster).splitlines() if "refiners wanted=" in x]
+    assert any("wanted=1: grow" in line for line in lines)
+    assert any("wanted=0: shrink" in line for line in lines)
+    assert all("due_per_s=" in line and "model_running=" in line for line in lines)
+    for name in ("due_per_s", "wanted_refiners"):
+        until(lambda name=name: f"ray_segment_autoscaling_{name}" in exported(cluster))

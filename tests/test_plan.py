@@ -1,0 +1,179 @@
+"""The capacity planner: smallest pools, honest refusals, its files and its command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kestrel.server.compose import server_timing
+from serve_graph.measure import Answer, Level, ask, profile_of, read_timing
+from serve_graph.plan import Aim, Starts, _smallest, queue_bound, scenario, search
+from serve_graph.profile import PlanError, Profile, find, load, quantiles
+from serve_graph.simulation import Simulation
+
+ROOT = Path(__file__).resolve().parent.parent
+MADE_UP = Profile(
+    name="made-up",
+    measured={"machine": "none"},
+    slots=8,
+    held=(1.0, 8.0),
+    slot_s=(0.2, 0.4),
+    work=(0.5, 1.0, 1.5),
+    refine_s=(0.05, 0.15),
+    refiner_cpus=1.0,
+    overhead_s=(0.01, 0.01),
+)
+AIM = Aim(
+    rps=50.0,
+    p99_s=1.0,
+    seconds=20,
+    warmup_s=3,
+    refined_share=1.0,
+    lost_models=0,
+    lost_refiners=0,
+    seed=1,
+)
+STARTS = Starts(model_s=30, refiner_s=5, node_s=60, gpus_per_node=8, cpus_per_node=32)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 7, 63, 64, 65, 100])
+def test_smallest_number_is_found_and_none_where_there_is_none(wanted: int) -> None:
+    assert _smallest(1, 100, lambda n: n >= wanted) == wanted
+    assert _smallest(1, 100, lambda n: n >= wanted + 100) is None
+
+
+def test_plan_holds_the_aim_and_one_replica_less_does_not() -> None:
+    plan = search(MADE_UP, AIM, STARTS, threads=2)
+    assert plan.outcome.percentile(99) <= AIM.p99_s
+    for models, refiners in ((plan.models - 1, plan.refiners), (plan.models, plan.refiners - 1)):
+        outcome = Simulation(scenario(MADE_UP, AIM, STARTS, models, refiners, 2)).run()
+        assert outcome.percentile(99) > AIM.p99_s
+    # 50 a second: 20 each model replica at most, a tenth of a second each refinement.
+    assert plan.models >= 3 and plan.refiners >= 5
+
+
+def test_replicas_that_may_be_lost_are_planned_for() -> None:
+    calm = search(MADE_UP, AIM, STARTS, threads=2)
+    ready = search(MADE_UP, replace(AIM, lost_models=2, lost_refiners=3), STARTS, threads=2)
+    assert ready.models > calm.models and ready.refiners > calm.refiners
+
+
+def test_deadline_that_no_pool_can_hold_is_refused() -> None:
+    with pytest.raises(PlanError, match="is not reached"):
+        search(MADE_UP, replace(AIM, p99_s=0.1, seconds=5), STARTS, threads=2)
+    with pytest.raises(PlanError, match="always busy"):
+        search(MADE_UP, replace(AIM, rps=1e6), STARTS, threads=2)
+
+
+def test_queue_bounds_leave_room() -> None:
+    assert queue_bound(0) == 16
+    assert queue_bound(100) == 256
+
+
+def test_profile_survives_its_file_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "made-up.json"
+    MADE_UP.save(path)
+    assert load(path) == MADE_UP == find("made-up", [tmp_path])
+    fields = json.loads(path.read_text())
+    for broken in ({**fields, "held": [2, 1]}, {**fields, "wor": []}, [], {"name": "x"}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(PlanError, match="is not a profile"):
+            load(path)
+
+
+def test_times_beyond_what_was_measured_keep_the_throughput() -> None:
+    assert MADE_UP.seconds(4.5) == pytest.approx(0.3)
+    assert MADE_UP.seconds(16) == pytest.approx(0.8)
+    assert MADE_UP.model_per_s == 20 and MADE_UP.refiner_per_s == pytest.approx(10)
+
+
+def test_answers_say_where_their_time_went() -> None:
+    from kestrel.api import ModelMetrics, ModelResult
+    from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
+    model = ModelResult(
+        request_id="r",
+        finish_reason="stop",
+        object="dog",
+        path="",
+        bbox=None,
+        metrics=ModelMetrics(prefill_time_ms=20, decode_time_ms=50, ttft_ms=25),
+    )
+    refined = SegmentRefineBitmapsResult(timings_ms={"raster": 3.0, "refine": 7.0})
+    times = read_timing(server_timing(model, refined))
+    assert times == pytest.approx(
+        {"prepare": 0.005, "prefill": 0.02, "decode": 0.05, "refine": 0.01}
+    )
+    assert "refine" not in read_timing(server_timing(model, None))
+
+
+def level(clients: int, per_s: float, slot: float, refine: float | None = 0.02) -> Level:
+    answer = Answer(sent=0, total=slot + 0.05, slot=slot, refine=refine)
+    return Level(clients, per_s, [answer, replace(answer, slot=1.2 * slot)])
+
+
+def test_measurement_becomes_a_profile_without_what_queued() -> None:
+    levels = [level(1, 5, 0.1), level(2, 8, 0.2), level(4, 9, 0.5, refine=0.09), level(8, 9, 0.5)]
+    profile = profile_of("x", levels, 4, 1.0, {})
+    # The third level filled the refiner, the fourth holds no more than it.
+    assert profile.held == pytest.approx((0.55, 1.76, 4.95))
+    assert max(profile.refine_s) == pytest.approx(0.02)
+    assert max(profile.overhead_s) == pytest.approx(0.03)
+    assert quantiles([1.0, 2.0, 3.0], 3) == (1.0, 2.0, 3.0)
+    with pytest.raises(PlanError, match="refined"):
+        profile_of("x", [level(1, 5, 0.1, refine=None)], 4, 1.0, {})
+
+
+async def test_measuring_something_else_or_a_failing_graph_is_said_plainly() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(503 if request.content == b"busy" else 200, text="busy")
+
+    transport = httpx.MockTransport(answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with pytest.raises(PlanError, match="503"):
+            await ask(client, b"busy")
+        with pytest.raises(PlanError, match="Server-Timing"):
+            await ask(client, b"{}")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve_graph", "plan", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_command_prints_a_plan_and_draws_it(tmp_path: Path) -> None:
+    MADE_UP.save(tmp_path / "made-up.json")
+    plot = tmp_path / "plan.png"
+    done = command(
+        *("--gpu", "made-up", "--profiles", str(tmp_path), "--rps", "40", "--p99", "1"),
+        *("--seconds", "20", "--plot", str(plot), "--gpu-price", "2", "--cpu-price", "0.05"),
+    )
+    assert done.returncode == 0, done.stderr
+    for part in ("model pool", "refiner pool", "max_queued_requests", "per million requests"):
+        assert part in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpu", "H100", "--rps", "2000", "--p99", "1.5"), "--measure"),
+        (("--gpu", "H100"), "--rps and --p99"),
+        (("--gpu", "H100", "--rps", "-1", "--p99", "1"), "--rps must be over 0"),
+        (("--gpu", "H100", "--measure", "http://127.0.0.1:9"), "--slots"),
+    ],
+)
+def test_command_says_in_one_line_what_is_missing(arguments: tuple[str, ...], said: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
