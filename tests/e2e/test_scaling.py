@@ -16,7 +16,7 @@ from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample
 from serve_graph.launch import LocalCluster, free_port
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 QUICK: dict[str, Any] = {"metrics_interval_s": 0.5, "look_back_period_s": 1.5}
 
