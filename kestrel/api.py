@@ -200,6 +200,13 @@ class SegmentRequest:
     return_base64: bool = False
 
 
+def image_size(image: bytes | np.ndarray | None) -> int:
+    """Bytes that a request's image takes as it waits: of the file, or of the array."""
+    if image is None:
+        return 0
+    return len(image) if isinstance(image, bytes) else image.nbytes
+
+
 @dataclass
 class ModelMetrics:
     """What the model half of one request cost."""

@@ -188,6 +188,14 @@ class RuntimeConfig:
     holds this many: 0.8 GB of bfloat16 for Moondream 3 at 4096, 6.4 GB at its own 32768."""
     max_queue: int = 256
     """Requests that may wait for a slot; more are refused with 503 and Retry-After."""
+    max_queue_bytes: int = 256 * 2**20
+    """Bytes of the images (files, or arrays of the Python door) of requests that wait for a slot;
+    more are refused like those beyond ``max_queue``."""
+    max_held_requests: int = 512
+    """Requests that one HTTP server (in the graph: one ingress replica) holds at once, from their
+    first byte to the last of the answer; more are refused with 503 before their body is read."""
+    max_held_bytes: int = 512 * 2**20
+    """Bytes of the bodies of those requests; more are refused with 503."""
     request_timeout_s: float = 60.0
     """Deadline of a request from arrival, seconds; then its work is cancelled (504)."""
     torch_threads: int | None = None
@@ -216,7 +224,15 @@ class RuntimeConfig:
             "must be a non-empty string",
             self.model,
         )
-        for key in ("max_batch_size", "max_context", "max_queue", "refiner_threads"):
+        for key in (
+            "max_batch_size",
+            "max_context",
+            "max_queue",
+            "max_queue_bytes",
+            "max_held_requests",
+            "max_held_bytes",
+            "refiner_threads",
+        ):
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, "must be a positive integer", value)
         _check(
@@ -243,6 +259,12 @@ class RuntimeConfig:
             "device",
             "must be auto, cpu, cuda or cuda:N",
             self.device,
+        )
+        _check(
+            self.max_held_bytes >= self.limits.max_body_bytes,
+            "max_held_bytes",
+            "must be at least limits.max_body_bytes",
+            self.max_held_bytes,
         )
         _check(
             isinstance(self.allow_empty_paths, bool),

@@ -30,6 +30,7 @@ from kestrel.api import (
     ModelResult,
     Overloaded,
     SegmentRequest,
+    image_size,
 )
 from kestrel.batch import Batch, Row
 from kestrel.config import RuntimeConfig
@@ -129,22 +130,31 @@ class Scheduler:
         """Queue a job.
 
         ``backlog``: requests that wait elsewhere and count against ``max_queue``. Raises
-        ``Overloaded`` when the queue is full (not with ``always``) or the scheduler is closed.
+        ``Overloaded`` when the queue is full by count or bytes, or so long that the job's deadline
+        would pass in it (not with ``always``), or when the scheduler is closed.
         """
         with self._wake:
             if self._closing:
                 raise Overloaded("the engine is shut down")
-            queued = len(self._waiting) + backlog
-            if queued >= self._config.max_queue and not always:
+            reason, seconds = self._refusal(job, len(self._waiting) + backlog)
+            if reason and not always:
                 self.counts["refused"] += 1
-                seconds = self._seconds * queued / self._config.max_batch_size
-                raise Overloaded(
-                    f"the queue is full ({queued} requests wait)",
-                    retry_after_s=min(max(1.0, seconds), 60.0),
-                )
+                raise Overloaded(reason, retry_after_s=min(max(1.0, seconds), 60.0))
             self._waiting.append(job)
             self._prepare_ahead()
             self._wake.notify()
+
+    def _refusal(self, job: Job, queued: int) -> tuple[str, float]:
+        """Why the job may not join ``queued`` others, empty when it may; seconds that they take."""
+        seconds = self._seconds * queued / self._config.max_batch_size
+        if queued >= self._config.max_queue:
+            return f"the queue is full ({queued} requests wait)", seconds
+        held = sum(image_size(waiting.request.image) for waiting in self._waiting)
+        if held and held + image_size(job.request.image) > self._config.max_queue_bytes:
+            return f"the queue is full ({held} bytes wait)", seconds
+        if queued and job.arrived + seconds > job.deadline:
+            return "the queue is longer than the request's deadline", seconds
+        return "", seconds
 
     def cancel(self, job: Job) -> None:
         """Drop a job at the next step; nothing more is delivered for it."""

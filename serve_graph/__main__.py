@@ -49,10 +49,10 @@ def sample_request(folder: Path) -> tuple[str, Path]:
 
 
 def up(options: argparse.Namespace) -> None:
-    """Start, say how to call it, wait for a signal, stop."""
-    stop = threading.Event()
+    """Start, say how to call it, wait for a signal, let requests finish, stop."""
+    stop, at_once = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: at_once.set() if stop.is_set() else stop.set())
     config = read_config(options.config, options.port)
     url = service_url(config)
     began = time.monotonic()
@@ -79,11 +79,12 @@ handle      RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS={cluster.address}
 token       {cluster.variables.get("RAY_AUTH_TOKEN_PATH", "as in your environment")}
 logs        {cluster.dir}/session_latest/logs/serve
 
-Ctrl-C stops it.""",
+Ctrl-C stops it when its requests are done, a second Ctrl-C at once.""",
             flush=True,
         )
         while not stop.wait(2):
             cluster.check()
+        cluster.drain(config, url, options.drain_s, at_once)
     print("stopped")
 
 
@@ -112,6 +113,9 @@ def main() -> None:
     command.add_argument("--num-gpus", type=int, default=0, help="GPUs given to Ray")
     command.add_argument("--dashboard-port", type=int, default=8265)
     command.add_argument("--client-port", type=int, default=10001, help="port of the Ray Client")
+    command.add_argument(
+        "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
+    )
     command.set_defaults(run=up)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")

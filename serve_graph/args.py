@@ -40,12 +40,16 @@ class Pool(BaseModel):
     """Requests that may wait, per caller, for a free replica; more are refused (503)."""
     graceful_shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """A replica that is taken down may finish its requests for this long, seconds."""
-    health_check_period_s: float = Field(default=10.0, gt=0)
+    health_check_period_s: float = Field(default=5.0, gt=0)
     """Seconds between two health checks of a replica."""
-    health_check_timeout_s: float = Field(default=30.0, gt=0)
-    """A replica that does not answer its health check for this long is replaced, seconds."""
+    health_check_timeout_s: float = Field(default=10.0, gt=0)
+    """A health check without an answer for this long has failed, seconds; after the third in a row
+    the replica is replaced and its requests are tried elsewhere. Three periods and timeouts should
+    be shorter than ``runtime.request_timeout_s``."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources of one replica, to pin a pool to marked nodes."""
+    max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
+    """Replicas of one node at most; 1 spreads a pool over the nodes."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Pool:
@@ -77,6 +81,8 @@ class Pool(BaseModel):
                 "resources": dict(self.resources),
             },
         }
+        if self.max_replicas_per_node is not None:
+            options["max_replicas_per_node"] = self.max_replicas_per_node
         if self.scales or watched:
             options["autoscaling_config"] = {
                 "min_replicas": self.min_replicas,
@@ -123,6 +129,19 @@ class RefinerPool(Pool):
             policy = {"policy_kwargs": self.lookahead.model_dump()}
             options["autoscaling_config"]["policy"] = policy
         return options
+
+
+class IngressSettings(BaseModel):
+    """The ``user_config`` of the deployment ``Ingress``: what changes without a new replica."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    refine_timeout_s: float | None = Field(default=None, gt=0)
+    """In place of the one in ``args``."""
+    api_keys: list[Any] | None = None
+    """In place of ``args.runtime.api_keys``."""
+    draining: bool = False
+    """Finish what is under way and refuse the rest (503): the graph is about to be stopped."""
 
 
 class GraphArgs(BaseModel):

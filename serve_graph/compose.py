@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.compose import compose_events
+from kestrel.server.room import Room
 from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
 
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("ray.serve")
+
+STOPPING = "the server is about to stop"
+"""The answer of a graph that drains; with the number of requests left at ``/healthz``."""
+
+STARTING_S = 20.0
+"""How long a request waits for the first word of the model pool, seconds: an ingress replica that
+an update has just started must not refuse what the model's new replica will soon take."""
 
 
 class GraphBackend:
@@ -31,9 +40,15 @@ class GraphBackend:
         refiner: DeploymentHandle,
     ) -> None:
         self.config = config
+        self._built = (config, refine_timeout_s)
         self.max_context: int | None = None
         """Positions of the model; None until a model replica has answered."""
+        self.room = Room(config)
+        """What both doors hold."""
+        self.draining = False
+        """Whether new requests are refused because the graph is about to be stopped."""
         self._starting = ["model", "refiner"]
+        self._model_there = asyncio.Event()
         self._model = ModelHalf(model)
         self._refiner = RefinerHalf(refiner, refine_timeout_s)
 
@@ -45,17 +60,37 @@ class GraphBackend:
                 if "model" in self._starting:
                     self.max_context = await self._model.health()
                     self._starting.remove("model")
+                    self._model_there.set()
                 await self._refiner.health()
                 self._starting.remove("refiner")
             except Exception as error:
                 logger.info("waiting for %s: %r", " and ".join(self._starting), error)
                 await asyncio.sleep(0.5)
 
+    def change(self, refine_timeout_s: float | None, api_keys: list[Any] | None) -> None:
+        """Take other settings for the requests to come; None: what the graph was built with."""
+        self._refiner.timeout_s = refine_timeout_s or self._built[1]
+        self.config = self._built[0]
+        if api_keys is not None:
+            self.config = replace(self.config, api_keys=tuple(api_keys))
+
     async def ready(self) -> str | None:
         """None once both halves have answered, else which are still starting."""
+        if self.draining:
+            return f"{STOPPING}, {self.room.requests} requests left"
         if not self._starting:
             return None
         return f"{' and '.join(self._starting)} still starting"
+
+    async def serving(self) -> str | None:
+        """None once the model pool has answered: without refiners, paths are the model's own."""
+        if self.draining:
+            return STOPPING
+        try:
+            await asyncio.wait_for(self._model_there.wait(), STARTING_S)
+        except asyncio.TimeoutError:
+            return "model still starting"
+        return None
 
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float

@@ -137,21 +137,34 @@ class ModelHalf:
     async def events(
         self, request: SegmentRequest, request_id: str, deadline: Deadline
     ) -> AsyncGenerator[ModelEvent, None]:
-        """The model's events as they come. A lost replica is replaced until the first event."""
-        started = finished = False
+        """The model's events as they come, each once.
+
+        When the replica is lost, another one begins again: the request id seeds its draws, so it
+        says the same, and what was sent is skipped. Where it says anything else (another batch may
+        round another way), the request ends with the error of a lost replica.
+        """
+        sent: list[ModelEvent] = []
         for attempt in range(1, ATTEMPTS + 1):
+            replay = iter(list(sent))
             response: Any = self._generate.remote(request, request_id, deadline.left())
+            finished = False
             try:
                 while True:
                     try:
                         event = await _within(deadline, response.__anext__())
                     except StopAsyncIteration:
                         return
-                    started, finished = True, isinstance(event, ModelDone)
-                    yield event
+                    finished = isinstance(event, ModelDone)
+                    before = next(replay, None)
+                    if before is None:
+                        sent.append(event)
+                        yield event
+                    elif event != before:
+                        logger.warning("request %s: another replica says it otherwise", request_id)
+                        raise _refusal(ReplicaUnavailableError("the replay differs"))
             except LOST as error:
                 _lost("model", request_id)
-                if started or attempt == ATTEMPTS:
+                if attempt == ATTEMPTS:
                     raise _refusal(error) from error
                 await _pause(attempt, deadline)
             except Exception as error:
@@ -168,7 +181,8 @@ class RefinerHalf:
     def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
         self._refine = handle.options(method_name="refine")
         self._health = handle.options(method_name="health")
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        """Seconds that a request waits for its refinement."""
 
     async def health(self) -> None:
         """Returns once a replica has answered."""
@@ -179,7 +193,7 @@ class RefinerHalf:
     ) -> SegmentRefineBitmapsResult:
         """Refined path and masks; RefinerUnavailable after five lost replicas, a full queue or
         ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first."""
-        patience = Deadline(min(self._timeout_s, deadline.left()))
+        patience = Deadline(min(self.timeout_s, deadline.left()))
         for attempt in range(1, ATTEMPTS + 1):
             response = self._refine.remote(
                 request.image, model.path, model.bbox, request.return_base64
@@ -192,7 +206,7 @@ class RefinerHalf:
                     await _pause(attempt, patience)
             except DeadlineExceeded:
                 deadline.left()
-                raise RefinerUnavailable(f"no answer in {self._timeout_s:g} s") from None
+                raise RefinerUnavailable(f"no answer in {self.timeout_s:g} s") from None
             except (BackPressureError, DeploymentUnavailableError) as error:
                 raise RefinerUnavailable(str(error)) from error
             except RayTaskError as error:

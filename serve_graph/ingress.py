@@ -16,10 +16,12 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from kestrel import api
-from kestrel.api import RequestError, SegmentRequest
+from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
+from kestrel.server.room import Place
 from serve_graph import metrics
+from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
 
 if TYPE_CHECKING:
@@ -47,9 +49,8 @@ class IngressDeployment:
         self._backend = GraphBackend(config, refine_timeout_s, model, refiner)
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
+        self._tasks.append(asyncio.create_task(self._count_replicas()))
         self._replicas = 1
-        if any(key.rate_per_s is not None for key in config.api_keys):
-            self._tasks.append(asyncio.create_task(self._count_replicas()))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
@@ -58,6 +59,7 @@ class IngressDeployment:
             self._backend,
             # Serve spreads requests evenly, so that the shares add up to the rate of a key.
             rates=RateLimits(share=lambda: 1 / self._replicas),
+            room=self._backend.room,
             ended=partial(metrics.request_ended, "http"),
             # Serve gives every HTTP request its id before it comes here, and the answer its header.
             name_answers=False,
@@ -67,19 +69,26 @@ class IngressDeployment:
         """Keep up with how many ingress replicas autoscaling runs."""
         context = serve.get_replica_context()
         while True:
-            try:
-                status = await asyncio.to_thread(serve.status)
-                ingress = status.applications[context.app_name].deployments[context.deployment]
-                self._replicas = max(1, ingress.replica_states.get(ReplicaState.RUNNING, 1))
-            except Exception as error:
-                logger.info("the ingress replicas could not be counted: %r", error)
+            if any(key.rate_per_s is not None for key in self._backend.config.api_keys):
+                try:
+                    status = await asyncio.to_thread(serve.status)
+                    ingress = status.applications[context.app_name].deployments[context.deployment]
+                    self._replicas = max(1, ingress.replica_states.get(ReplicaState.RUNNING, 1))
+                except Exception as error:
+                    logger.info("the ingress replicas could not be counted: %r", error)
             await asyncio.sleep(COUNT_PERIOD_S)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this with the deployment's ``user_config`` (``IngressSettings``)."""
+        settings = IngressSettings.model_validate(user_config)
+        self._backend.change(settings.refine_timeout_s, settings.api_keys)
+        self._backend.draining = settings.draining
 
     async def segment(self, **fields: Any) -> dict[str, Any]:
         """The arguments of ``kestrel.api.validate_segment`` in, the plain HTTP answer's fields out;
         raises RequestError."""
-        with _counted():
-            request = self._validated(fields)
+        with _counted(), self._backend.room.enter() as place:
+            request = await self._taken(fields, place)
             model, refined = await self._backend.complete(
                 request, _request_id(), self._backend.config.request_timeout_s
             )
@@ -87,9 +96,10 @@ class IngressDeployment:
 
     async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """The events that SSE sends; raises RequestError before the first one only."""
-        with _counted() as ended:
+        with _counted() as ended, self._backend.room.enter() as place:
+            request = await self._taken(fields, place)
             events = self._backend.events(
-                self._validated(fields), _request_id(), self._backend.config.request_timeout_s
+                request, _request_id(), self._backend.config.request_timeout_s
             )
             async with contextlib.aclosing(events):
                 async for event in events:
@@ -105,9 +115,14 @@ class IngressDeployment:
         except RequestError as error:
             await queue.put_async(error)
 
-    def _validated(self, fields: dict[str, Any]) -> SegmentRequest:
+    async def _taken(self, fields: dict[str, Any], place: Place) -> SegmentRequest:
         limits, max_context = self._backend.config.limits, self._backend.max_context
-        return api.validate_segment(**fields, limits=limits, max_context=max_context)
+        request = api.validate_segment(**fields, limits=limits, max_context=max_context)
+        place.hold(image_size(request.image))
+        reason = await self._backend.serving()
+        if reason is not None:
+            raise Overloaded(reason, retry_after_s=2.0)
+        return request
 
 
 def _request_id() -> str:

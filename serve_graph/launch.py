@@ -1,4 +1,4 @@
-"""A Ray cluster of one machine, for ``make serve``, the demo and the tests.
+"""A Ray cluster on one machine, for ``make serve``, the demo, the benchmarks and the tests.
 
 It listens on the loopback interface, asks for Ray's token, and stops exactly what it started.
 This module does not import Ray: it drives ``ray start`` and the Serve REST API like an operator.
@@ -6,14 +6,12 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +20,8 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from serve_graph.node import RayNode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -39,6 +39,8 @@ PATIENCE = {
     # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
     # where all cores are taken, and Serve then refuses the config.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # By default Ray's workers, the replicas among them, yield to every other program.
+    "RAY_worker_niceness": "0",
 }
 
 STEADY_CLIENT = {
@@ -136,7 +138,9 @@ class LocalCluster:
             self.variables.update(token_variables(self.dir))
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._object_store_bytes = object_store_bytes
-        self._ray: subprocess.Popen[bytes] | None = None
+        self.head: RayNode | None = None
+        self.nodes: list[RayNode] = []
+        """Those that joined the head, dead ones too."""
 
     @property
     def address(self) -> str:
@@ -172,15 +176,7 @@ class LocalCluster:
 
     def start(self, timeout_s: float = 180.0) -> None:
         """Start Ray and wait for its dashboard; LaunchError when it does not come up."""
-        environment = {**os.environ, **self.variables}
-        environment.pop("RAY_ADDRESS", None)
-        # Replicas import serve_graph and kestrel from here, installed or not.
-        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        environment["RAY_USAGE_STATS_ENABLED"] = "0"
-        # There is one node: nobody could take over what draining waits for.
-        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command = ["-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs_port}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
         command += [f"--ray-client-server-port={self.client_port}"]
@@ -188,21 +184,54 @@ class LocalCluster:
         command += ["--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false"]
         command += [f"--num-cpus={self._num_cpus}", f"--num-gpus={self._num_gpus}"]
         command += [f"--object-store-memory={self._object_store_bytes}", f"--temp-dir={self.dir}"]
-        with self.log.open("wb") as log:
-            # A session of its own: Ctrl-C in the terminal reaches us, and we stop Ray in order.
-            self._ray = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self.head = RayNode(command, self._environment(), self.log)
         try:
             self._wait(f"{self.dashboard}/api/version", timeout_s, "the Ray dashboard")
         except BaseException:
             self.stop(keep_logs=True)
             raise
+
+    def add_node(
+        self,
+        *,
+        num_cpus: int = 2,
+        num_gpus: int = 0,
+        resources: dict[str, float] | None = None,
+        http_port: int | None = None,
+    ) -> RayNode:
+        """One more node on this machine; it is in the cluster some seconds later.
+
+        ``http_port``: of its HTTP door, because nodes of one machine share its ports; None: a free
+        one.
+        """
+        options = {
+            "gcs_address": self.address,
+            "node_ip_address": "127.0.0.1",
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "resources": resources or {},
+            "object_store_memory": self._object_store_bytes,
+            "dashboard_agent_listen_port": free_port(),
+            "node_manager_port": 0,
+            "min_worker_port": 0,
+            "max_worker_port": 0,
+            "include_log_monitor": False,
+        }
+        variables = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port or free_port())}
+        command = ["-m", "serve_graph.join", json.dumps(options)]
+        self.nodes.append(RayNode(command, {**self._environment(), **variables}, self.log))
+        return self.nodes[-1]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, **self.variables}
+        environment.pop("RAY_ADDRESS", None)
+        # Replicas import serve_graph and kestrel from here, installed or not.
+        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment["RAY_USAGE_STATS_ENABLED"] = "0"
+        # There is one machine: nobody could take over what draining waits for.
+        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+        return environment
 
     def deploy(self, config: dict[str, Any], timeout_s: float = 180.0) -> None:
         """Hand a Serve config to the cluster, like ``serve deploy``; it becomes ready later.
@@ -235,9 +264,41 @@ class LocalCluster:
         """
         self._wait(url, timeout_s, "the application", stop)
 
+    def drain(
+        self,
+        config: dict[str, Any],
+        url: str,
+        timeout_s: float = 60.0,
+        stop: threading.Event | None = None,
+    ) -> bool:
+        """Have the graph of ``config`` at ``url`` refuse new requests and finish the others.
+
+        Whether none is left; after ``timeout_s`` seconds, or when ``stop`` is set, some may be.
+        With several ingress replicas, those that ``url`` does not lead to are not asked.
+        """
+        config = copy.deepcopy(config)
+        deployments = config["applications"][0].setdefault("deployments", [])
+        if not any(one["name"] == "Ingress" for one in deployments):
+            deployments.append({"name": "Ingress"})
+        for one in deployments:
+            if one["name"] == "Ingress":
+                one["user_config"] = {**one.get("user_config", {}), "draining": True}
+        deadline = time.monotonic() + timeout_s
+        self.deploy(config, timeout_s)
+        while time.monotonic() < deadline and not (stop and stop.is_set()):
+            try:
+                self._call(f"{url}/healthz")
+            except urllib.error.HTTPError as error:
+                if b", 0 requests left" in error.read():
+                    return True
+            except OSError:
+                self.check()
+            time.sleep(0.1)
+        return False
+
     def check(self) -> None:
         """LaunchError when Ray is no longer there."""
-        if self._ray is None or self._ray.poll() is not None:
+        if self.head is None or not self.head.running:
             raise LaunchError(f"Ray ended\n{self._last_words()}")
 
     def status(self) -> dict[str, Any]:
@@ -248,14 +309,11 @@ class LocalCluster:
 
     def stop(self, timeout_s: float = 20.0, *, keep_logs: bool = False) -> None:
         """Stop Ray and every process that it started; its directory goes too, or its logs stay."""
-        ray, self._ray = self._ray, None
-        if ray is not None:
-            ray.send_signal(signal.SIGTERM)
-            try:
-                ray.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                os.killpg(ray.pid, signal.SIGKILL)
-                ray.wait()
+        for node in self.nodes:
+            node.kill()
+        head, self.head = self.head, None
+        if head is not None:
+            head.stop(timeout_s)
         if not keep_logs:
             shutil.rmtree(self.dir, ignore_errors=True)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kestrel import api
@@ -72,6 +73,7 @@ class RefinerDeployment:
 
         # Requests and replicas run beside each other; OpenCV's own threads would only compete.
         cv2.setNumThreads(1)
+        self._built, self._limits = config, limits
         self._refiner = SegmentRefiner(config, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
@@ -79,6 +81,18 @@ class RefinerDeployment:
         self._busy = Busy()
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this with the deployment's ``user_config``: keys of ``RefinerConfig`` that
+        replace those of ``args.refiner``. What is being refined ends as it began."""
+        from kestrel.config import RefinerConfig, from_mapping
+        from kestrel.seg_refiner import SegmentRefiner
+
+        built = {f.name: getattr(self._built, f.name) for f in fields(self._built)}
+        config = from_mapping(RefinerConfig, {**built, **user_config}, "user_config")
+        refiner = SegmentRefiner(config, limits=self._limits)
+        await asyncio.to_thread(refiner.self_check)
+        self._refiner = refiner
 
     async def refine(
         self,

@@ -132,8 +132,7 @@ def test_serve_config_is_the_cluster_config_but_for_where_pools_are_placed(manif
     deployed = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
     args = deployed["applications"][0]["args"]
-    for pool in ("ingress_pool", "refiner_pool"):
-        assert args[pool].pop("resources") == {"cpu_node": 0.001}
+    assert args["ingress_pool"].pop("resources") == {"cpu_node": 0.001}
     assert deployed == config
     assert graph_args(manifest).runtime.refiner is None
 

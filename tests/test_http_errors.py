@@ -59,6 +59,9 @@ class ScriptedBackend:
     async def ready(self) -> str | None:
         return self.not_ready
 
+    async def serving(self) -> str | None:
+        return self.not_ready
+
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> tuple[ModelResult, Refinement]:

@@ -65,6 +65,10 @@ class EngineBackend:
             return "the engine is not well"
         return None
 
+    async def serving(self) -> str | None:
+        """``ready``: without its engine this process has nothing to serve with."""
+        return await self.ready()
+
     def _running(self) -> InferenceEngine:
         if self._engine is None:
             raise Overloaded("the model is not loaded", retry_after_s=2.0)

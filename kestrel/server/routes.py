@@ -25,6 +25,7 @@ from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.openapi import docs_page, openapi_document
 from kestrel.server.compose import Refinement, server_timing, within
+from kestrel.server.room import Place, Room
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ class Backend(Protocol):
         """Bound of ``settings.max_tokens``; None where it is not known."""
 
     async def ready(self) -> str | None:
-        """None when requests can be served, else why not."""
+        """None when everything works, else what does not."""
+
+    async def serving(self) -> str | None:
+        """None when a request can be taken, else why not."""
 
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float
@@ -73,6 +77,7 @@ def build_app(
     backend: Backend,
     *,
     rates: RateLimits | None = None,
+    room: Room | None = None,
     ended: Ended | None = None,
     name_answers: bool = True,
     **starlette_options: Any,
@@ -80,14 +85,15 @@ def build_app(
     """The routes of the contract over ``backend``.
 
     ``rates`` counts the requests of the API keys that have a rate; None: this process alone serves
-    them. ``ended`` is called at the end of each segment request. ``name_answers``: add the request
-    id to the headers of answers; False where the server in front does. ``starlette_options`` are
-    passed on (``lifespan``).
+    them. ``room`` bounds what is held at once; None: no other door shares it. ``ended`` is called
+    at the end of each segment request. ``name_answers``: add the request id to the headers of
+    answers; False where the server in front does. ``starlette_options`` are passed on
+    (``lifespan``).
     """
     warning = plain_key_warning(backend.config.api_keys)
     if warning is not None:
         log.warning(warning)
-    routes = _Routes(backend, rates or RateLimits())
+    routes = _Routes(backend, rates or RateLimits(), room or Room(backend.config))
     app = Starlette(
         routes=[
             Route("/v1/segment", routes.segment, methods=["POST"]),
@@ -108,10 +114,10 @@ def build_app(
 class _Routes:
     """The endpoints; one object so that they share the backend."""
 
-    def __init__(self, backend: Backend, rates: RateLimits) -> None:
+    def __init__(self, backend: Backend, rates: RateLimits, room: Room) -> None:
         self.backend = backend
         self.rates = rates
-        self.document = openapi_document(backend.config)
+        self.room = room
 
     async def segment(self, request: Request) -> Response:
         config = self.backend.config
@@ -122,7 +128,9 @@ class _Routes:
             raise api.RateLimited("the rate of this API key is used up", retry_after_s=wait_s)
         timeout_s = api.timeout_from_headers(request.headers, config.request_timeout_s)
         deadline = arrived + timeout_s
-        body = await within(deadline, _read_body(request, config.limits.max_body_bytes))
+        # Left by the envelope: an event stream goes on after this returns.
+        place = request.scope["kestrel.places"].enter_context(self.room.enter())
+        body = await within(deadline, _read_body(request, config.limits.max_body_bytes, place))
         asked = api.parse_segment_json(
             body,
             limits=config.limits,
@@ -130,7 +138,7 @@ class _Routes:
             max_context=self.backend.max_context,
         )
         del body  # the image is held decoded from base64; tens of megabytes need no second copy
-        reason = await within(deadline, self.backend.ready())
+        reason = await within(deadline, self.backend.serving())
         if reason is not None:
             raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
         request_id: str = request.scope["kestrel.request_id"]
@@ -165,10 +173,10 @@ class _Routes:
         return JSONResponse({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(self.document)
+        return JSONResponse(openapi_document(self.backend.config))
 
     async def docs(self, request: Request) -> Response:
-        return HTMLResponse(docs_page(self.document))
+        return HTMLResponse(docs_page(openapi_document(self.backend.config)))
 
 
 async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -181,21 +189,29 @@ async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]
         raise
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body; TooLarge from its Content-Length, or while it is read."""
-    message = f"the body is larger than {limit} bytes"
+async def _read_body(request: Request, limit: int, place: Place) -> bytes:
+    """The body; TooLarge from its Content-Length or while it is read, Overloaded likewise when
+    there is no space for it."""
     declared = request.headers.get("content-length", "")
+    size = int(declared[:20]) if declared.isdigit() else 0
     chunks = request.stream()
-    if declared.isdigit() and int(declared[:20]) > limit:
-        await _drain(chunks, limit)
-        raise TooLarge(message)
     body = bytearray()
-    async for chunk in chunks:
-        body += chunk
-        if len(body) > limit:
-            await _drain(chunks, limit)
-            raise TooLarge(message)
+    try:
+        _check_size(size, limit, place)
+        async for chunk in chunks:
+            body += chunk
+            _check_size(len(body), limit, place)
+    except RequestError:
+        body.clear()
+        await _drain(chunks, limit)
+        raise
     return bytes(body)
+
+
+def _check_size(size: int, limit: int, place: Place) -> None:
+    if size > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes")
+    place.hold(size)
 
 
 async def _drain(chunks: AsyncGenerator[bytes, None], limit: int) -> None:
@@ -322,7 +338,8 @@ class _Envelope:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            with contextlib.ExitStack() as scope["kestrel.places"]:
+                await self._app(scope, receive, send_named)
         except ClientGone:
             failure = asyncio.CancelledError()
             log.info("request %s: the client disconnected, its work is cancelled", request_id)

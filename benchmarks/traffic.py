@@ -1,0 +1,223 @@
+"""Steady load on a running graph in which every request is accounted for.
+
+Requests are sent on a clock, whatever becomes of those before (an open loop), plain, with masks and
+as streams in turn. Each answer is compared with the one that the undisturbed graph gave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from serve_graph.demo import Sample
+
+RIGHT = "right"
+UNREFINED = "unrefined"
+"""Answered with the model's own path and ``X-Refinement: unavailable``."""
+REFUSED = "refused"
+"""503 or 429 with ``Retry-After``."""
+LATE = "late"
+"""504."""
+BROKEN = "broken stream"
+"""A stream that was right until its one error event."""
+LEFT = "left"
+"""The client went away on purpose."""
+
+KINDS = ("plain", "masks", "stream")
+GRACE_S = 15.0
+"""An answer that comes this much after the request's deadline is lost."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of one request."""
+
+    kind: str
+    at: float
+    """``time.monotonic`` of sending, seconds."""
+    seconds: float
+    outcome: str
+    """One of the above; anything else says how it was lost."""
+    said: str
+    """The message of a refusal or an error event."""
+    redials: int
+    """Connections that broke or were refused before an answer came through another door."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can say that this request was served or refused as it should be."""
+        return self.outcome not in (RIGHT, UNREFINED, REFUSED, LATE, BROKEN, LEFT)
+
+
+@dataclass
+class Expected:
+    """The undisturbed graph's answer about one picture."""
+
+    sample: Sample
+    path: str
+    bbox: dict[str, float] | None
+    masks: dict[str, str]
+    box_event: dict[str, Any]
+    chunks: list[tuple[int, str]]
+    """Token index and text of each path_delta."""
+
+    @property
+    def own_path(self) -> str:
+        """The model's path before refinement."""
+        return "".join(chunk for _, chunk in self.chunks)
+
+    def body(self, kind: str) -> dict[str, Any]:
+        """The JSON of a request of one kind."""
+        image = base64.b64encode(self.sample.image).decode()
+        flags = {"stream": kind == "stream", "return_base64": kind == "masks"}
+        return {"object": self.sample.noun, "image_url": image, **flags}
+
+    def judge(self, kind: str, answer: dict[str, Any], unavailable: bool) -> str:
+        """What a 200's fields are worth."""
+        if unavailable:
+            same = (answer["path"], answer["bbox"]) == (self.own_path, self.box_event["bbox"])
+            return UNREFINED if same and kind != "masks" else "wrong answer without refinement"
+        if (answer["path"], answer["bbox"]) != (self.path, self.bbox):
+            return "wrong path"
+        masks = {key: answer[key] for key in answer if key.endswith("_base64")}
+        return RIGHT if masks == (self.masks if kind == "masks" else {}) else "wrong masks"
+
+    def judge_events(self, events: list[dict[str, Any]]) -> str:
+        """What the events of a stream that ended in order are worth."""
+        if not events or events[0] != self.box_event:
+            return "stream without its box"
+        *middle, last = events[1:] or [{"type": "nothing"}]
+        chunks = [(event.get("token_index"), event.get("chunk")) for event in middle]
+        if last["type"] == "error":
+            return BROKEN if chunks == self.chunks[: len(chunks)] else "wrong chunks, then an error"
+        if chunks != self.chunks:
+            return "chunks repeated or missing"
+        if last["type"] != "final":
+            return f"stream ended with {last['type']}"
+        if last["path"] == self.own_path and last["path"] != self.path:
+            return UNREFINED
+        return self.judge("stream", last, unavailable=False)
+
+
+async def learn(client: httpx.AsyncClient, url: str, samples: list[Sample]) -> list[Expected]:
+    """Ask about every picture while nothing is wrong; those with a path are kept."""
+    known = []
+    for sample in samples:
+        blank = Expected(sample, "", None, {}, {}, [])
+        answer = (await client.post(f"{url}/v1/segment", json=blank.body("masks"))).json()
+        events = await _events(client, url, blank.body("stream"), {})
+        masks = {key: answer[key] for key in answer if key.endswith("_base64")}
+        if not answer["path"] or len(masks) < 2:
+            continue
+        chunks = [(e["token_index"], e["chunk"]) for e in events if e["type"] == "path_delta"]
+        known.append(Expected(sample, answer["path"], answer["bbox"], masks, events[0], chunks))
+    if not known:
+        raise RuntimeError("the graph outlines none of the sample pictures")
+    return known
+
+
+@dataclass
+class Traffic:
+    """Requests at a steady rate through several doors, as a load balancer would spread them."""
+
+    doors: list[str]
+    """Base URLs; may change while it runs."""
+    expected: list[Expected]
+    headers: dict[str, str] = field(default_factory=dict)
+    rate: float = 8.0
+    """Requests per second."""
+    timeout_s: float = 60.0
+    """Deadline that each request carries."""
+    kinds: tuple[str, ...] = KINDS
+    leave_every: int = 0
+    """Every n-th client goes away after 20 ms; 0: none."""
+    sent: list[Sent] = field(default_factory=list)
+
+    async def run(self, seconds: float) -> None:
+        """Send for so long, then wait for the last answer."""
+        began, number = time.monotonic(), 0
+        pending: set[asyncio.Task[None]] = set()
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=self.timeout_s + GRACE_S, limits=limits) as client:
+            while (due := began + number / self.rate) < began + seconds:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                task = asyncio.create_task(self._one(client, number))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+                number += 1
+            await asyncio.gather(*pending)
+
+    async def _one(self, client: httpx.AsyncClient, number: int) -> None:
+        kind = self.kinds[number % len(self.kinds)]
+        expected = self.expected[number // len(self.kinds) % len(self.expected)]
+        leaves = bool(self.leave_every) and number % self.leave_every == self.leave_every - 1
+        at, redials, said = time.monotonic(), 0, ""
+        while True:
+            door = self.doors[(number + redials) % len(self.doors)]
+            left = self.timeout_s - (time.monotonic() - at)
+            if left <= 0:
+                outcome = "no door answered"
+                break
+            headers = {**self.headers, "X-Request-Timeout-Ms": str(max(1, round(left * 1e3)))}
+            work = self._ask(client, door, kind, expected, headers)
+            try:
+                patience = 0.02 if leaves else left + GRACE_S
+                outcome, said = await asyncio.wait_for(work, patience)
+                break
+            except asyncio.TimeoutError:
+                outcome = LEFT if leaves else "no answer"
+                break
+            except httpx.TransportError:
+                redials += 1
+                await asyncio.sleep(0.05)
+        self.sent.append(Sent(kind, at, time.monotonic() - at, outcome, said, redials))
+
+    async def _ask(
+        self,
+        client: httpx.AsyncClient,
+        door: str,
+        kind: str,
+        expected: Expected,
+        headers: dict[str, str],
+    ) -> tuple[str, str]:
+        body = expected.body(kind)
+        try:
+            if kind == "stream":
+                events = await _events(client, door, body, headers)
+                return expected.judge_events(events), str((events or [{}])[-1].get("error", ""))
+            answer = await client.post(f"{door}/v1/segment", json=body, headers=headers)
+        except httpx.HTTPStatusError as error:
+            answer = error.response
+        if answer.status_code == 200:
+            return expected.judge(kind, answer.json(), "x-refinement" in answer.headers), ""
+        said = answer.text[:200]
+        if answer.status_code in (429, 503) and answer.headers.get("retry-after"):
+            return REFUSED, said
+        return LATE if answer.status_code == 504 else f"status {answer.status_code}", said
+
+    def outcomes(self) -> Counter[str]:
+        """How many requests ended how."""
+        return Counter(sent.outcome for sent in self.sent)
+
+    def lost(self) -> list[Sent]:
+        """Those that nobody can account for."""
+        return [sent for sent in self.sent if sent.lost]
+
+
+async def _events(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The events of one stream; HTTPStatusError where none began."""
+    async with client.stream("POST", f"{url}/v1/segment", json=body, headers=headers) as response:
+        if response.is_error:
+            await response.aread()
+        response.raise_for_status()
+        lines = [line async for line in response.aiter_lines() if line.startswith("data:")]
+    return [json.loads(line[5:]) for line in lines]
