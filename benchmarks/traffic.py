@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -139,15 +140,22 @@ class Traffic:
     leave_every: int = 0
     """Every n-th client goes away after 20 ms; 0: none."""
     sent: list[Sent] = field(default_factory=list)
+    _stopped: bool = False
 
-    async def run(self, seconds: float) -> None:
-        """Send for so long, then wait for the last answer."""
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped = True
+
+    async def run(self, seconds: float = math.inf) -> None:
+        """Send for so long or until ``stop``, then wait for the last answer."""
         began, number = time.monotonic(), 0
         pending: set[asyncio.Task[None]] = set()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=self.timeout_s + GRACE_S, limits=limits) as client:
             while (due := began + number / self.rate) < began + seconds:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+                if self._stopped:
+                    break
                 task = asyncio.create_task(self._one(client, number))
                 pending.add(task)
                 task.add_done_callback(pending.discard)

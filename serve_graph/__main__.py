@@ -16,9 +16,10 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
-from serve_graph.launch import LaunchError, LocalCluster, free_port
+from serve_graph.launch import FAST_SERVE, HAPROXY, LaunchError, LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
+HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
@@ -61,6 +62,7 @@ def up(options: argparse.Namespace) -> None:
         num_gpus=options.num_gpus,
         dashboard_port=options.dashboard_port,
         client_port=options.client_port,
+        haproxy=options.haproxy,
     )
     with cluster:
         cluster.deploy(config)
@@ -102,6 +104,12 @@ def demo(options: argparse.Namespace) -> None:
         run(url, options.output)
 
 
+def env(options: argparse.Namespace) -> None:
+    """Print the environment of the serving mode, for a shell that starts Ray on a node."""
+    for name, value in {**FAST_SERVE, **(HAPROXY if options.haproxy else {})}.items():
+        print(f"export {name}={value}")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m serve_graph", description=__doc__)
@@ -116,7 +124,13 @@ def main() -> None:
     command.add_argument(
         "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
     )
+    command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
     command.set_defaults(run=up)
+    command = commands.add_parser(
+        "env", help='environment of the serving mode: eval "$(... env)" before `ray start`'
+    )
+    command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
+    command.set_defaults(run=env)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
     command.set_defaults(run=demo)

@@ -35,6 +35,14 @@ FAST_SERVE = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 
+HAPROXY = {
+    # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
+    # that is left, twice the requests per second. HTTP stays on ``http_options.host``; HAProxy's
+    # own pages, of statistics and metrics, listen on every interface and ask for nothing.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+}
+
 PATIENCE = {
     # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
     # where all cores are taken, and Serve then refuses the config.
@@ -110,7 +118,8 @@ class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
-    ``num_cpus`` are logical CPUs; ``environment`` adds to and overrides that of Ray's processes.
+    ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``; ``environment`` adds to and
+    overrides that of Ray's processes.
     """
 
     def __init__(
@@ -121,6 +130,7 @@ class LocalCluster:
         dashboard_port: int | None = None,
         client_port: int | None = None,
         object_store_bytes: int = 256 * 2**20,
+        haproxy: bool = False,
         environment: dict[str, str] | None = None,
     ) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="segment-ray-"))
@@ -132,6 +142,7 @@ class LocalCluster:
             **PATIENCE,
             **STEADY_CLIENT,
             **LOOPBACK,
+            **(self._haproxy() if haproxy else {}),
             **(environment or {}),
         }
         if "RAY_AUTH_TOKEN" not in self.variables:
@@ -190,6 +201,19 @@ class LocalCluster:
         except BaseException:
             self.stop(keep_logs=True)
             raise
+
+    def _haproxy(self) -> dict[str, str]:
+        """``HAPROXY``, with files and ports that no other cluster of this machine has."""
+        prefix, folder = "RAY_SERVE_HAPROXY_", self.dir / "haproxy"
+        return {
+            **HAPROXY,
+            f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
+            f"{prefix}SERVER_STATE_BASE": str(folder),
+            f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
+            f"{prefix}METRICS_PORT": str(free_port()),
+            f"{prefix}STATS_PORT": str(free_port()),
+        }
 
     def add_node(
         self,

@@ -74,6 +74,7 @@ class RefinerDeployment:
         # Requests and replicas run beside each other; OpenCV's own threads would only compete.
         cv2.setNumThreads(1)
         self._built, self._limits = config, limits
+        self._current = config
         self._refiner = SegmentRefiner(config, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
@@ -90,9 +91,11 @@ class RefinerDeployment:
 
         built = {f.name: getattr(self._built, f.name) for f in fields(self._built)}
         config = from_mapping(RefinerConfig, {**built, **user_config}, "user_config")
+        if config == self._current:
+            return
         refiner = SegmentRefiner(config, limits=self._limits)
         await asyncio.to_thread(refiner.self_check)
-        self._refiner = refiner
+        self._refiner, self._current = refiner, config
 
     async def refine(
         self,

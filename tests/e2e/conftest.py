@@ -37,7 +37,7 @@ def graph() -> Iterator[Graph]:
         driver = Driver(cluster.address, environment)
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=url, headers=headers, timeout=120) as http:
-            yield Graph(cluster, url, http, driver, environment)
+            yield Graph(cluster, config, url, http, driver, environment)
         driver.close()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ class Graph:
     """Where the graph is, and ways to it."""
 
     cluster: LocalCluster
+    config: dict[str, Any]
+    """What is deployed, but for what a test changes and changes back."""
     url: str
     http: httpx.Client
     driver: Driver
@@ -72,6 +75,25 @@ class Graph:
         assert "ok" in reply, reply
         halves: dict[str, list[dict[str, Any]]] = reply["ok"]
         return halves
+
+    def pids(self, title: str) -> list[int]:
+        """Processes of the head by their title, ``ray::ServeReplica:segment:Model`` for one."""
+        assert self.cluster.head is not None
+        return self.cluster.head.pids(title)
+
+    def deploy(self, config: dict[str, Any], seconds: float = 180.0) -> None:
+        """Deploy and wait until every replica is as the config says."""
+        self.cluster.deploy(config)
+        end = time.monotonic() + seconds
+        while not self._settled():
+            assert time.monotonic() < end, self.cluster.status()
+            time.sleep(0.5)
+
+    def _settled(self) -> bool:
+        (application,) = self.cluster.status()["applications"].values()
+        deployments = application["deployments"].values()
+        healthy = all(one["status"] == "HEALTHY" for one in deployments)
+        return bool(application["status"] == "RUNNING" and deployments and healthy)
 
     def count(self, half: str, key: str) -> int:
         """One number of all replicas of a half together."""
