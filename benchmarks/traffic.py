@@ -156,13 +156,14 @@ class Traffic:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 if self._stopped:
                     break
-                task = asyncio.create_task(self._one(client, number))
+                task = asyncio.create_task(self.one(client, number))
                 pending.add(task)
                 task.add_done_callback(pending.discard)
                 number += 1
             await asyncio.gather(*pending)
 
-    async def _one(self, client: httpx.AsyncClient, number: int) -> None:
+    async def one(self, client: httpx.AsyncClient, number: int) -> None:
+        """Send request ``number`` and note what becomes of it."""
         kind = self.kinds[number % len(self.kinds)]
         expected = self.expected[number // len(self.kinds) % len(self.expected)]
         leaves = bool(self.leave_every) and number % self.leave_every == self.leave_every - 1

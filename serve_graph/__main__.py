@@ -16,7 +16,14 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
-from serve_graph.launch import FAST_SERVE, HAPROXY, LaunchError, LocalCluster, free_port
+from serve_graph.launch import (
+    FAST_SERVE,
+    HAPROXY,
+    STEADY_CLIENT,
+    LaunchError,
+    LocalCluster,
+    free_port,
+)
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
@@ -106,7 +113,11 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    for name, value in {**FAST_SERVE, **(HAPROXY if options.haproxy else {})}.items():
+    for name, value in {
+        **FAST_SERVE,
+        **STEADY_CLIENT,
+        **(HAPROXY if options.haproxy else {}),
+    }.items():
         print(f"export {name}={value}")
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
@@ -30,8 +31,9 @@ from serve_graph import metrics
 
 logger = logging.getLogger("ray.serve")
 
-LOST = (RayActorError, ReplicaUnavailableError)
-"""The replica died or left while it held the request. Both halves are pure, so it may run again."""
+LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
+"""The replica died or left while it held the request, or the connection to it broke. Both halves
+are pure, so it may run again."""
 
 ATTEMPTS = 5
 """Tries of a request on replicas that are lost; bounded, so that a request that kills whoever takes
@@ -51,14 +53,20 @@ class RefinerUnavailable(Exception):
     """No replica could refine this path in time; the model's own path is still good."""
 
 
-def _lost(half: str, request_id: str) -> None:
-    metrics.count(metrics.LOST_REPLICAS, half=half)
-    logger.warning("request %s: %s replica lost", request_id, half)
+def _lost_again(half: str, request_id: str, error: Exception, lost: int) -> int:
+    """Replicas that the request has lost, ``error`` included, ``lost`` before it; 0: the error is
+    not of that kind, or the last that is taken, and goes to the caller."""
+    if isinstance(error, LOST):
+        metrics.count(metrics.LOST_REPLICAS, half=half)
+        logger.warning("request %s: %s replica lost", request_id, half)
+        return lost + 1 if lost + 1 < ATTEMPTS else 0
+    # It was let in before its replica died, and waits for its turn among those that came since.
+    return lost if isinstance(error, BackPressureError) else 0
 
 
-async def _pause(attempt: int, deadline: Deadline) -> None:
-    """Wait after the ``attempt``-th try, not past the deadline."""
-    await asyncio.sleep(min(RETRY_PAUSE_S * 2 ** (attempt - 1), deadline.left()))
+async def _pause(lost: int, deadline: Deadline) -> None:
+    """Wait after the ``lost``-th loss, not past the deadline."""
+    await asyncio.sleep(min(RETRY_PAUSE_S * 2 ** (lost - 1), deadline.left()))
 
 
 class Deadline:
@@ -121,18 +129,16 @@ class ModelHalf:
         self, request: SegmentRequest, request_id: str, deadline: Deadline
     ) -> ModelResult:
         """The finished path; RequestError when it is refused, late or lost."""
-        for attempt in range(1, ATTEMPTS + 1):
+        lost = 0
+        while True:
             response = self._complete.remote(request, request_id, deadline.left())
             try:
                 return await _finish(response, deadline)
-            except LOST as error:
-                _lost("model", request_id)
-                if attempt == ATTEMPTS:
-                    raise _refusal(error) from error
-                await _pause(attempt, deadline)
             except Exception as error:
-                raise _refusal(error) from error
-        raise AssertionError("unreachable")
+                lost = _lost_again("model", request_id, error, lost)
+                if not lost:
+                    raise _refusal(error) from error
+                await _pause(lost, deadline)
 
     async def events(
         self, request: SegmentRequest, request_id: str, deadline: Deadline
@@ -144,7 +150,8 @@ class ModelHalf:
         round another way), the request ends with the error of a lost replica.
         """
         sent: list[ModelEvent] = []
-        for attempt in range(1, ATTEMPTS + 1):
+        lost = 0
+        while True:
             replay = iter(list(sent))
             response: Any = self._generate.remote(request, request_id, deadline.left())
             finished = False
@@ -160,19 +167,16 @@ class ModelHalf:
                         sent.append(event)
                         yield event
                     elif event != before:
-                        logger.warning("request %s: another replica says it otherwise", request_id)
-                        raise _refusal(ReplicaUnavailableError("the replay differs"))
-            except LOST as error:
-                _lost("model", request_id)
-                if attempt == ATTEMPTS:
-                    raise _refusal(error) from error
-                await _pause(attempt, deadline)
+                        raise Overloaded("the model replica was lost, and another tells otherwise")
             except Exception as error:
-                raise _refusal(error) from error
+                lost = _lost_again("model", request_id, error, lost)
+                if not lost:
+                    raise _refusal(error) from error
             finally:
                 # Reached on every way out, a client that went away included: frees the slot.
                 if not finished:
                     response.cancel()
+            await _pause(lost, deadline)
 
 
 class RefinerHalf:
@@ -194,23 +198,25 @@ class RefinerHalf:
         """Refined path and masks; RefinerUnavailable after five lost replicas, a full queue or
         ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first."""
         patience = Deadline(min(self.timeout_s, deadline.left()))
-        for attempt in range(1, ATTEMPTS + 1):
+        lost = 0
+        while True:
             response = self._refine.remote(
                 request.image, model.path, model.bbox, request.return_base64
             )
             try:
                 try:
                     return await _finish(response, patience)
-                except LOST:
-                    _lost("refiner", model.request_id)
-                    await _pause(attempt, patience)
+                except Exception as error:
+                    lost = _lost_again("refiner", model.request_id, error, lost)
+                    if not lost:
+                        raise
+                    await _pause(lost, patience)
             except DeadlineExceeded:
                 deadline.left()
                 raise RefinerUnavailable(f"no answer in {self.timeout_s:g} s") from None
-            except (BackPressureError, DeploymentUnavailableError) as error:
+            except (*LOST, BackPressureError, DeploymentUnavailableError) as error:
                 raise RefinerUnavailable(str(error)) from error
             except RayTaskError as error:
                 if isinstance(error.cause, RequestError):
                     raise error.cause from None
                 raise
-        raise RefinerUnavailable(f"{ATTEMPTS} refiner replicas were lost in a row")

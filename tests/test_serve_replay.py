@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from kestrel.api import (
     BboxEvent,
@@ -37,15 +37,19 @@ TOLD: list[ModelEvent] = [
 class Call:
     """What a handle's streaming call gives: some events, then the death of its replica."""
 
-    def __init__(self, events: list[ModelEvent], dies: bool) -> None:
-        self._events = self._told(events, dies)
+    def __init__(
+        self, events: list[ModelEvent], dies: bool = False, error: Exception | None = None
+    ) -> None:
+        self._events = self._told(events, ReplicaUnavailableError("killed") if dies else error)
         self.cancelled = False
 
-    async def _told(self, events: list[ModelEvent], dies: bool) -> AsyncIterator[ModelEvent]:
+    async def _told(
+        self, events: list[ModelEvent], error: Exception | None
+    ) -> AsyncIterator[ModelEvent]:
         for event in events:
             yield event
-        if dies:
-            raise ReplicaUnavailableError("killed")
+        if error is not None:
+            raise error
 
     async def __anext__(self) -> ModelEvent:
         return await self._events.__anext__()
@@ -103,6 +107,14 @@ async def test_a_replica_that_says_it_otherwise_ends_the_stream(other: list[Mode
     assert events == TOLD[:3]
     assert isinstance(error, Overloaded)
     assert second.cancelled
+
+
+async def test_a_full_queue_refuses_the_new_and_waits_for_the_lost() -> None:
+    full = BackPressureError(num_queued_requests=4, max_queued_requests=4)
+    (error,) = await heard(Call([], error=full), Call(TOLD))
+    assert isinstance(error, Overloaded)
+    calls = Call(TOLD[:2], dies=True), Call([], error=full), Call([], error=full), Call(TOLD)
+    assert await heard(*calls) == TOLD
 
 
 async def test_a_request_that_kills_whoever_takes_it_ends() -> None:

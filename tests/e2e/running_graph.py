@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 
 from serve_graph.launch import REPOSITORY, LocalCluster
+from serve_graph.node import RayNode
 
 KEY = "a-key-for-the-tests"
 REFINE_TIMEOUT_S = 10.0
@@ -98,3 +100,33 @@ class Graph:
     def count(self, half: str, key: str) -> int:
         """One number of all replicas of a half together."""
         return sum(replica[key] for replica in self.stats()[half])
+
+
+def listening_beyond_loopback(node: RayNode) -> dict[int, list[int]]:
+    """TCP ports on which a node's processes listen for other machines too, by process."""
+    found: dict[int, list[int]] = {}
+    for pid in node.pids():
+        sockets = set()
+        with contextlib.suppress(FileNotFoundError):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    sockets.add(os.readlink(fd))
+        ports = [port for inode, port in _listeners() if f"socket:[{inode}]" in sockets]
+        if ports:
+            found[pid] = ports
+    return found
+
+
+def _listeners() -> list[tuple[str, int]]:
+    """Inode and port of every TCP socket that listens on an address other than loopback's."""
+    lines = [line for table in ("tcp", "tcp6") for line in _table(table)]
+    listen, loopback = "0A", ("7F", "00000001000000", "0100007F")
+    return [
+        (fields[9], int(fields[1].rpartition(":")[2], 16))
+        for fields in map(str.split, lines)
+        if fields[3] == listen and not fields[1].partition(":")[0].endswith(loopback)
+    ]
+
+
+def _table(name: str) -> list[str]:
+    return Path(f"/proc/net/{name}").read_text().splitlines()[1:]
