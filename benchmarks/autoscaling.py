@@ -5,7 +5,8 @@
 
 Serve, its controller, the policy and the pools' options are the real ones. The two stages are
 stand-ins that hold a slot for a fixed time and compute nothing: refinements that compute would not
-get faster by replicas that share one machine's cores. ``--cold-start`` measures the real graph with
+get faster by replicas that share one machine's cores. Beside each run stands what the planner's
+simulation says of it. ``--cold-start`` measures the real graph with
 no refiner left: how long the first request takes, and the next.
 """
 
@@ -31,6 +32,8 @@ from starlette.requests import Request
 from serve_graph.__main__ import LOCAL, read_config, sample_request, service_url
 from serve_graph.args import LookAhead, Pool, RefinerPool
 from serve_graph.launch import LocalCluster, free_port
+from serve_graph.profile import Profile
+from serve_graph.simulation import PoolPlan, Scenario, Simulation
 
 MODEL_S = 3.0
 """Seconds that a request holds a slot of the model, as a few hundred tokens do."""
@@ -147,6 +150,7 @@ class Load:
         return LOW + (HIGH - LOW) * (part if at_s >= 0 else 0.0)
 
 
+POLICIES = ("default", "lookahead")
 LOADS = (Load("step", 0.0), Load("ramp", 30.0))
 BEFORE_S = 10.0
 
@@ -225,25 +229,77 @@ def summary(
 
 
 def compare(seconds: float) -> dict[str, Any]:
+    """Each policy under each load, one after the other, each in an application of its own."""
     found: dict[str, Any] = {load.name: {} for load in LOADS}
-    for policy in ("default", "lookahead"):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
+    with LocalCluster(num_cpus=4) as cluster:
         for load in LOADS:
-            port = free_port()
-            # A cluster each: what the autoscaler remembers of the run before is gone.
-            with LocalCluster(num_cpus=4) as cluster:
-                cluster.deploy(config(policy, port))
-                url = f"http://127.0.0.1:{port}/"
+            for policy in POLICIES:
+                settings = config(policy, port)
+                cluster.deploy(settings)
                 cluster.wait_ready(url)
-                found[load.name][policy] = asyncio.run(drive(cluster, url, load, seconds))
-            told = found[load.name][policy]
-            print(
-                f"{load.name:5} {policy:10} absorbed {told['absorbed_s']:5.1f} s  "
-                f"p50 {told['p50_s']:5.2f} s  p99 {told['p99_s']:5.2f} s  "
-                f"replica-seconds {told['replica_seconds']:5.0f}  "
-                f"failed {told['failed']}",
-                flush=True,
-            )
+                told = asyncio.run(drive(cluster, url, load, seconds))
+                told["simulated"] = simulated(policy, load, seconds)
+                found[load.name][policy] = told
+                for source, row in (("real", told), ("simulated", told["simulated"])):
+                    print(
+                        f"{load.name:5} {policy:10} {source:10} absorbed {row['absorbed_s']:5.1f} s"
+                        f"  p50 {row['p50_s']:5.2f} s  p99 {row['p99_s']:5.2f} s"
+                        f"  replica-seconds {row['replica_seconds']:5.0f}",
+                        flush=True,
+                    )
+                # What the autoscaler remembers of this run goes with the application.
+                cluster.deploy({**settings, "applications": []})
+                while cluster.status()["applications"]:
+                    time.sleep(0.2)
     return found
+
+
+def simulated(policy: str, load: Load, seconds: float) -> dict[str, float]:
+    """The same load through the planner's simulation."""
+    profile = Profile(
+        name="stand-ins",
+        measured={},
+        slots=SLOTS,
+        held=(1.0, float(SLOTS)),
+        slot_s=(MODEL_S, MODEL_S),
+        work=(1.0, 1.0),
+        refine_s=(REFINE_S, REFINE_S),
+        refiner_cpus=1.0,
+        overhead_s=(0.0, 0.0),
+    )
+    pool = REFINER_POOL
+    refiner = PoolPlan(
+        pool.min_replicas,
+        min_replicas=pool.min_replicas,
+        max_replicas=pool.max_replicas,
+        max_ongoing=pool.max_ongoing_requests,
+        start_s=pool.lookahead.start_s,
+        target_ongoing=pool.target_ongoing_requests,
+        upscale_delay_s=pool.upscale_delay_s,
+        downscale_delay_s=pool.downscale_delay_s,
+        look_back_s=pool.look_back_period_s,
+        lookahead=pool.lookahead if policy == "lookahead" else None,
+    )
+    outcome = Simulation(
+        Scenario(
+            profile=profile,
+            model=PoolPlan(1, max_ongoing=MODEL_POOL.max_ongoing_requests),
+            refiner=refiner,
+            rate=lambda at: load.rate(at - BEFORE_S),
+            seconds=BEFORE_S + seconds,
+            warmup_s=BEFORE_S,
+            regular=True,
+        )
+    ).run()
+    queued = [end for end, took in outcome.finished if took - MODEL_S > 2 * REFINE_S]
+    return {
+        "absorbed_s": float(max(queued, default=BEFORE_S) - BEFORE_S),
+        "p50_s": outcome.percentile(50),
+        "p99_s": outcome.percentile(99),
+        "replica_seconds": float(outcome.refiner_seconds),
+    }
 
 
 def cold_start(rounds: int) -> dict[str, Any]:

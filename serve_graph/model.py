@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel import api
 from kestrel.api import ModelDone
-from serve_graph import metrics
+from serve_graph import metrics, tracing
 
 if TYPE_CHECKING:
     from kestrel.api import ModelEvent, ModelResult, SegmentRequest
@@ -121,10 +121,7 @@ class ModelDeployment:
 
 def _observe_stages(result: ModelResult) -> None:
     times = result.metrics
-    stages = {
-        "first_token": times.ttft_ms,
-        "prefill": times.prefill_time_ms,
-        "decode": times.decode_time_ms,
-    }
-    for stage, ms in stages.items():
+    prefill, decode = times.prefill_time_ms, times.decode_time_ms
+    for stage, ms in {"first_token": times.ttft_ms, "prefill": prefill, "decode": decode}.items():
         metrics.observe(metrics.MODEL_STAGE_MS, ms, stage=stage)
+    tracing.stages({"prepare": times.ttft_ms - prefill, "prefill": prefill, "decode": decode})

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kestrel import api
-from serve_graph import metrics
+from serve_graph import metrics, tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,6 +131,7 @@ class RefinerDeployment:
             metrics.count(metrics.REFINER_REQUESTS, outcome=api.outcome(failure))
         for stage, ms in result.timings_ms.items():
             metrics.observe(metrics.REFINER_STAGE_MS, ms, stage=stage)
+        tracing.stages(result.timings_ms)
         self._counts["answered"] += 1
         self._counts["encoded"] += "encode" in result.timings_ms
         return result

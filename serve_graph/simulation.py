@@ -75,6 +75,8 @@ class Scenario:
     """When ``lost_models`` and ``lost_refiners`` replicas die at once."""
     lost_models: int = 0
     lost_refiners: int = 0
+    regular: bool = False
+    """Arrivals by the clock, 1 / rate apart, in place of Poisson's."""
     seed: int = 1
 
 
@@ -100,6 +102,8 @@ class Outcome:
     """Part of the replicas' speed that was used."""
     models_at_most: int
     refiners_at_most: int
+    finished: list[tuple[float, float]] = field(default_factory=list)
+    """(end, latency) of each answer in ``latency``."""
     trace: list[tuple[float, float, int, int, int, int]] = field(default_factory=list)
     """(time, arrivals per second, model replicas, refiner replicas, waiting for each)."""
 
@@ -300,7 +304,8 @@ class Simulation:
         profile = scenario.profile
         self.draws = random.Random(scenario.seed)
         rng = np.random.default_rng(scenario.seed)
-        self.arrivals = arrivals(scenario.rate, scenario.seconds, rng)
+        chosen = paced if scenario.regular else arrivals
+        self.arrivals = chosen(scenario.rate, scenario.seconds, rng)
         size = len(self.arrivals)
         self.work = draw(rng, profile.work, size)
         refine_s = draw(rng, profile.refine_s, size)
@@ -318,7 +323,7 @@ class Simulation:
         self.refiner_s = mean_refine_s / min(threads, cpus)
         self.events: list[tuple[float, int, int, Any]] = []
         self.numbers = itertools.count()
-        self.latency: list[float] = []
+        self.finished: list[tuple[float, float]] = []
         self.refused = 0
         self.handled = 0
         self.trace: list[tuple[float, float, int, int, int, int]] = []
@@ -401,7 +406,8 @@ class Simulation:
             self.enter(now, self.refiner, request)
             return
         if self.arrivals[request] >= self.scenario.warmup_s:
-            self.latency.append(now - self.arrivals[request] + self.overhead[request])
+            took = now - self.arrivals[request] + self.overhead[request]
+            self.finished.append((now, float(took)))
 
     def started(self, now: float, pool: Pool) -> None:
         pool.count(now)
@@ -476,8 +482,9 @@ class Simulation:
             pool.count(now)
         span = max(now - self.scenario.warmup_s, 1e-9)
         return Outcome(
-            latency=np.array(self.latency),
-            answered_per_s=len(self.latency) / span,
+            latency=np.array([took for _, took in self.finished]),
+            finished=self.finished,
+            answered_per_s=len(self.finished) / span,
             refused=self.refused,
             arrived=len(self.arrivals),
             events=self.handled,
@@ -507,3 +514,11 @@ def arrivals(
     kept = rng.random(number) * most < np.interp(times, grid, rates)
     found: list[float] = times[kept].tolist()
     return found
+
+
+def paced(rate: Callable[[float], float], seconds: float, rng: np.random.Generator) -> list[float]:
+    """Arrivals by the clock: each 1 / rate after the one before."""
+    times = [0.0]
+    while (following := times[-1] + 1 / rate(times[-1])) < seconds:
+        times.append(following)
+    return times

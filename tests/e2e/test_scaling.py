@@ -1,4 +1,4 @@
-"""The look-ahead policy in a running graph whose refiner pool may shrink to nothing."""
+"""A running graph whose refiner pool looks ahead and may shrink to nothing, with traces on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+pytest.importorskip("ray.serve")
+
+from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
+
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample
 from serve_graph.launch import LocalCluster, free_port
@@ -23,7 +27,11 @@ QUICK: dict[str, Any] = {"metrics_interval_s": 0.5, "look_back_period_s": 1.5}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster() as cluster:
+    tracing = {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": DEFAULT_TRACING_EXPORTER_IMPORT_PATH,
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": "1.0",
+    }
+    with LocalCluster(environment=tracing) as cluster:
         yield cluster
 
 
@@ -67,12 +75,31 @@ def exported(cluster: LocalCluster) -> str:
     return "".join(httpx.get(f"http://{target}/metrics").text for target in targets)
 
 
+def spans(cluster: LocalCluster) -> list[dict[str, Any]]:
+    """What Serve's own exporter wrote: JSON objects, one after the other, a file per process."""
+    found = []
+    for file in Path(cluster.dir).glob("session_2*/logs/serve/spans/*"):
+        text = file.read_text()
+        while text := text.strip():
+            try:
+                span, end = json.JSONDecoder().raw_decode(text)
+            except ValueError:  # still being written
+                break
+            found.append(span)
+            text = text[end:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def ask(samples: list[Sample]) -> dict[str, Any]:
+    image = base64.b64encode(samples[0].image).decode()
+    return {"object": samples[0].noun, "image_url": image, "return_base64": True}
+
+
 def test_pool_at_zero_serves_the_first_request_and_shrinks_again(
-    cluster: LocalCluster, http: httpx.Client, samples: list[Sample]
+    cluster: LocalCluster, http: httpx.Client, ask: dict[str, Any]
 ) -> None:
     until(lambda: refiners(cluster) == 0)
-    image = base64.b64encode(samples[0].image).decode()
-    ask = {"object": samples[0].noun, "image_url": image, "return_base64": True}
     reply = http.post("/v1/segment", json=ask)
     assert reply.status_code == 200
     assert "x-refinement" not in reply.headers and "refined_mask_base64" in reply.json()
@@ -88,3 +115,37 @@ def test_decisions_are_logged_with_their_inputs_and_exported(
     assert all("due_per_s=" in line and "model_running=" in line for line in lines)
     for name in ("due_per_s", "wanted_refiners"):
         until(lambda name=name: f"ray_segment_autoscaling_{name}" in exported(cluster))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_one_trace_through_three_deployments_by_one_id(
+    cluster: LocalCluster, http: httpx.Client, ask: dict[str, Any], stream: bool
+) -> None:
+    name = f"traced-{stream}"
+    headers = {"X-Request-Id": name}
+    assert http.post("/v1/segment", json=ask | {"stream": stream}, headers=headers).is_success
+
+    def mine() -> list[dict[str, Any]]:
+        return [span for span in spans(cluster) if span["attributes"].get("request_id") == name]
+
+    stages = {"prepare", "prefill", "decode", "raster", "refine", "clean", "trace", "encode"}
+    until(lambda: stages <= {span["name"] for span in mine()})
+    whole = {span["context"]["span_id"]: span for span in spans(cluster)}
+    assert len({span["context"]["trace_id"] for span in mine()}) == 1
+    handled = {
+        span["attributes"]["deployment"]: span
+        for span in mine()
+        if span["name"].startswith("replica_handle_request")
+    }
+    assert set(handled) == {"Ingress", "Model", "Refiner"}
+    for span in mine():
+        if span["name"] in ("prefill", "raster"):
+            deployment = {"prefill": "Model", "raster": "Refiner"}[span["name"]]
+            # Serve's replica span is above it, and within the time of that it ran.
+            parent = whole[span["parent_id"]]
+            assert parent["attributes"]["deployment"] == deployment
+            assert parent["start_time"] <= span["start_time"] <= span["end_time"]
+    for deployment in ("Model", "Refiner"):
+        above = handled[deployment]
+        while above["attributes"].get("deployment") != "Ingress":
+            above = whole[above["parent_id"]]
