@@ -1,11 +1,11 @@
-"""The segment contract: request and response types, their validation, their errors.
+"""The segment contract: the types of a request and of what the model gives, and all validation.
 
-Every door (Python, HTTP, Ray handle) validates here and composes its answers here.
+Every door (Python, HTTP, Ray handle) validates here, raises the errors of ``kestrel.errors`` (this
+module gives them out too) and composes its answers in ``kestrel.answers``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
@@ -17,7 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel.api_keys import ApiKey, find_key, parse_keys
 from kestrel.config import Limits
-from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from kestrel.errors import (  # noqa: F401 (callers find the whole contract here)
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    RateLimited,
+    RequestError,
+    ServiceFault,
+    TooLarge,
+    Unauthorized,
+    UnknownModel,
+    error_from_response,
+    outcome,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,153 +41,6 @@ SpatialRef = tuple[float, ...]
 """A point (x, y) or a box (x_min, y_min, x_max, y_max), 0..1."""
 MAX_CONTEXT = 32_768
 """Largest ``max_tokens`` that any model takes; a served model's own context bounds it further."""
-
-
-class RequestError(ValueError):
-    """A request that is refused: HTTP status, message, the field at fault, when to come back."""
-
-    status = 400
-
-    def __init__(
-        self, message: str, field: str | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-        self.retry_after_s = retry_after_s
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message, self.field, self.retry_after_s)
-
-    def body(self) -> dict[str, str]:
-        """The JSON body of the HTTP answer."""
-        said = {"error": self.message} | ({"field": self.field} if self.field else {})
-        # Half of a surrogate pair, quoted from a request, is no text that JSON in UTF-8 can carry.
-        return {key: text.encode(errors="backslashreplace").decode() for key, text in said.items()}
-
-    def headers(self) -> dict[str, str]:
-        """``Retry-After`` in whole seconds where there is one, ``WWW-Authenticate`` for a 401."""
-        if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
-
-
-class InvalidRequest(RequestError):
-    """400: a field of the wrong type or out of range."""
-
-
-class Unauthorized(RequestError):
-    """401: an API key is configured and the request's is not it."""
-
-    status = 401
-
-    def __init__(
-        self,
-        message: str = "missing or wrong API key (Authorization: Bearer or X-Moondream-Auth)",
-        field: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message, field, retry_after_s)
-
-
-class UnknownModel(RequestError):
-    """404: the named model is not served here."""
-
-    status = 404
-
-
-class TooLarge(RequestError):
-    """413: too many bytes or pixels."""
-
-    status = 413
-
-
-class PromptTooLong(RequestError):
-    """422: the prompt does not fit the model's context."""
-
-    status = 422
-
-
-class Overloaded(RequestError):
-    """503: queue full, starting, or a part is away; ``retry_after_s`` says when to come back."""
-
-    status = 503
-
-    def __init__(
-        self, message: str, field: str | None = None, retry_after_s: float | None = 1.0
-    ) -> None:
-        super().__init__(message, field, retry_after_s)
-
-
-class RateLimited(Overloaded):
-    """429: the API key has used up its rate; ``retry_after_s`` says when to come back."""
-
-    status = 429
-
-
-class DeadlineExceeded(RequestError):
-    """504: the deadline passed; the work is cancelled."""
-
-    status = 504
-
-    def __init__(
-        self,
-        message: str = "the request's deadline passed",
-        field: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message, field, retry_after_s)
-
-
-class ServiceFault(RequestError):
-    """500 as a client sees it: the answer carries a request id and nothing of the server."""
-
-    status = 500
-
-
-OUTCOMES = {
-    400: "invalid",
-    401: "unauthorized",
-    404: "unknown",
-    413: "too_large",
-    422: "too_long",
-    429: "rate_limited",
-    503: "overloaded",
-    504: "late",
-}
-"""What operators call the end of a refused request, by its status."""
-
-
-def outcome(error: BaseException | None) -> str:
-    """How a request ended, for metrics: ``ok``, an ``OUTCOMES``, ``left`` (its client went away)
-    or ``fault``."""
-    if error is None:
-        return "ok"
-    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-        return "left"
-    return OUTCOMES.get(error.status, "fault") if isinstance(error, RequestError) else "fault"
-
-
-def error_from_response(
-    status: int, body: Mapping[str, Any], retry_after: str | None
-) -> RequestError:
-    """The error that a server meant by its HTTP answer; the client's side of ``body``."""
-    kinds: tuple[type[RequestError], ...] = (
-        InvalidRequest,
-        Unauthorized,
-        UnknownModel,
-        TooLarge,
-        PromptTooLong,
-        Overloaded,
-        RateLimited,
-        DeadlineExceeded,
-    )
-    by_status = {kind.status: kind for kind in kinds}
-    after = float(retry_after) if retry_after and retry_after.isdigit() else None
-    kind = by_status.get(status, ServiceFault)
-    return kind(str(body.get("error", f"HTTP {status}")), body.get("field"), after)
 
 
 @dataclass(frozen=True)
@@ -528,105 +394,3 @@ def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
     if not value.isascii() or not value.isdigit() or int(value[:12]) < 1:
         raise InvalidRequest(f"{name} must be a positive whole number of milliseconds", name)
     return min(longest_s, int(value[:12]) / 1e3)
-
-
-# Answers.
-
-
-def _metrics(metrics: ModelMetrics) -> dict[str, float]:
-    return {
-        "input_tokens": metrics.input_tokens,
-        "output_tokens": metrics.output_tokens,
-        "prefill_time_ms": round(metrics.prefill_time_ms, 3),
-        "decode_time_ms": round(metrics.decode_time_ms, 3),
-        "ttft_ms": round(metrics.ttft_ms, 3),
-    }
-
-
-def _outline(
-    model: ModelResult, refined: SegmentRefineBitmapsResult | None
-) -> tuple[str, Bbox | None]:
-    if refined is not None and refined.refined_svg_path and refined.refined_bbox:
-        return refined.refined_svg_path, refined.refined_bbox
-    return ("" if model.parse_error is not None else model.path), model.bbox
-
-
-def _masks(refined: SegmentRefineBitmapsResult | None, return_base64: bool) -> dict[str, str]:
-    """The mask keys; one that there is no mask for is not there."""
-    if refined is None or not return_base64:
-        return {}
-    pairs = {
-        "coarse_mask_base64": refined.coarse_mask_base64,
-        "refined_mask_base64": refined.refined_mask_base64,
-    }
-    return {key: mask for key, mask in pairs.items() if mask is not None}
-
-
-def segment_response(
-    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
-) -> dict[str, Any]:
-    """The body of a plain HTTP answer."""
-    path, bbox = _outline(model, refined)
-    body: dict[str, Any] = {
-        "request_id": model.request_id,
-        "finish_reason": model.finish_reason,
-        "path": path,
-        "bbox": bbox,
-        "metrics": _metrics(model.metrics),
-    }
-    if model.parse_error is not None:
-        body["parse_error"] = model.parse_error
-    return body | _masks(refined, return_base64)
-
-
-def segment_output(
-    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
-) -> dict[str, Any]:
-    """One entry of ``EngineResult.output["segments"]``."""
-    path, bbox = _outline(model, refined)
-    segment: dict[str, Any] = {
-        "object": model.object,
-        "text": model.text,
-        "svg_path": path,
-        "bbox": bbox,
-        "coarse_path": model.path,
-        "coarse_bbox": model.bbox,
-        "path_tokens": model.path_tokens,
-        "token_ids": model.token_ids,
-        "points": model.points,
-        "sizes": model.sizes,
-    }
-    if model.parse_error is not None:
-        segment["parse_error"] = model.parse_error
-    return segment | _masks(refined, return_base64)
-
-
-def event_payload(event: BboxEvent | PathDelta) -> dict[str, Any]:
-    """The SSE event of a model event."""
-    if isinstance(event, BboxEvent):
-        return {"type": "bbox", "bbox": event.bbox}
-    return {
-        "type": "path_delta",
-        "chunk": event.chunk,
-        "completed": False,
-        "token_index": event.token_index,
-    }
-
-
-def final_event(
-    model: ModelResult, refined: SegmentRefineBitmapsResult | None, *, return_base64: bool
-) -> dict[str, Any]:
-    """The last SSE event of a request that went well: the plain answer's fields."""
-    head = {"type": "final", "chunk": "", "completed": True}
-    return head | segment_response(model, refined, return_base64=return_base64)
-
-
-def error_event(error: BaseException, request_id: str) -> dict[str, Any]:
-    """The last SSE event of a request that failed after its first event."""
-    message = error.message if isinstance(error, RequestError) else "internal error"
-    return {"type": "error", "error": message, "request_id": request_id, "completed": True}
-
-
-def sse_frame(payload: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"

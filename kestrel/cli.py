@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel import __version__
+from kestrel.answers import segment_response
 from kestrel.api import (
     ModelResult,
     RequestError,
     SegmentRequest,
-    segment_response,
     validate_segment,
 )
 from kestrel.api_keys import hash_key_command

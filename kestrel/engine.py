@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from kestrel.answers import segment_output
 from kestrel.api import (
     DeadlineExceeded,
     ModelDone,
@@ -22,7 +23,6 @@ from kestrel.api import (
     ModelMetrics,
     ModelResult,
     SegmentRequest,
-    segment_output,
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
@@ -60,7 +60,7 @@ class EngineResult:
     finish_reason: str
     """``stop`` or ``length``."""
     output: dict[str, Any]
-    """``{"segments": [segment]}``, the segment as ``kestrel.api.segment_output`` gives it."""
+    """``{"segments": [segment]}``, the segment as ``kestrel.answers.segment_output`` gives it."""
     metrics: ModelMetrics
 
 
@@ -193,7 +193,7 @@ class InferenceEngine:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Outcome:
-        """Both halves of a validated request, for ``kestrel.api.segment_response``."""
+        """Both halves of a validated request, for ``kestrel.answers.segment_response``."""
         return await self._outcome(self._submit(request, request_id, timeout_s, events=False))
 
     async def stream(

@@ -51,10 +51,11 @@ def _security(config: RuntimeConfig) -> list[Schema]:
     return [{"bearer": []}, {"moondream": []}] if config.api_keys else []
 
 
+_ID_RULE = "at most 128 letters, digits, `.`, `_`, `:` and `-`"
 _REQUEST_ID = {
     "X-Request-Id": {
         "description": "Names the request in logs; the request's own `X-Request-Id` where it "
-        "has one of at most 128 letters, digits, `.`, `_`, `:` and `-`.",
+        f"has one of {_ID_RULE}.",
         "schema": {"type": "string"},
     }
 }
@@ -84,7 +85,15 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                 "description": "Deadline of this request, milliseconds from its arrival; "
                 f"at most {config.request_timeout_s * 1e3:g}, which is the default.",
                 "schema": {"type": "integer", "minimum": 1},
-            }
+            },
+            {
+                "name": "X-Request-Id",
+                "in": "header",
+                "required": False,
+                "description": f"Names the request in logs and in its answer: {_ID_RULE}; any "
+                "other is replaced.",
+                "schema": {"type": "string"},
+            },
         ],
         "requestBody": {"required": True, "content": _json("SegmentRequest")},
         "responses": {
@@ -112,7 +121,11 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
             "422": _error("The prompt does not fit the model's context."),
             "429": _error("The rate of the API key is used up.", retry=True),
             "500": _error("A fault of the server.", body="Fault"),
-            "503": _error("The queue is full, or the server is still starting.", retry=True),
+            "503": _error(
+                "The queue is full, the server is still starting, or masks are asked for and the "
+                "refiner cannot be reached.",
+                retry=True,
+            ),
             "504": _error("The deadline passed; the work is cancelled."),
         },
     }
@@ -144,7 +157,7 @@ def _health_operation() -> Schema:
 def _schemas(config: RuntimeConfig) -> Schema:
     return {
         "SegmentRequest": _request_schema(config),
-        "Settings": _settings_schema(),
+        "Settings": _settings_schema(config),
         "SpatialRef": _spatial_ref_schema(),
         "Bbox": _bbox_schema(),
         "Metrics": _metrics_schema(),
@@ -165,7 +178,11 @@ def _schemas(config: RuntimeConfig) -> Schema:
                             "id": {"const": config.model},
                             "object": {"const": "model"},
                             "owned_by": {"type": "string"},
-                            "max_context": {"type": "integer"},
+                            "max_context": {
+                                "type": "integer",
+                                "description": "Positions that a prompt, its image and the answer "
+                                "share; not there while the model is loaded.",
+                            },
                         },
                         required=["id", "object", "owned_by"],
                     ),
@@ -196,7 +213,8 @@ def _request_schema(config: RuntimeConfig) -> Schema:
         "image_url": {
             "type": ["string", "null"],
             "description": f"The image ({', '.join(FORMATS)}) as base64 or as a "
-            "`data:image/...;base64,` URL. Other URLs are refused: the server fetches nothing.",
+            f"`data:image/...;base64,` URL, at most {limits.max_image_pixels} pixels. Other URLs "
+            "are refused: the server fetches nothing.",
         },
         "spatial_refs": {
             "type": ["array", "null"],
@@ -218,8 +236,8 @@ def _request_schema(config: RuntimeConfig) -> Schema:
     return schema
 
 
-def _settings_schema() -> Schema:
-    defaults = SegmentSettings()
+def _settings_schema(config: RuntimeConfig) -> Schema:
+    defaults, longest = SegmentSettings(), min(MAX_CONTEXT, config.max_context)
     properties = {
         "temperature": {
             "type": "number",
@@ -236,9 +254,10 @@ def _settings_schema() -> Schema:
         "max_tokens": {
             "type": "integer",
             "minimum": 1,
-            "maximum": MAX_CONTEXT,
-            "default": defaults.max_tokens,
-            "description": "At most the model's context, see `/v1/models`.",
+            "maximum": longest,
+            "default": min(defaults.max_tokens, longest),
+            "description": "Of the answer, box and path together. At most the model's context (see "
+            "`/v1/models`), which is also the default where it is smaller.",
         },
     }
     return _object(properties, required=[]) | {"additionalProperties": False}

@@ -144,6 +144,14 @@ class IngressSettings(BaseModel):
     """Finish what is under way and refuse the rest (503): the graph is about to be stopped."""
 
 
+ELSEWHERE = {
+    "refiner": "args.refiner",
+    "refiner_threads": "refiner_pool.max_ongoing_requests",
+    "source": "runtime.model, with the keys of kestrel.config.ModelSource",
+}
+"""Fields of ``RuntimeConfig`` that a graph's ``runtime`` does not take, and where they are."""
+
+
 class GraphArgs(BaseModel):
     """Everything that an operator sets for one segmentation application.
 
@@ -177,8 +185,9 @@ class GraphArgs(BaseModel):
         if not isinstance(value, dict):
             raise ValueError("runtime must be a mapping")
         fields = dict(value)
-        if "refiner" in fields:
-            raise ValueError("runtime.refiner: set the refiner of a graph in args.refiner")
+        for key, place in ELSEWHERE.items():
+            if key in fields:
+                raise ValueError(f"runtime.{key}: a graph has it as {place}")
         if "limits" in fields:
             fields["limits"] = from_mapping(Limits, fields["limits"], "runtime.limits")
         if "api_keys" in fields:

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from kestrel import api
+from kestrel.answers import segment_response
 from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
@@ -92,7 +93,7 @@ class IngressDeployment:
             model, refined = await self._backend.complete(
                 request, _request_id(), self._backend.config.request_timeout_s
             )
-            return api.segment_response(model, refined, return_base64=request.return_base64)
+            return segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """The events that SSE sends; raises RequestError before the first one only."""

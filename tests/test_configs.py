@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ pytest.importorskip("ray.serve")
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
-from serve_graph.args import GraphArgs, Pool
+from kestrel.config import Limits, ModelSource, RefinerConfig, RuntimeConfig
+from serve_graph.args import ELSEWHERE, GraphArgs, Pool
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -43,6 +46,36 @@ def test_autoscaling_can_reach_its_target(name: str) -> None:
             assert pool.target_ongoing_requests < pool.max_ongoing_requests
 
 
+def names(config: type) -> set[str]:
+    return {field.name for field in fields(config)}
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
+def test_every_key_of_the_library_is_there_to_be_edited(name: str) -> None:
+    args = load(name)["applications"][0]["args"]
+    assert set(args) == set(GraphArgs.model_fields)
+    assert set(args["runtime"]) == names(RuntimeConfig) - set(ELSEWHERE)
+    assert set(args["runtime"]["limits"]) == names(Limits)
+    assert set(args["refiner"]) == names(RefinerConfig)
+    text = (CONFIGS / name).read_text()
+    for key in names(ModelSource):
+        assert re.search(rf"#.*\b{key}: ", text), key
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
+def test_every_key_has_its_meaning_beside_it_once(name: str) -> None:
+    said: dict[str, str] = {}
+    for line in (CONFIGS / name).read_text().splitlines():
+        key = re.match(r"\s*(?:- )?(\w+): *[^\s#]", line)
+        if key:
+            said[key[1]] = said.get(key[1], "") + line.partition("#")[2]
+    assert not {key for key, comment in said.items() if not comment}
+    units = {"_s": "seconds", "_bytes": "bytes"}
+    for key, comment in said.items():
+        for ending, unit in units.items():
+            assert not key.endswith(ending) or unit in comment, key
+
+
 def test_local_config_stays_on_this_machine_and_fits_two_cores() -> None:
     config = load("local.yaml")
     assert config["http_options"]["host"] == "127.0.0.1"
@@ -66,6 +99,8 @@ def test_cluster_config_keeps_the_gpu_for_the_model() -> None:
         ({"runtime": {"devic": "cpu"}}, "devic"),
         ({"runtime": {"limits": {"max_body": 1}}}, "max_body"),
         ({"runtime": {"refiner": None}}, "args.refiner"),
+        ({"runtime": {"refiner_threads": 2}}, "refiner_pool.max_ongoing_requests"),
+        ({"runtime": {"source": {"path": "/models"}}}, "runtime.model"),
         ({"runtime": {"device": "cuda"}}, "num_gpus"),
         ({"runtime": ["nano"]}, "runtime"),
         ({"refiner": {"turdsiz": 2}}, "turdsiz"),

@@ -28,6 +28,7 @@ from kestrel.api import (
     SegmentRequest,
 )
 from kestrel.config import Limits, RuntimeConfig
+from kestrel.openapi import openapi_document
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.compose import Refinement, compose_events, model_result
 from kestrel.server.routes import build_app
@@ -663,6 +664,26 @@ async def test_the_document_knows_every_refusal(client, backend):
     assert not unknown_keys(document, schema, answer.json())
     for status, response in responses.items():
         assert ("Retry-After" in response["headers"]) == (status in ("429", "503")), status
+
+
+async def test_the_document_names_every_header_that_is_read(client):
+    document = (await client.get("/openapi.json")).json()
+    parameters = document["paths"]["/v1/segment"]["post"]["parameters"]
+    schemes = document["components"]["securitySchemes"].values()
+    named = {p["name"] for p in parameters} | {s["name"] for s in schemes if "name" in s}
+    assert named == {"X-Request-Timeout-Ms", "X-Request-Id", "X-Moondream-Auth"}
+    assert {"type": "http", "scheme": "bearer"} in schemes
+
+
+def test_the_document_gives_the_bounds_of_its_own_server():
+    limits = Limits(max_image_pixels=123_456, max_object_chars=77, max_spatial_refs=5)
+    document = openapi_document(RuntimeConfig(limits=limits, max_context=640))
+    schemas = document["components"]["schemas"]
+    fields, tokens = schemas["SegmentRequest"]["properties"], schemas["Settings"]["properties"]
+    assert tokens["max_tokens"]["maximum"] == tokens["max_tokens"]["default"] == 640
+    assert "123456 pixels" in fields["image_url"]["description"]
+    assert "77 characters" in fields["object"]["description"]
+    assert fields["spatial_refs"]["maxItems"] == 5
 
 
 async def test_every_reference_of_the_document_leads_somewhere(client):

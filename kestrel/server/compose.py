@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from kestrel import api
+from kestrel import answers
 from kestrel.api import DeadlineExceeded, ModelDone, ModelEvent, ModelResult, RequestError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -76,9 +76,9 @@ async def compose_events(
                 if isinstance(event, ModelDone):
                     break
                 started = True
-                yield api.event_payload(event)
+                yield answers.event_payload(event)
         refined = await within(deadline, refine(event.result))
-        yield api.final_event(event.result, refined, return_base64=return_base64)
+        yield answers.final_event(event.result, refined, return_base64=return_base64)
     except Exception as error:
         if isinstance(error, StopAsyncIteration):
             error = RuntimeError("the model half ended without a result")
@@ -86,4 +86,4 @@ async def compose_events(
             raise error
         if not isinstance(error, RequestError):
             log.error("request %s failed after its first event", request_id, exc_info=error)
-        yield api.error_event(error, request_id)
+        yield answers.error_event(error, request_id)

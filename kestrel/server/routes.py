@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kestrel import api
+from kestrel import answers, api
 from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
@@ -151,7 +151,7 @@ class _Routes:
         model, refined = await _unless_gone(
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
         )
-        answer = api.segment_response(model, refined, return_base64=asked.return_base64)
+        answer = answers.segment_response(model, refined, return_base64=asked.return_base64)
         headers = {"Server-Timing": server_timing(model, refined)}
         if refined is not None and refined.reason == "unavailable":
             headers["X-Refinement"] = "unavailable"
@@ -287,7 +287,7 @@ class _EventStream(Response):
         async def event(payload: dict[str, Any]) -> None:
             if payload["type"] == "error":
                 scope["kestrel.outcome"] = "broken_stream"
-            body = api.sse_frame(payload)
+            body = answers.sse_frame(payload)
             await _deliver(send, {"type": "http.response.body", "body": body, "more_body": True})
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -300,7 +300,7 @@ class _EventStream(Response):
             raise
         except Exception as error:
             log.exception("request %s failed in its event stream", self._request_id)
-            await event(api.error_event(error, self._request_id))
+            await event(answers.error_event(error, self._request_id))
         await _deliver(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
 

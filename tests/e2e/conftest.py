@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -16,6 +19,28 @@ from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample, load_samples
 from serve_graph.launch import LocalCluster, free_port
+
+
+def statuses_until_ready(cluster: LocalCluster, url: str) -> list[int]:
+    """What ``url`` answers until it is 200; LaunchError where that never comes."""
+    statuses: list[int] = []
+    ready = threading.Event()
+
+    def ask() -> None:
+        while not ready.is_set() and 200 not in statuses:
+            with contextlib.suppress(httpx.TransportError):
+                statuses.append(httpx.get(url, timeout=30).status_code)
+            time.sleep(0.05)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        cluster.wait_ready(url)
+    finally:
+        asking.join(5)
+        ready.set()
+        asking.join()
+    return statuses
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +58,11 @@ def graph() -> Iterator[Graph]:
     cluster = LocalCluster(environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
     with cluster:
         cluster.deploy(config)
-        cluster.wait_ready(f"{url}/healthz")
+        health = statuses_until_ready(cluster, f"{url}/healthz")
         driver = Driver(cluster.address, environment)
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=url, headers=headers, timeout=120) as http:
-            yield Graph(cluster, config, url, http, driver, environment)
+            yield Graph(cluster, config, url, http, driver, environment, health)
         driver.close()
 
 

@@ -41,6 +41,10 @@ async def leave_when_running(client: SegmentClient, ask: dict[str, Any]) -> None
     await asyncio.wait([pending])
 
 
+async def all_events(client: SegmentClient, ask: dict[str, Any]) -> list[dict[str, Any]]:
+    return [event async for event in client.astream(**ask)]
+
+
 def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
     if command == "segment":
         return client.segment(**ask)
@@ -48,6 +52,8 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
         return list(client.segment(**ask, stream=True))
     if command == "asegment":
         return asyncio.run(client.asegment(**ask))
+    if command == "astream":
+        return asyncio.run(all_events(client, ask))
     if command == "leave":
         return asyncio.run(leave_when_running(client, ask))
     if command == "stats":

@@ -70,6 +70,8 @@ class Graph:
     http: httpx.Client
     driver: Driver
     environment: dict[str, str]
+    health: list[int]
+    """Statuses of /healthz from the deployment to the first 200."""
 
     def stats(self) -> dict[str, list[dict[str, Any]]]:
         """What the replicas of each half say about themselves."""

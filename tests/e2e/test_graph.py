@@ -77,6 +77,16 @@ def answers(graph: Graph, samples: list[Sample]) -> list[dict[str, Any]]:
     return [reply.json() for reply in replies]
 
 
+def test_health_is_503_until_a_request_would_be_answered(
+    graph: Graph, answers: list[dict[str, Any]]
+) -> None:
+    # The fixture asked from the deployment on, and then at once for the first answers.
+    assert graph.health[-1] == 200 and len(answers) > 1
+    assert graph.health.count(200) == 1 and 503 in graph.health
+    # Before there is a route, Serve's door answers by itself.
+    assert set(graph.health) <= {404, 503, 200}
+
+
 def test_masks_have_the_size_of_the_picture_and_two_values(
     answers: list[dict[str, Any]], samples: list[Sample]
 ) -> None:
@@ -339,9 +349,10 @@ def test_ray_doors_answer_like_http(
     ask = {"object": samples[0].noun, "image": str(picture), "return_base64": True}
     assert without_times(ray_driver.ask("segment", **ask)["ok"]) == without_times(answers[0])
     assert without_times(ray_driver.ask("asegment", **ask)["ok"]) == without_times(answers[0])
-    first, *deltas, final = ray_driver.ask("stream", **ask)["ok"]
-    assert first["type"] == "bbox" and {delta["type"] for delta in deltas} == {"path_delta"}
-    assert without_times(final) == without_times(answers[0])
+    for command in ("stream", "astream"):
+        first, *deltas, final = ray_driver.ask(command, **ask)["ok"]
+        assert first["type"] == "bbox" and {delta["type"] for delta in deltas} == {"path_delta"}
+        assert without_times(final) == without_times(answers[0])
 
 
 def test_ray_doors_raise_the_errors_of_the_contract(
@@ -375,6 +386,18 @@ def test_http_client_gives_the_same_and_raises_the_same(
             client.segment(object="dog", image=samples[0].image[:200])
     with SegmentClient(graph.url) as anonymous, pytest.raises(Unauthorized):
         anonymous.segment(object="dog")
+
+    async def asynchronously() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with SegmentClient(graph.url, api_key=KEY) as client:
+            image = samples[0].image
+            plain = await client.asegment(image=image, **ask)
+            *_, final = [event async for event in client.astream(image=image, **ask)]
+            with pytest.raises(InvalidRequest):
+                await client.asegment(object="dog", image=image[:200])
+            return plain, final
+
+    for answer in asyncio.run(asynchronously()):
+        assert without_times(answer) == without_times(answers[0])
 
 
 def test_nothing_but_the_token_opens_ray(graph: Graph) -> None:

@@ -1,0 +1,5 @@
+"""Assertions in the modules that tests share say what differed, like those of the tests."""
+
+import pytest
+
+pytest.register_assert_rewrite("engines", "serving")

@@ -1,0 +1,264 @@
+"""Requests that their neighbours sway, slots that are not given back, threads that stay."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import CONFIG, MODEL, SAMPLES, TOKENIZER, comparable, segment, until
+from serving import picture
+
+from kestrel.api import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    SegmentRequest,
+    SegmentSettings,
+)
+from kestrel.batch import Batch
+from kestrel.config import RuntimeConfig
+from kestrel.engine import InferenceEngine
+from kestrel.skills.segment import build_prompt
+
+pytest_plugins = ["engines"]
+
+
+# One batch
+
+
+async def test_requests_of_one_batch_get_the_answers_they_get_alone(engine):
+    asked = [SAMPLES[i % len(SAMPLES)] for i in range(0, 3 * len(SAMPLES), 3)][:10]
+    asked = [{"object": "cat"}, asked[0], *asked]
+    # Prompts of many lengths, the shortest first: none may see another's positions.
+    refs = [[0.1, 0.1, 0.9, 0.9]] * 16
+    asked = [
+        {**arguments, "return_base64": True, "spatial_refs": refs[: 3 * (i % 4)]}
+        if "image" in arguments
+        else arguments
+        for i, arguments in enumerate(asked)
+    ]
+    alone = [comparable(await engine.segment(**arguments)) for arguments in asked]
+    steps = engine.stats()["steps"]
+    together = await asyncio.gather(*[engine.segment(**arguments) for arguments in asked])
+    tokens = sum(result.metrics.output_tokens for result in together)
+    assert engine.stats()["steps"] - steps < tokens, "they did not decode together"
+    assert [comparable(result) for result in together] == alone
+
+
+async def test_a_request_that_draws_lots_is_not_swayed_by_its_neighbours(engine, ask):
+    warm = {"temperature": 0.8, "top_p": 0.9}
+
+    async def draw(name: str) -> dict[str, Any]:
+        return comparable(await engine.segment(**ask, settings=warm, request_id=name))
+
+    names = [f"draw-{i}" for i in range(6)]
+    alone = [await draw(name) for name in names]
+    assert await asyncio.gather(*map(draw, names)) == alone
+
+
+async def test_longer_and_shorter_neighbours_come_and_go(engine, ask):
+    async def cut(n: int) -> list[int]:
+        return segment(await engine.segment(**ask, settings={"max_tokens": n}))["token_ids"]
+
+    whole = segment(await engine.segment(**ask))["token_ids"]
+    lengths = [4, 9, 5, 7, 4, 8, 6, 5]
+    assert await asyncio.gather(*map(cut, lengths)) == [whole[: n - 3] for n in lengths]
+
+
+# Slots
+
+
+class Gate:
+    """Holds the engine's thread before a step until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 30)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made, step = Gate(), Batch.step
+
+    def gated(batch: Batch, joining: Any) -> None:
+        made.reached.set()
+        assert made.opened.wait(30)
+        step(batch, joining)
+
+    monkeypatch.setattr(Batch, "step", gated)
+    yield made
+    made.opened.set()
+
+
+@pytest.fixture
+def counted(engine: InferenceEngine) -> Callable[[str], int]:
+    before = engine.stats()
+    return lambda key: engine.stats().get(key, 0) - before.get(key, 0)
+
+
+@pytest.mark.parametrize("leave", ["cancel", "close", "drop", "deadline"])
+async def test_leaving_a_running_request_frees_its_slot(engine, ask, gate, counted, leave):
+    if leave == "cancel":
+        task = asyncio.create_task(engine.segment(**ask))
+        await gate.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif leave == "deadline":
+        with pytest.raises(DeadlineExceeded):
+            await engine.segment(**ask, timeout_s=0.2)
+    else:
+        stream = await engine.segment(**ask, stream=True)
+        await gate.wait()
+        if leave == "close":
+            await stream.aclose()
+            assert [update async for update in stream] == []
+        del stream
+    gate.opened.set()
+    await until(lambda: counted("cancelled") + counted("late") == 1)
+    await until(lambda: engine.stats()["running"] == engine.stats()["waiting"] == 0)
+    assert counted("completed") == 0
+    whole = comparable(await engine.segment(**ask))
+    assert whole["finish_reason"] == "stop"
+
+
+async def test_requests_that_are_cancelled_by_the_dozen_leave_every_slot_free(
+    engine, ask, gate, counted
+):
+    tasks = [asyncio.create_task(engine.segment(**ask)) for _ in range(12)]
+    await gate.wait()
+    assert engine.stats()["waiting"] + engine.stats()["running"] >= 8
+    for task in tasks[:11]:
+        task.cancel()
+    await asyncio.wait(tasks[:11])
+    gate.opened.set()
+    assert (await tasks[11]).finish_reason == "stop"
+    await until(lambda: counted("cancelled") == 11)
+    # All slots still serve: as many requests again as there are slots, at once.
+    results = await asyncio.gather(*[engine.segment(**ask) for _ in range(4)])
+    assert len({json.dumps(segment(result)) for result in results}) == 1
+
+
+async def test_a_request_that_is_cancelled_in_refinement_leaves_nothing_behind(engine, ask, switch):
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        entered.set()
+        assert release.wait(30)
+        return mask
+
+    switch.behave = slow
+    task = asyncio.create_task(engine.segment(**ask))
+    try:
+        assert await asyncio.to_thread(entered.wait, 30)
+        assert engine.stats()["refining"] == 1 and engine.stats()["running"] == 0
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.stats()["refining"] == 0
+    finally:
+        release.set()
+    switch.behave = switch.guided
+    assert segment(await engine.segment(**ask))["svg_path"]
+
+
+async def test_a_picture_that_cannot_be_decoded_takes_no_slot_for_long(engine, ask):
+    broken = ask["image"][: len(ask["image"]) // 2]
+    with pytest.raises(InvalidRequest) as caught:
+        await engine.segment(object="dog", image=broken)
+    assert caught.value.field == "image"
+    await until(lambda: engine.stats()["running"] == engine.stats()["waiting"] == 0)
+    assert (await engine.segment(**ask)).finish_reason == "stop"
+
+
+async def test_a_noun_longer_than_the_context_is_refused_before_it_waits(engine, counted):
+    with pytest.raises(PromptTooLong) as caught:
+        # A reference costs up to three positions, a letter of no word up to four.
+        await engine.segment(object="\U00013000" * 256, image=picture())
+    assert caught.value.field == "object"
+    assert counted("completed") == 0 and engine.stats()["waiting"] == 0
+
+
+# Metrics
+
+
+async def test_metrics_count_what_was_read_and_written(engine, ask):
+    result = await engine.segment(**ask, spatial_refs=[[0.5, 0.5], [0.1, 0.1, 0.9, 0.9]])
+    request = SegmentRequest(
+        ask["object"], ask["image"], spatial_refs=[(0.5, 0.5), (0.1, 0.1, 0.9, 0.9)]
+    )
+    metrics = result.metrics
+    prompt = build_prompt(request, MODEL, TOKENIZER)
+    assert metrics.input_tokens == prompt.length
+    assert prompt.length > MODEL.vision.n_patches
+    found = segment(result)
+    if found["bbox"] is not None and result.finish_reason == "stop" and "parse_error" not in found:
+        assert metrics.output_tokens == len(found["token_ids"]) + 4  # centre, size, end
+    times = (metrics.prefill_time_ms, metrics.decode_time_ms, metrics.ttft_ms)
+    assert all(math.isfinite(time) and time >= 0 for time in times)
+    assert metrics.ttft_ms >= metrics.prefill_time_ms > 0
+
+
+async def test_the_default_of_settings_is_greedy(engine, ask):
+    explicit = SegmentSettings(temperature=0.0, top_p=1.0, max_tokens=engine.max_context)
+    one, other = [await engine.segment(**ask, settings=s) for s in (None, explicit)]
+    assert comparable(one) == comparable(other)
+
+
+# Shutdown
+
+
+def own_threads() -> set[threading.Thread]:
+    names = ("engine", "refine", "crop")
+    return {thread for thread in threading.enumerate() if thread.name.startswith(names)}
+
+
+async def test_shutdown_fails_what_runs_and_leaves_no_thread(engine, ask, gate):
+    others = own_threads()
+    gate.opened.set()
+    second = await InferenceEngine.create(RuntimeConfig(max_batch_size=1, **CONFIG))
+    assert own_threads() > others
+    gate.opened.clear()
+    gate.reached.clear()
+    streams = [await second.segment(**ask, stream=True) for _ in range(3)]
+    await gate.wait()
+    ending = asyncio.create_task(second.shutdown())
+    await until(lambda: second._scheduler._closing)
+    with pytest.raises(Overloaded):
+        await second.segment(**ask)
+    gate.opened.set()
+    await ending
+    await second.shutdown()
+    for stream in streams:
+        with pytest.raises(Overloaded):
+            await stream.result()
+    await until(lambda: own_threads() <= others)
+    assert (await engine.segment(**ask)).finish_reason == "stop"
+
+
+def test_a_script_that_forgets_to_shut_down_still_ends_well() -> None:
+    script = (
+        "import asyncio\n"
+        "from kestrel import InferenceEngine, RuntimeConfig\n"
+        "async def main():\n"
+        "    global engine\n"
+        "    engine = await InferenceEngine.create(RuntimeConfig(device='cpu', torch_threads=1))\n"
+        "    stream = await engine.segment(object='cat', stream=True)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "terminate" not in done.stderr

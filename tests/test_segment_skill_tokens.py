@@ -1,0 +1,292 @@
+"""Tokens that become a wrong path, or an exception."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from engines import MODEL, TOKENIZER
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from kestrel.answers import segment_output
+from kestrel.api import BboxEvent, ModelMetrics, ModelResult, PathDelta
+from kestrel.config import Limits
+from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token
+from kestrel.svg import ARITY, parse_path, transform
+
+PIECES = {
+    TOKENIZER.decode_path_token(i): i
+    for i in range(MODEL.text.vocab_size)
+    if TOKENIZER.decode_path_token(i)
+}
+EOS = MODEL.prompt.eos_id
+GRID = MODEL.prompt.path_grid
+WHOLE: list[Token] = [Coord(0.5), Coord(0.5), Size(1.0, 1.0)]
+# The same examples on every run, however busy the machine is.
+steady = settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def decoded(
+    tokens: list[Token], max_tokens: int = 10_000, limits: Limits | None = None
+) -> tuple[SegmentDecode, list[BboxEvent | PathDelta]]:
+    """The decode after ``tokens``, and the events that they gave."""
+    decode = SegmentDecode(MODEL.prompt, TOKENIZER, max_tokens, limits or Limits())
+    return decode, [event for event in map(decode.push, tokens) if event is not None]
+
+
+def spelled(text: str) -> list[Token]:
+    """Ids of path text whose parts are set apart by spaces."""
+    return [PIECES[piece] for piece in text.split()]
+
+
+def result_of(decode: SegmentDecode) -> dict[str, Any]:
+    """The segment that the Python door would give, without refinement."""
+    model = ModelResult(
+        "id", decode.finish_reason, "dog", decode.path, decode.bbox, ModelMetrics(),
+        decode.parse_error, decode.text, decode.token_ids, decode.path_tokens, decode.points,
+        decode.sizes,
+    )  # fmt: skip
+    return segment_output(model, None, return_base64=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("M 480 0 L 960 960 Z", "M0.5 0L1 1Z"),
+        ("M 0 0 L 960 0 480 960 Z", "M0 0L1 0L0.5 1Z"),
+        ("M 0 0 960 0 480 960 z", "M0 0L1 0L0.5 1z"),
+        ("m 96 96 192 0 - 96 192 z", "m0.1 0.1l0.2 0l-0.1 0.2z"),
+        ("M 1 2 H 320 V 960 h - 1 v - 2 Z", "M0.00104 0.00208H0.33333V1h-0.00104v-0.00208Z"),
+        ("M 0 0 C 96 0 192 96 192 192 S 0 0 96 96 Z", "M0 0C0.1 0 0.2 0.1 0.2 0.2S0 0 0.1 0.1Z"),
+        ("M 0 0 Q 480 0 480 480 T 960 960", "M0 0Q0.5 0 0.5 0.5T1 1"),
+        ("M 0 0 A 96 192 45 1 0 480 480 Z", "M0 0A0.1 0.2 45 1 0 0.5 0.5Z"),
+        ("M 0 0 L - 0 0 Z", "M0 0L0 0Z"),
+    ],
+)
+def test_the_path_is_what_was_spelled_in_parts_of_the_box(text: str, path: str) -> None:
+    decode, _ = decoded([*WHOLE, *spelled(text), EOS])
+    assert (decode.path, decode.parse_error, decode.finish_reason) == (path, None, "stop")
+    assert decode.phase is Phase.DONE
+
+
+def test_a_box_over_the_edge_is_cut_and_the_path_keeps_its_place() -> None:
+    tokens = [Coord(0.0), Coord(0.75), Size(0.5, 1.0), *spelled("M 480 0 L 960 480 Z"), EOS]
+    decode, events = decoded(tokens)
+    assert decode.bbox == {"x_min": 0.0, "y_min": 0.25, "x_max": 0.25, "y_max": 1.0}
+    assert events[0] == BboxEvent(decode.bbox)
+    # The centre of the model's box is the left edge of the one that is left of it.
+    assert decode.path == "M0 0L1 0.66667Z"
+    assert (decode.points, decode.sizes) == ([(0.0, 0.75)], [(0.5, 1.0)])
+
+
+def test_a_number_that_rounds_to_zero_is_written_without_a_sign() -> None:
+    # In this box 420 falls on the edge of the image but for the last bit.
+    decode, _ = decoded([Coord(1 / 32), Coord(0.5), Size(0.5, 1.0), *spelled("M 420 0 H 960"), EOS])
+    assert decode.path == "M0 0H1"
+
+
+def test_the_end_in_the_first_place_means_that_nothing_was_found() -> None:
+    decode, events = decoded([EOS])
+    assert (decode.path, decode.bbox, decode.parse_error, events) == ("", None, None, [])
+    assert decode.finish_reason == "stop" and decode.output_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([30], "first two tokens"),
+        ([Size(0.5, 0.5)], "first two tokens"),
+        ([Coord(0.5), EOS], "first two tokens"),
+        ([Coord(0.5), Coord(0.5), EOS], "third token"),
+        ([Coord(0.5), Coord(0.5), Coord(0.5)], "third token"),
+        ([*WHOLE, EOS], "a box and no path"),
+        ([*WHOLE, Coord(0.5)], "within the path"),
+        ([*WHOLE, *spelled("M 0 0 L 5"), EOS], "L has 1 of 2"),
+        ([*WHOLE, *spelled("M 0 0 L 5 Z")], "L has 1 of 2"),
+        ([*WHOLE, *spelled("M 0 0 L"), EOS], "L has 0 of 2"),
+        ([*WHOLE, *spelled("L")], "begins with L"),
+        ([*WHOLE, *spelled("5")], "number 5"),
+        ([*WHOLE, *spelled("M 0 0 Z 5")], "number 5"),
+        ([*WHOLE, *spelled("M - -")], "two minus signs"),
+        ([*WHOLE, *spelled("M 0 0 L 5 5 -"), EOS], "minus sign without"),
+        ([*WHOLE, *spelled("M 0 0 A 9 9 0 2 0 9 9")], "flag is 2"),
+        ([*WHOLE, *spelled("M 0 0"), MODEL.text.vocab_size + 5], "no part of a path"),
+    ],
+)
+def test_tokens_that_are_no_path_end_the_request_with_the_reason(
+    tokens: list[Token], message: str
+) -> None:
+    decode, _ = decoded(tokens)
+    assert decode.phase is Phase.DONE
+    assert message in (decode.parse_error or "")
+    assert result_of(decode)["svg_path"] == ""
+
+
+def test_a_path_of_too_many_commands_is_no_path() -> None:
+    text = "M 0 0" + " L 1 1" * 10
+    decode, _ = decoded([*WHOLE, *spelled(text), EOS], limits=Limits(max_path_commands=5))
+    assert "more than 5" in (decode.parse_error or "")
+    assert decode.path == "M0 0" + "L0.00104 0.00104" * 4
+
+
+unit = st.floats(0, 1)
+coords = st.builds(Coord, unit)
+sizes = st.builds(Size, unit, unit)
+pieces = st.sampled_from(sorted(PIECES.values()))
+any_token = (
+    st.integers(-3, MODEL.text.vocab_size + 3)
+    | pieces
+    | st.sampled_from([*spelled("M L C Z z - 0 5"), EOS])
+    | coords
+    | sizes
+)
+boxes = st.tuples(coords, coords, sizes).map(list)
+letters = st.sampled_from("MmLlHhVvCcSsQqTtZz")
+
+
+@st.composite
+def paths(draw: st.DrawFn) -> list[Token]:
+    """Ids of a path in the grammar, without arcs, with implicit repeats and negative numbers."""
+    tokens = spelled("M")
+    letter = "M"
+    for _ in range(draw(st.integers(1, 6))):
+        for _ in range(ARITY[letter.upper()] * draw(st.integers(1, 2))):
+            # A minus sign is a token of its own; the grid's upper end is the box's.
+            value = draw(st.integers(-GRID if letter.islower() else 0, GRID))
+            tokens += spelled(f"- {-value}" if value < 0 else str(value))
+        letter = draw(letters)
+        tokens.append(PIECES[letter])
+    for _ in range(ARITY[letter.upper()]):
+        tokens += spelled(str(draw(st.integers(0, GRID))))
+    return tokens
+
+
+def check_invariants(
+    decode: SegmentDecode, events: list[BboxEvent | PathDelta], tokens: list[Token]
+) -> None:
+    """What holds for any tokens at all."""
+    chunks = [event for event in events if isinstance(event, PathDelta)]
+    assert "".join(event.chunk for event in chunks) == decode.path
+    assert [event for event in events[:1] if isinstance(event, BboxEvent)] == (
+        [BboxEvent(decode.bbox)] if decode.bbox is not None else []
+    )
+    assert all(isinstance(event, PathDelta) for event in events[1:])
+    indices = [event.token_index for event in chunks]
+    assert indices == sorted(set(indices)) and all(4 <= i <= len(tokens) for i in indices)
+    assert 0 <= decode.output_tokens <= min(len(tokens), decode.max_tokens)
+    if decode.bbox is not None:
+        box = decode.bbox
+        assert 0 <= box["x_min"] < box["x_max"] <= 1 and 0 <= box["y_min"] < box["y_max"] <= 1
+    # Every chunk is a whole command, so what could be read is path data itself.
+    assert bool(parse_path(decode.path).commands) == bool(decode.path)
+    segment = result_of(decode)
+    json.dumps(segment, allow_nan=False)
+    if decode.parse_error is not None:
+        assert decode.phase is Phase.DONE
+        assert segment["parse_error"] == decode.parse_error and segment["svg_path"] == ""
+        assert segment["coarse_path"] == decode.path and segment["coarse_bbox"] == decode.bbox
+    elif decode.phase is Phase.DONE:
+        assert "parse_error" not in segment and segment["svg_path"] == decode.path
+        assert (decode.bbox is None) == (decode.path == "")
+
+
+@steady
+@given(st.lists(any_token, max_size=40), st.integers(1, 30))
+def test_no_tokens_at_all_are_an_exception(tokens: list[Token], max_tokens: int) -> None:
+    check_invariants(*decoded(tokens, max_tokens), tokens)
+
+
+@steady
+@given(boxes, st.lists(pieces | st.just(EOS), max_size=60), st.integers(1, 80))
+def test_no_spelling_within_a_box_is_an_exception(
+    box: list[Token], text: list[Token], max_tokens: int
+) -> None:
+    tokens = [*box, *spelled("M"), *text]
+    check_invariants(*decoded(tokens, max_tokens), tokens)
+
+
+@steady
+@given(boxes, paths(), st.data())
+def test_a_path_with_one_wrong_token_is_read_up_to_there(
+    box: list[Token], text: list[Token], data: st.DataObject
+) -> None:
+    tokens = [*box, *text, EOS]
+    place = data.draw(st.integers(0, len(tokens) - 1))
+    wrong = [*tokens[:place], data.draw(any_token), *tokens[place + 1 :]]
+    decode, events = decoded(wrong)
+    check_invariants(decode, events, wrong)
+    before, _ = decoded(wrong[:place])
+    assert decode.path.startswith(before.path)
+
+
+@steady
+@given(boxes, paths(), st.integers(1, 60))
+def test_a_path_that_is_cut_off_is_a_prefix_of_the_whole(
+    box: list[Token], text: list[Token], max_tokens: int
+) -> None:
+    tokens = [*box, *text, EOS]
+    whole, _ = decoded(tokens)
+    assume(whole.parse_error is None and max_tokens < len(tokens))
+    cut, events = decoded(tokens, max_tokens)
+    check_invariants(cut, events, tokens)
+    assert cut.finish_reason == "length" and cut.output_tokens == max_tokens
+    assert cut.parse_error == f"cut off after {max_tokens} tokens"
+    assert whole.path.startswith(cut.path)
+    assert cut.token_ids == whole.token_ids[: max(0, max_tokens - 3)]
+    assert cut.bbox == (whole.bbox if max_tokens >= 3 else None)
+
+
+@steady
+@given(boxes, paths())
+def test_a_path_in_the_grammar_means_what_the_spelling_means(
+    box: list[Token], text: list[Token]
+) -> None:
+    decode, events = decoded([*box, *text, EOS])
+    assume(decode.bbox is not None)
+    assert decode.bbox is not None
+    check_invariants(decode, events, [*box, *text, EOS])
+    assert (decode.parse_error, decode.finish_reason) == (None, "stop")
+    (cx,), (cy,), (width, height) = box  # type: ignore[misc]
+    meant = transform(
+        parse_path(decode.text), width / GRID, height / GRID, cx - width / 2, cy - height / 2
+    )
+    x_min, y_min = decode.bbox["x_min"], decode.bbox["y_min"]
+    given_width, given_height = decode.bbox["x_max"] - x_min, decode.bbox["y_max"] - y_min
+    written = transform(parse_path(decode.path), given_width, given_height, x_min, y_min)
+    assert [name for name, _ in written.commands] == [name for name, _ in meant.commands]
+    # Half of the fifth digit of the box, for every command that another begins where it ends.
+    slack = 0.5e-5 * (len(meant.commands) + 2) * 4
+    for (_, found), (_, expected) in zip(written.commands, meant.commands, strict=True):
+        assert found == pytest.approx(expected, abs=slack)
+
+
+NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d{0,4}[1-9])?"
+CHUNK = re.compile(rf"[A-Za-z](?:{NUMBER}(?: {NUMBER})*)?")
+
+
+@steady
+@given(boxes, paths())
+def test_every_chunk_is_one_command_with_five_decimals_at_most(
+    box: list[Token], text: list[Token]
+) -> None:
+    _, events = decoded([*box, *text, EOS])
+    for event in events:
+        if isinstance(event, PathDelta):
+            assert CHUNK.fullmatch(event.chunk), event.chunk
+            assert "-0" not in re.findall(rf"{NUMBER}", event.chunk)
+            numbers = len(re.findall(NUMBER, event.chunk[1:]))
+            assert numbers == ARITY[event.chunk[0].upper()]
+
+
+def test_what_comes_after_the_end_changes_nothing() -> None:
+    decode, _ = decoded([*WHOLE, *spelled("M 0 0 L 9 9 Z"), EOS])
+    before = (decode.path, decode.output_tokens, list(decode.token_ids), decode.parse_error)
+    for token in (EOS, PIECES["M"], Coord(0.5), Size(0.1, 0.1)):
+        assert decode.push(token) is None
+    after = (decode.path, decode.output_tokens, list(decode.token_ids), decode.parse_error)
+    assert after == before
