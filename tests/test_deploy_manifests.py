@@ -21,11 +21,7 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from project import PROJECT, ROOT, pins
 
 pytest.importorskip("ray.serve")
 
@@ -36,15 +32,9 @@ import kestrel
 from serve_graph.args import GraphArgs
 from serve_graph.launch import FAST_SERVE, STEADY_CLIENT
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = {half: DEPLOY / "docker" / f"{half}.Dockerfile" for half in ("model", "refiner")}
 SCHEMA = Path(__file__).parent / "fixtures" / "kuberay" / "rayservice-v1.json.gz"
-
-
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().split()
-    return dict(line.lower().split("==") for line in lines)
 
 
 # The RayService
@@ -305,12 +295,10 @@ def test_images_set_what_ray_reads_when_it_starts_alike(half):
 
 
 def test_installed_packages_are_pinned_and_declared(half):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["serve"]
+    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["serve"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
-    pinned = {canonicalize_name(name) for name in pins()}
     for line in requirements(half):
-        assert canonicalize_name(Requirement(line).name) in declared & pinned
+        assert canonicalize_name(Requirement(line).name) in declared & set(pins())
 
 
 MODULES = {
@@ -357,7 +345,14 @@ def test_an_image_has_what_its_half_imports_however_late(half):
     roots = ["serve_graph.app", "serve_graph.ingress", f"serve_graph.{half}"]
     others = {
         "model": ("kestrel.seg_refiner.", "serve_graph.refiner"),
-        "refiner": ("kestrel.engine", "kestrel.moondream", "serve_graph.model"),
+        "refiner": (
+            "kestrel.engine",
+            "kestrel.moondream",
+            "serve_graph.model",
+            # Neural backends, for replicas that are given torch.
+            "kestrel.seg_refiner.seghead",
+            "kestrel.seg_refiner.hqsam",
+        ),
     }[half]
     needed = imported(roots, others)
     there = {MODULES.get(name, name) for name in requirements(half)}
