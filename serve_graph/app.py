@@ -31,7 +31,12 @@ def build(args: GraphArgs) -> Application:
     refiner = serve.deployment(name="Refiner", user_config={}, **args.refiner_pool.options())(
         RefinerDeployment
     )
-    ingress = serve.deployment(name="Ingress", user_config={}, **args.ingress_pool.options())(
+    ingress_options = args.ingress_pool.options()
+    # A replica that an update takes down must not cut requests that still have time.
+    ingress_options["graceful_shutdown_timeout_s"] = max(
+        args.ingress_pool.graceful_shutdown_timeout_s, args.runtime.request_timeout_s + 5
+    )
+    ingress = serve.deployment(name="Ingress", user_config={}, **ingress_options)(
         serve.ingress()(IngressDeployment)
     )
     return ingress.bind(

@@ -24,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 STOPPING = "the server is about to stop"
 """The answer of a graph that drains; with the number of requests left at ``/healthz``."""
 
-STARTING_S = 20.0
+STARTING_S = 45.0
 """How long a request waits for the first word of the model pool, seconds: an ingress replica that
 an update has just started must not refuse what the model's new replica will soon take."""
 

@@ -51,6 +51,7 @@ def graph() -> Iterator[Graph]:
     args = config["applications"][0]["args"]
     args["runtime"]["api_keys"] = [KEY]
     args["refine_timeout_s"] = REFINE_TIMEOUT_S
+    args["runtime"]["request_timeout_s"] = 180  # a busy machine starts replicas slowly
     # Two refiners, so that one can die; short queues, so that they can be filled.
     args["refiner_pool"].update(num_cpus=0.5, min_replicas=2, max_replicas=2)
     args["model_pool"].update(max_ongoing_requests=8, max_queued_requests=4)

@@ -85,7 +85,7 @@ class Graph:
         assert self.cluster.head is not None
         return self.cluster.head.pids(title)
 
-    def deploy(self, config: dict[str, Any], seconds: float = 180.0) -> None:
+    def deploy(self, config: dict[str, Any], seconds: float = 300.0) -> None:
         """Deploy and wait until every replica is as the config says."""
         self.cluster.deploy(config)
         end = time.monotonic() + seconds

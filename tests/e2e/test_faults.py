@@ -1,0 +1,202 @@
+"""Replicas, the controller and the HTTP door die or hang under traffic; no request is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from running_graph import KEY, Graph
+from test_graph import body, enlarged, wait_for
+
+from benchmarks.traffic import RIGHT, Expected, Traffic, learn
+from serve_graph.demo import Sample
+
+pytestmark = pytest.mark.timeout(600)
+
+MODEL = "ray::ServeReplica:segment:Model"
+REFINER = "ray::ServeReplica:segment:Refiner"
+PATIENCE_S = 180.0
+"""Deadline of the requests: a busy machine starts replicas slowly."""
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def expected(graph: Graph, samples: list[Sample]) -> list[Expected]:
+    async def ask() -> list[Expected]:
+        async with httpx.AsyncClient(headers=HEADERS, timeout=60) as client:
+            return await learn(client, graph.url, samples[:4])
+
+    return asyncio.run(ask())
+
+
+def traffic_while(
+    graph: Graph,
+    expected: list[Expected],
+    *deeds: Callable[[], Any],
+    rate: float = 1.5,
+    pause_s: float = 3.0,
+) -> Traffic:
+    """Requests before, while and after the deeds are done, one after the other."""
+    traffic = Traffic([graph.url], expected, headers=HEADERS, rate=rate, timeout_s=PATIENCE_S)
+
+    async def run() -> None:
+        load = asyncio.create_task(traffic.run())
+        for deed in deeds:
+            await asyncio.sleep(pause_s)
+            await asyncio.to_thread(deed)
+        await asyncio.sleep(pause_s)
+        traffic.stop()
+        await load
+
+    asyncio.run(run())
+    assert traffic.sent
+    return traffic
+
+
+def wrong(traffic: Traffic) -> Counter[str]:
+    """The requests that were not answered right, by kind, outcome and message."""
+    return Counter(f"{s.kind}: {s.outcome} {s.said}" for s in traffic.sent if s.outcome != RIGHT)
+
+
+def kill_one(graph: Graph, title: str, number: signal.Signals = signal.SIGKILL) -> int:
+    assert wait_for(lambda: bool(graph.pids(title)), 60)
+    victim = graph.pids(title)[0]
+    os.kill(victim, number)
+    return victim
+
+
+@pytest.fixture(scope="module")
+def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
+    """Every replica replaced under traffic: deeper queues for this module, quick health checks."""
+    config = copy.deepcopy(graph.config)
+    args = config["applications"][0]["args"]
+    args["refine_timeout_s"] = PATIENCE_S / 2
+    args["model_pool"].update(max_ongoing_requests=16, max_queued_requests=64)
+    for pool in ("model_pool", "refiner_pool"):
+        args[pool].update(health_check_period_s=1, health_check_timeout_s=3)
+    before, config_before = graph.pids(MODEL), graph.config
+    traffic = traffic_while(graph, expected, lambda: graph.deploy(config), rate=0.4)
+    assert not set(before) & set(graph.pids(MODEL))
+    graph.config = config
+    yield traffic
+    graph.config = config_before
+    graph.deploy(config_before)
+    assert wait_for(lambda: graph.http.get("/healthz").status_code == 200, 60)
+
+
+def test_no_request_fails_while_every_replica_is_replaced(updated: Traffic) -> None:
+    assert not wrong(updated)
+
+
+def test_refiners_killed_again_and_again_lose_nothing(
+    graph: Graph, updated: Traffic, expected: list[Expected]
+) -> None:
+    traffic = traffic_while(graph, expected, *[lambda: kill_one(graph, REFINER)] * 3)
+    assert not wrong(traffic)
+
+
+def test_requests_and_streams_go_on_after_the_death_of_their_model_replica(
+    graph: Graph, updated: Traffic, expected: list[Expected]
+) -> None:
+    traffic = traffic_while(graph, expected, *[lambda: kill_one(graph, MODEL)] * 2, rate=3.0)
+    assert not wrong(traffic)
+
+
+@pytest.mark.parametrize("title", [MODEL, REFINER])
+def test_a_replica_that_hangs_is_replaced_and_its_requests_answered(
+    graph: Graph, updated: Traffic, expected: list[Expected], title: str
+) -> None:
+    hung: list[int] = []
+
+    def hang() -> None:
+        hung.append(kill_one(graph, title, signal.SIGSTOP))
+        assert wait_for(lambda: hung[0] not in graph.pids(title), 90)
+
+    traffic = traffic_while(graph, expected, hang, rate=0.7)
+    assert not wrong(traffic)
+
+
+def test_the_death_of_the_controller_is_not_noticed(
+    graph: Graph, updated: Traffic, expected: list[Expected]
+) -> None:
+    traffic = traffic_while(graph, expected, lambda: kill_one(graph, "ray::ServeController"))
+    assert not wrong(traffic)
+
+    def known_again() -> bool:
+        with contextlib.suppress(OSError):
+            return bool(graph.cluster.status()["applications"])
+        return False
+
+    assert wait_for(known_again, 60)
+
+
+def test_the_http_door_comes_back_and_only_its_own_connections_break(
+    graph: Graph, updated: Traffic, expected: list[Expected]
+) -> None:
+    killed_at: list[float] = []
+
+    def kill_proxy() -> None:
+        killed_at.append(time.monotonic())
+        kill_one(graph, "ray::ProxyActor")
+
+    traffic = traffic_while(graph, expected, kill_proxy, pause_s=4.0)
+    # A client tries again, as a load balancer would; nothing but the lost door made it do so.
+    assert not wrong(traffic)
+    assert all(not sent.redials or sent.at + sent.seconds > killed_at[0] for sent in traffic.sent)
+
+
+def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expected]) -> None:
+    before = {title: set(graph.pids(title)) for title in (MODEL, REFINER)}
+    config = copy.deepcopy(graph.config)
+    other = "another-key-for-the-tests"
+    config["applications"][0]["deployments"] = [
+        {"name": "Ingress", "user_config": {"api_keys": [KEY, other], "refine_timeout_s": 30}},
+        {"name": "Refiner", "user_config": {"refiner": "none"}},
+    ]
+    ask = body(expected[0].sample)
+
+    def changed() -> bool:
+        headers = {"Authorization": f"Bearer {other}"}
+        return httpx.post(f"{graph.url}/v1/segment", json=ask, headers=headers).status_code == 200
+
+    try:
+        graph.deploy(config)
+        assert wait_for(changed)
+        assert wait_for(
+            lambda: graph.http.post("/v1/segment", json=ask).json()["path"] != expected[0].path
+        )
+    finally:
+        graph.deploy(graph.config)
+    assert {title: set(graph.pids(title)) for title in (MODEL, REFINER)} == before
+    assert wait_for(lambda: not changed())
+
+
+def test_draining_finishes_what_is_under_way_and_refuses_the_rest(
+    graph: Graph, samples: list[Sample]
+) -> None:
+    slow = body(replace(samples[0], image=enlarged(samples[0], 8000, 5000)), return_base64=True)
+    try:
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(graph.http.post, "/v1/segment", json=slow)
+            assert wait_for(lambda: graph.count("Model", "running") > 0)
+            drained = pool.submit(graph.cluster.drain, graph.config, graph.url)
+            assert wait_for(lambda: graph.http.get("/healthz").status_code == 503)
+            refused = graph.http.post("/v1/segment", json=body(samples[0]))
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert running.result().status_code == 200
+            assert "refined_mask_base64" in running.result().json()
+            assert drained.result()
+    finally:
+        graph.deploy(graph.config)
+    assert wait_for(lambda: graph.http.get("/healthz").status_code == 200)

@@ -1,0 +1,51 @@
+"""The engine's queue is bounded by count, by bytes and by what its requests have time for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from serving import picture
+
+from kestrel import InferenceEngine, RuntimeConfig
+from kestrel.api import Overloaded
+
+PICTURE = picture(1200, 900)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[InferenceEngine]:
+    config = RuntimeConfig(
+        max_batch_size=1, max_queue_bytes=int(2.5 * len(PICTURE)), refiner=None, torch_threads=1
+    )
+    async with await InferenceEngine.create(config) as made:
+        yield made
+
+
+async def ask(engine: InferenceEngine, image: bytes | None, timeout_s: float = 60.0) -> str:
+    try:
+        await engine.segment(object="butterfly", image=image, timeout_s=timeout_s)
+    except Overloaded as error:
+        assert error.retry_after_s is not None and error.retry_after_s >= 1
+        return error.message
+    return "answered"
+
+
+async def test_images_that_wait_are_bounded_together_by_bytes(engine: InferenceEngine) -> None:
+    said = await asyncio.gather(*(ask(engine, PICTURE) for _ in range(8)))
+    assert said.count("answered") in (2, 3)
+    assert all("bytes wait" in message for message in said if message != "answered")
+    # What holds no image is not kept out by those that do.
+    (*_, last) = await asyncio.gather(*(ask(engine, PICTURE) for _ in range(2)), ask(engine, None))
+    assert last == "answered"
+
+
+async def test_a_request_that_would_be_late_in_the_queue_is_told_so_at_once(
+    engine: InferenceEngine,
+) -> None:
+    engine._scheduler._seconds = 10.0  # what requests have taken of late
+    waiting = [asyncio.create_task(ask(engine, None)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert "longer than the request's deadline" in await ask(engine, None, timeout_s=5.0)
+    assert await asyncio.gather(*waiting) == ["answered"] * 3
