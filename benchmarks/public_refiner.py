@@ -1,7 +1,7 @@
 """The public engine's way with masks, re-enacted with the libraries and calls that it uses.
 
 Every stage works on the whole image: resvg at twice the size through PNG and PIL, label images
-cleaned with ``np.isin``, pypotrace (or potracer, hundreds of times slower), OpenCV's PNG encoder.
+cleaned with ``np.isin``, pypotrace, OpenCV's PNG encoder.
 Its neural refinement, between rasterising and cleaning, is not part of this.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +21,7 @@ SCALE = 2
 SMALL = 0.0015
 
 TRACER = "pypotrace" if hasattr(potrace, "_potrace") else "potracer"
-
+"""What the module named potrace is; only the first is the public way's."""
 
 OPTIONS = usvg.Options.default()
 
@@ -71,13 +70,10 @@ def trace(mask: np.ndarray) -> tuple[str, dict[str, float]] | None:
     height, width = mask.shape
     x0, y0, x1, y1 = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
     bitmap = (mask > 0).astype(np.uint8)
-    # The pure Python package traces what is False.
-    traced = potrace.Bitmap(bitmap if TRACER == "pypotrace" else bitmap == 0).trace(
-        turdsize=2, alphamax=1.0, opticurve=1, opttolerance=0.2
-    )
+    traced = potrace.Bitmap(bitmap).trace(turdsize=2, alphamax=1.0, opticurve=1, opttolerance=0.2)
 
-    def place(point: Any) -> str:
-        x, y = (point.x, point.y) if hasattr(point, "x") else point
+    def place(point: tuple[float, float]) -> str:
+        x, y = point
         return f"{(x - x0) / (x1 - x0):.3f},{(y - y0) / (y1 - y0):.3f}"
 
     def pieces() -> Iterator[str]:

@@ -6,6 +6,7 @@ rasteriser needs no more than those. Grammar: https://www.w3.org/TR/SVG11/paths.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -311,29 +312,19 @@ def path_to_string(path: Path, decimals: int = 4) -> str:
 
     Raises ValueError when a coordinate is not finite.
     """
-    pieces: list[str] = []
-    for name, coords in path.commands:
-        pieces.append(name)
-        previous = ""
-        for value in coords:
-            text = _number(value, decimals)
-            if previous and not (text[0] == "-" or (text[0] == "." and "." in previous)):
-                pieces.append(" ")
-            pieces.append(text)
-            previous = text
-    return "".join(pieces)
-
-
-def _number(value: float, decimals: int) -> str:
-    if not math.isfinite(value):
-        raise ValueError(f"cannot write the coordinate {value!r}")
-    text = f"{value:.{decimals}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    if text in ("-0", "0", ""):
-        return "0"
-    if text.startswith("0."):
-        return text[1:]
-    if text.startswith("-0."):
-        return "-" + text[2:]
-    return text
+    number = f"%.{decimals}f,"
+    template = {name: f"{name}," + number * count for name, count in ARITY.items()}
+    text = "".join([template[name] for name, _ in path.commands])
+    text %= tuple(itertools.chain.from_iterable([coords for _, coords in path.commands]))
+    if "n" in text:
+        raise ValueError("cannot write a coordinate that is not finite")
+    # Whole-text replacements: a loop over numbers would take most of a trace's time.
+    for _ in range(decimals):
+        text = text.replace("0,", ",")
+    # A number that has lost its point is marked until it is known what follows it.
+    text = text.replace(".,", "i,") if decimals else text.replace(",", "i,")
+    text = text.replace(",-0i", ",0i").replace(",0.", ",.").replace(",-0.", ",-.")
+    text = text.replace("i,.", "i .").replace(",.", ".").replace(",-", "-").replace("i", "")
+    for name in {name for name, _ in path.commands}:
+        text = text.replace(f",{name}", name).replace(f"{name},", name)
+    return text.rstrip(",").replace(",", " ")

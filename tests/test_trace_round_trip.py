@@ -9,11 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask
-from kestrel.seg_refiner import trace as trace_module
+from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, tracers
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.raster import rasterize_relative
-from kestrel.seg_refiner.trace import TracerMissing, load_tracer, pack_words
+from kestrel.seg_refiner.tracers import TracerMissing, load_tracer, pack_words
 from kestrel.svg import parse_path, path_to_string, place_path
 
 
@@ -205,42 +204,42 @@ def test_missing_libpotrace_says_which_package_has_it(monkeypatch):
     def no_library(name):
         raise OSError(name)
 
-    monkeypatch.setattr(trace_module.ctypes, "CDLL", no_library)
-    monkeypatch.setattr(trace_module.ctypes.util, "find_library", lambda name: None)
-    trace_module._libpotrace.cache_clear()
-    trace_module._auto.cache_clear()
+    monkeypatch.setattr(tracers.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(tracers.ctypes.util, "find_library", lambda name: None)
+    tracers._libpotrace.cache_clear()
+    tracers._auto.cache_clear()
     try:
         with pytest.raises(TracerMissing, match="apt-get install libpotrace0"):
             load_tracer("libpotrace")
         # "auto" goes on with what there is.
         assert bitmap_to_path(disc()) is not None
     finally:
-        trace_module._libpotrace.cache_clear()
-        trace_module._auto.cache_clear()
+        tracers._libpotrace.cache_clear()
+        tracers._auto.cache_clear()
 
 
 def test_the_slow_tracer_is_announced_once(monkeypatch, caplog):
     def missing():
         raise TracerMissing("libpotrace is not installed: apt-get install libpotrace0")
 
-    monkeypatch.setitem(trace_module._TRACERS, "libpotrace", missing)
-    trace_module._auto.cache_clear()
+    monkeypatch.setitem(tracers._TRACERS, "libpotrace", missing)
+    tracers._auto.cache_clear()
     try:
         for _ in range(3):
             bitmap_to_path(disc())
     finally:
-        trace_module._auto.cache_clear()
+        tracers._auto.cache_clear()
     assert sum("apt-get install libpotrace0" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_no_tracer_at_all_names_every_way_to_get_one(monkeypatch):
-    monkeypatch.setattr(trace_module, "_open_library", lambda: _raise(TracerMissing("no library")))
+    monkeypatch.setattr(tracers, "_open_library", lambda: _raise(TracerMissing("no library")))
     monkeypatch.setitem(sys.modules, "potrace", None)
     caches = (
-        trace_module._libpotrace,
-        trace_module._pypotrace,
-        trace_module._potracer,
-        trace_module._auto,
+        tracers._libpotrace,
+        tracers._pypotrace,
+        tracers._potracer,
+        tracers._auto,
     )
     for cache in caches:
         cache.cache_clear()
@@ -261,4 +260,4 @@ def test_potracer_is_not_taken_for_pypotrace():
     if have("potracer"):
         assert not have("pypotrace")
     extension = SimpleNamespace(__name__="potrace", _potrace=object())
-    assert not trace_module._is_pure_python(extension)
+    assert not tracers._is_pure_python(extension)

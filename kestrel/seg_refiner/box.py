@@ -37,5 +37,6 @@ def joined_box(a: PixelBox, b: PixelBox) -> PixelBox:
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two masks (uint8 or bool, 0/1); 1 when both are empty."""
     # bool and uint8 share their bytes; counting bools is much faster.
-    union = np.count_nonzero((a | b).view(np.bool_))
-    return np.count_nonzero((a & b).view(np.bool_)) / union if union else 1.0
+    common = np.count_nonzero((a & b).view(np.bool_))
+    union = np.count_nonzero(a.view(np.bool_)) + np.count_nonzero(b.view(np.bool_)) - common
+    return common / union if union else 1.0

@@ -17,6 +17,10 @@ COVERED_FRACTION = 1 / 3
 """A small island or hole stays when it covers this much of a piece or hole that was meant."""
 
 
+BAND = 128
+"""Rows that are closed at once: what a band takes stays in the cache and is used again."""
+
+
 def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray:
     """Mask uint8 [H, W], 0/1, without small islands and holes, then closed 3x3.
 
@@ -27,10 +31,12 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     box = mask_box(mask)
     if box is None:
         return cleaned
+    height, width = mask.shape
     x0, y0, x1, y1 = box
-    window = np.s_[y0:y1, x0:x1]
-    # A ring of background, so that outlines and closing are not cut at the window's rim.
-    crop = _ringed(mask[window])
+    # A ring of what is around the object, so that it is closed as it would be in the whole image.
+    window = np.s_[max(0, y0 - 2) : min(height, y1 + 2), max(0, x0 - 2) : min(width, x1 + 2)]
+    crop = cleaned[window]
+    crop[:] = mask[window]
     islands, holes = _outlines(crop)
     min_area = MIN_FRACTION * mask.size
     small = [island for island in islands if island.area < min_area]
@@ -46,16 +52,19 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
         # A dropped island took its holes along: painting them would bring them back.
         if hole.rim_is_set(crop) and not hole.covers_any(drawn_holes):
             hole.paint(crop, 1)
-
-    closed = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-    cleaned[window] = closed[1:-1, 1:-1]
+    _close(crop)
     return cleaned
 
 
-def _ringed(crop: np.ndarray) -> np.ndarray:
-    ringed = np.zeros((crop.shape[0] + 2, crop.shape[1] + 2), np.uint8)
-    ringed[1:-1, 1:-1] = crop
-    return ringed
+def _close(mask: np.ndarray) -> None:
+    """Morphological closing 3x3 in place, as OpenCV's of the whole mask."""
+    kernel = np.ones((3, 3), np.uint8)
+    for top in range(0, len(mask), BAND):
+        # A closed pixel looks two rows up and down. That those above are closed already changes
+        # nothing: what lies between a mask and its closing has the same closing.
+        first = max(0, top - 2)
+        closed = cv2.morphologyEx(mask[first : top + BAND + 2], cv2.MORPH_CLOSE, kernel)
+        mask[top : top + BAND] = closed[top - first :][:BAND]
 
 
 class _Outline:
@@ -114,7 +123,7 @@ def _drawn(
     """Pieces and holes of the coarse mask that were meant, if any of ``small`` may cover one."""
     if coarse is None or not small:
         return [], []
-    crop = _ringed(coarse[window])
+    crop = coarse[window]
     least = DRAWN_FRACTION * cv2.countNonZero(crop)
     if max(outline.painted for outline in small) < COVERED_FRACTION * least:
         return [], []

@@ -172,12 +172,7 @@ def check_length(path: Path, width: int, height: int, limits: Limits) -> None:
     What painting and tracing take grows with the pixels that the outline crosses, and few
     segments can cross all of them. A curve crosses no line more often than its control polygon.
     """
-    starts = np.cumsum([len(coords) // 2 for _, coords in path.commands])
-    moves = [
-        start - 1 for start, (name, _) in zip(starts, path.commands, strict=True) if name == "M"
-    ]
-    steps = np.abs(np.diff(np.clip(points_of(path.commands), 0, (width, height)), axis=0)).sum(1)
-    drawn = steps.sum() - steps[[move - 1 for move in moves if move]].sum()
+    drawn = _length(path, width, height)
     if drawn > limits.max_path_length * (width + height):
         raise ValueError(
             f"the path is {drawn / (width + height):.0f} times as long as the image is wide and "
@@ -185,8 +180,28 @@ def check_length(path: Path, width: int, height: int, limits: Limits) -> None:
         )
 
 
+def _length(path: Path, width: float = math.inf, height: float = math.inf) -> float:
+    """Steps between a path's points, cut at the image: by rows and columns that they cross.
+
+    Moves to the next piece are left out; what closes a piece unsaid, too.
+    """
+    starts = np.cumsum([len(coords) // 2 for _, coords in path.commands])
+    moves = [
+        start - 1 for start, (name, _) in zip(starts, path.commands, strict=True) if name == "M"
+    ]
+    steps = np.abs(np.diff(np.clip(points_of(path.commands), 0, (width, height)), axis=0)).sum(1)
+    return float(steps.sum() - steps[[move - 1 for move in moves if move]].sum())
+
+
 TILE = 4096
 """Skia draws without anti-aliasing where 4 x the coordinate overflows 32767: tiles stay below."""
+OUTLINE_DOUBT = 0.07
+"""Pixels per pixel of outline that exact coverage (Skia) and 8 x 8 samples (resvg at twice the
+size) put on different sides of one half, at most, in ``benchmarks/refiner.py``."""
+SAMPLED_PIXELS = 512 * 512
+"""Objects whose box is larger are not sampled: it takes 64 bytes a pixel, in bands."""
+BAND = 64
+"""Rows of pixels that are sampled at once."""
 
 
 def _skia_mask(skia: ModuleType, path: Path, width: int, height: int) -> np.ndarray:
@@ -195,20 +210,55 @@ def _skia_mask(skia: ModuleType, path: Path, width: int, height: int) -> np.ndar
     if box is None:
         return mask
     outline = _skia_path(skia, path)
-    paint = skia.Paint(AntiAlias=True, Color=skia.ColorBLACK)
     x0, y0, x1, y1 = box
     for top in range(y0, y1, TILE):
         for left in range(x0, x1, TILE):
-            bottom, right = min(y1, top + TILE), min(x1, left + TILE)
-            coverage = np.zeros((bottom - top, right - left), np.uint8)
-            info = skia.ImageInfo.MakeA8(right - left, bottom - top)
-            surface = skia.Surface.MakeRasterDirect(info, coverage, right - left)
-            canvas = surface.getCanvas()
-            canvas.translate(-left, -top)
-            canvas.drawPath(outline, paint)
+            tile = mask[top : min(y1, top + TILE), left : min(x1, left + TILE)]
+            coverage = np.zeros(tile.shape, np.uint8)
+            _draw(skia, outline, coverage, left, top, 1)
             # bool and uint8 share their bytes: no conversion pass over the mask.
-            np.greater(coverage, 127, out=mask[top:bottom, left:right].view(np.bool_))
+            np.greater(coverage, 127, out=tile.view(np.bool_))
+    if (x1 - x0) * (y1 - y0) <= SAMPLED_PIXELS:
+        inside = mask[y0:y1, x0:x1]
+        # What differs is to stay within a thousandth of the object.
+        if _length(path) * OUTLINE_DOUBT > 0.001 * np.count_nonzero(inside):
+            _sample(skia, outline, inside, x0, y0)
     return mask
+
+
+def _draw(
+    skia: ModuleType, outline: Any, canvas: np.ndarray, left: int, top: int, scale: int
+) -> None:
+    """Paint 255 on a contiguous uint8 [h, w] that shows ``scale`` times the picture from (left,
+    top) on; anti-aliased at its own size only."""
+    height, width = canvas.shape
+    info = skia.ImageInfo.MakeA8(width, height)
+    surface = skia.Surface.MakeRasterDirect(info, canvas, width).getCanvas()
+    surface.scale(scale, scale)
+    surface.translate(-left, -top)
+    surface.drawPath(outline, skia.Paint(AntiAlias=scale == 1, Color=skia.ColorBLACK))
+
+
+def _sample(skia: ModuleType, outline: Any, mask: np.ndarray, left: int, top: int) -> None:
+    """Fill uint8 [h, w] that lies at (left, top) as resvg would at twice the size.
+
+    There a pixel has four parts of 4 x 4 samples, and each part's opacity is 16 a sample, at most
+    255; a pixel is set where they come to more than half (tiny-skia's supersampling).
+    """
+    for y in range(0, len(mask), BAND):
+        band = mask[y : y + BAND]
+        height, width = band.shape
+        samples = np.zeros((height * 8, width * 8), np.uint8)
+        _draw(skia, outline, samples, left, top + y, 8)
+        # A byte of packed bits is a pixel's row of samples; its bits are counted by half.
+        rows = np.packbits(samples).reshape(height, 2, 4, width)
+        pairs = rows - (rows >> 1 & 0x55)
+        halves = (pairs & 0x33) + (pairs >> 2 & 0x33)
+        parts = np.stack(
+            [(halves >> 4).sum(axis=2, dtype=np.int16), (halves & 15).sum(axis=2, dtype=np.int16)]
+        )
+        opacity = 16 * parts - (parts == 16)
+        np.greater(opacity.sum(axis=(0, 2)), 2 * 255, out=band.view(np.bool_))
 
 
 def _pixel_bounds(path: Path, width: int, height: int) -> PixelBox | None:

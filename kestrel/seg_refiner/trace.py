@@ -1,32 +1,22 @@
-"""Masks to outlines with Potrace (Selinger, "Potrace: a polygon-based tracing algorithm", 2003).
-
-Three builds of the same algorithm, first that loads wins: the C library called with packed words,
-the ``pypotrace`` extension, and ``potracer`` in pure Python (hundreds of times slower).
-"""
+"""Masks to outlines, faithful and no longer than they may be."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import functools
 import itertools
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from kestrel.seg_refiner.box import mask_box, mask_iou
 from kestrel.seg_refiner.raster import Painter, load_rasterizer, points_of
+from kestrel.seg_refiner.tracers import Tracer, load_tracer
 from kestrel.svg import Command, Path, path_to_string, transform
 
-log = logging.getLogger(__name__)
-
 QUANTUM = 0.05
-"""Coordinates are written to within this many pixels."""
+"""Unless told how many decimals, coordinates are written to within this many pixels."""
 
 FAITHFUL_IOU = 0.99
 """A trace that gives the mask back less well than this is made again with sharper corners."""
@@ -36,12 +26,9 @@ FARTHEST = 1.0
 half of one for its polygon, half of one for a corner rounded within a unit square (sections 2.2
 and 2.3 of the paper)."""
 
-Tracer = Callable[[np.ndarray, int, float, float], list[Command]]
-"""``(crop uint8 [h, w] 0/1, turdsize, alphamax, opttolerance) -> commands in pixels``, y down."""
-
-
-class TracerMissing(ImportError):
-    """No build of Potrace under the asked name; the message says how to install it."""
+HALVED_FROM = 2048
+"""Masks whose box has a side of this many pixels are traced at half their size first: what
+Potrace takes grows with the square of a straight edge."""
 
 
 def bitmap_to_path(
@@ -50,13 +37,17 @@ def bitmap_to_path(
     turdsize: int = 2,
     alphamax: float = 1.0,
     opttolerance: float = 0.2,
+    decimals: int | None = None,
+    max_vertices: int | None = None,
     tracer: str = "auto",
     rasterizer: str = "auto",
 ) -> tuple[str, dict[str, float]] | None:
     """Trace a mask.
 
     ``mask``: [H, W], bool or uint8, non-zero is inside. ``turdsize`` in pixels of area,
-    ``alphamax`` 0..4/3, ``opttolerance`` in pixels, as Potrace defines them. ``tracer``:
+    ``alphamax`` 0..4/3, ``opttolerance`` in pixels, as Potrace defines them. ``decimals`` of the
+    written coordinates; None: as many as ``QUANTUM`` takes. ``max_vertices``: lines and curves
+    that the path may have, at least ``kestrel.config.FEWEST_VERTICES``. ``tracer``:
     ``libpotrace``, ``pypotrace``, ``potracer`` or ``auto``. ``rasterizer`` paints the path again,
     to see whether it gives the mask back.
 
@@ -66,9 +57,10 @@ def bitmap_to_path(
 
     Rounding a corner costs about a pixel: nothing for a large object, a tenth of a small one.
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
-    if need be every step of the outline.
+    if need be every step of the outline. Where it would have too many vertices, the mask is
+    halved until it has not.
 
-    Raises :class:`TracerMissing` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
+    Raises ``TracerMissing`` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
     that is not 2-D.
     """
     if mask.ndim != 2:
@@ -80,12 +72,15 @@ def bitmap_to_path(
         return None
     x0, y0, x1, y1 = box
     crop = np.ascontiguousarray(mask[y0:y1, x0:x1] != 0).view(np.uint8)
-    paint = load_rasterizer(rasterizer)
-    path = _faithful_trace(load_tracer(tracer), paint, crop, turdsize, alphamax, opttolerance)
+    tracing = _Tracing(load_tracer(tracer), turdsize, opttolerance)
+    path = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax)
+    if path is not None and max_vertices is not None and _vertices(path) > max_vertices:
+        path = _within_budget(tracing, crop, alphamax, max_vertices)
     if path is None:
         return None
     height, width = crop.shape
-    decimals = max(1, math.ceil(math.log10(max(width, height) / QUANTUM / 2)))
+    if decimals is None:
+        decimals = max(1, math.ceil(math.log10(max(width, height) / QUANTUM / 2)))
     image_height, image_width = mask.shape
     bbox = {
         "x_min": x0 / image_width,
@@ -96,298 +91,94 @@ def bitmap_to_path(
     return path_to_string(transform(path, 1 / width, 1 / height), decimals), bbox
 
 
-def _faithful_trace(
-    tracer: Tracer,
-    paint: Painter,
-    crop: np.ndarray,
-    turdsize: int,
-    alphamax: float,
-    opttolerance: float,
-) -> Path | None:
-    """The smoothest of four traces that gives the crop back; the first if none does."""
+@dataclass(frozen=True)
+class _Tracing:
+    """A tracer with the options that all traces of a mask share, in pixels of the mask."""
+
+    tracer: Tracer
+    turdsize: int
+    opttolerance: float
+
+    def __call__(
+        self, crop: np.ndarray, scale: float, alphamax: float, size: tuple[int, int]
+    ) -> Path | None:
+        """Trace a crop of ``scale`` times the mask's size; pixels of the mask, within ``size``."""
+        turdsize = int(self.turdsize * scale * scale)
+        commands = self.tracer(crop, turdsize, alphamax, self.opttolerance)
+        return _within(commands, size, scale) if commands else None
+
+
+def _faithful(tracing: _Tracing, paint: Painter, crop: np.ndarray, alphamax: float) -> Path | None:
+    """The smoothest of some traces that gives the crop back; the first if none does."""
     height, width = crop.shape
     first = None
-    for zoom, corners in ((1, alphamax), (1, alphamax / 2), (1, 0.0), (2, 0.0)):
-        zoomed = crop if zoom == 1 else crop.repeat(zoom, axis=0).repeat(zoom, axis=1)
-        commands = tracer(zoomed, turdsize * zoom**2, corners, opttolerance)
-        if not commands:
+    for zoomed, scale, corners in _attempts(crop, alphamax):
+        path = tracing(zoomed, scale, corners, (width, height))
+        if path is None:
             return first
-        path = _within(commands, width, height, zoom)
         first = first or path
-        if _surely_faithful(path, crop, opttolerance):
+        # A halved mask's outline is itself up to a pixel from the mask's.
+        farthest = (FARTHEST + tracing.opttolerance) / scale + (scale < 1)
+        if _surely_faithful(path, crop, farthest):
             return path
         if mask_iou(crop, paint(path, width, height)) >= FAITHFUL_IOU:
             return path
     return first
 
 
-def _surely_faithful(path: Path, crop: np.ndarray, opttolerance: float) -> bool:
-    """Whether the object is so large for its outline that painting the path can be left out."""
+def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, float, float]]:
+    """Crop, its scale and ``alphamax`` of traces from the smoothest to the sharpest."""
+    if max(crop.shape) >= HALVED_FROM:
+        yield _halved(crop), 0.5, alphamax
+    for corners in (alphamax, alphamax / 2, 0.0):
+        yield crop, 1.0, corners
+    yield crop.repeat(2, axis=0).repeat(2, axis=1), 2.0, 0.0
+
+
+def _within_budget(
+    tracing: _Tracing, crop: np.ndarray, alphamax: float, max_vertices: int
+) -> Path | None:
+    """The trace of the largest of crop, half crop, quarter crop, ... with so few vertices."""
+    height, width = crop.shape
+    scale = 1.0
+    while True:
+        path = tracing(crop, scale, alphamax, (width, height))
+        # One pixel that is left is a shape of few vertices.
+        if path is None or _vertices(path) <= max_vertices or crop.size == 1:
+            return path
+        crop, scale = _halved(crop), scale / 2
+
+
+def _halved(crop: np.ndarray) -> np.ndarray:
+    """Half the size, rounded up: pixels of which at least half is set; dust stays dust."""
+    height, width = crop.shape
+    if height % 2 or width % 2:
+        crop = cv2.copyMakeBorder(crop, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT)
+    half = (crop.shape[1] // 2, crop.shape[0] // 2)
+    halved = cv2.resize(crop, half, interpolation=cv2.INTER_AREA)
+    if not halved.any():
+        halved = cv2.dilate(crop, np.ones((2, 2), np.uint8), anchor=(0, 0))[::2, ::2].copy()
+    return halved
+
+
+def _vertices(path: Path) -> int:
+    """Lines and curves of a path."""
+    return sum(name not in "MZ" for name, _ in path.commands)
+
+
+def _surely_faithful(path: Path, crop: np.ndarray, farthest: float) -> bool:
+    """Whether a path that stays within ``farthest`` pixels of the crop's outline surely gives the
+    crop back: the object is so large for its outline that painting can be left out."""
     points = points_of(path.commands)
     # Steps between control points are no shorter than the curve; moves to the next piece only add.
     length = float(np.hypot(*np.diff(points, axis=0).T).sum())
-    return bool(length * (FARTHEST + opttolerance) <= (1 - FAITHFUL_IOU) * np.count_nonzero(crop))
+    return bool(length * farthest <= (1 - FAITHFUL_IOU) * np.count_nonzero(crop))
 
 
-def _within(commands: Sequence[Command], width: int, height: int, zoom: int) -> Path:
-    """Unzoomed, and cut at the box: Potrace may fit a vertex up to half a pixel outside it."""
-    points = np.clip(points_of(commands) / zoom, 0.0, (width, height))
+def _within(commands: Sequence[Command], size: tuple[int, int], scale: float) -> Path:
+    """Unscaled, and cut at the box: Potrace may fit a vertex up to half a pixel outside it."""
+    points = np.clip(points_of(commands) / scale, 0.0, size)
     values = iter(points.ravel().tolist())
     return Path(
         tuple((name, tuple(itertools.islice(values, len(coords)))) for name, coords in commands)
     )
-
-
-def load_tracer(name: str = "auto") -> Tracer:
-    """The named tracer, loaded once. Raises :class:`TracerMissing`."""
-    if name != "auto":
-        return _TRACERS[name]()
-    return _auto()
-
-
-@functools.cache
-def _auto() -> Tracer:
-    reasons = []
-    for name in ("libpotrace", "pypotrace", "potracer"):
-        try:
-            tracer = _TRACERS[name]()
-        except TracerMissing as error:
-            reasons.append(str(error))
-            continue
-        if reasons:
-            log.warning("tracing with %s: %s", name, "; ".join(reasons))
-        return tracer
-    raise TracerMissing("; ".join(reasons))
-
-
-# --- libpotrace ------------------------------------------------------------------------------
-# Layouts of potracelib.h, API version 1.x (unchanged from 1.8 to 1.16).
-
-
-class _Progress(ctypes.Structure):
-    _fields_ = (
-        ("callback", ctypes.c_void_p),
-        ("data", ctypes.c_void_p),
-        ("min", ctypes.c_double),
-        ("max", ctypes.c_double),
-        ("epsilon", ctypes.c_double),
-    )
-
-
-class _Param(ctypes.Structure):
-    _fields_ = (
-        ("turdsize", ctypes.c_int),
-        ("turnpolicy", ctypes.c_int),
-        ("alphamax", ctypes.c_double),
-        ("opticurve", ctypes.c_int),
-        ("opttolerance", ctypes.c_double),
-        ("progress", _Progress),
-    )
-
-
-class _Bitmap(ctypes.Structure):
-    _fields_ = (
-        ("w", ctypes.c_int),
-        ("h", ctypes.c_int),
-        ("dy", ctypes.c_int),
-        ("map", ctypes.c_void_p),
-    )
-
-
-class _Curve(ctypes.Structure):
-    _fields_ = (
-        ("n", ctypes.c_int),
-        ("tag", ctypes.POINTER(ctypes.c_int)),
-        ("c", ctypes.POINTER(ctypes.c_double)),
-    )
-
-
-class _TracedPath(ctypes.Structure):
-    pass
-
-
-_TracedPath._fields_ = (
-    ("area", ctypes.c_int),
-    ("sign", ctypes.c_int),
-    ("curve", _Curve),
-    ("next", ctypes.POINTER(_TracedPath)),
-    ("childlist", ctypes.POINTER(_TracedPath)),
-    ("sibling", ctypes.POINTER(_TracedPath)),
-    ("priv", ctypes.c_void_p),
-)
-
-
-class _State(ctypes.Structure):
-    _fields_ = (
-        ("status", ctypes.c_int),
-        ("plist", ctypes.POINTER(_TracedPath)),
-        ("priv", ctypes.c_void_p),
-    )
-
-
-_CORNER = 2  # POTRACE_CORNER; the other tag is a curve
-_WORD = np.dtype(ctypes.c_ulong)
-_NAMES = ("libpotrace.so.0", "libpotrace.so", "libpotrace.0.dylib", "libpotrace.dylib")
-
-
-@functools.cache
-def _libpotrace() -> Tracer:
-    library = _open_library()
-    library.potrace_version.restype = ctypes.c_char_p
-    version = (library.potrace_version() or b"").decode("ascii", "replace")
-    if not version.startswith("potracelib 1."):
-        raise TracerMissing(f"{version!r} is not the Potrace library 1.x that is known here")
-    library.potrace_param_default.restype = ctypes.POINTER(_Param)
-    library.potrace_param_free.argtypes = (ctypes.POINTER(_Param),)
-    library.potrace_param_free.restype = None
-    library.potrace_trace.argtypes = (ctypes.POINTER(_Param), ctypes.POINTER(_Bitmap))
-    library.potrace_trace.restype = ctypes.POINTER(_State)
-    library.potrace_state_free.argtypes = (ctypes.POINTER(_State),)
-    library.potrace_state_free.restype = None
-
-    def trace(
-        crop: np.ndarray, turdsize: int, alphamax: float, opttolerance: float
-    ) -> list[Command]:
-        words = pack_words(crop)
-        height, width = crop.shape
-        bitmap = _Bitmap(width, height, words.shape[1], words.ctypes.data)
-        param = library.potrace_param_default()
-        if not param:
-            raise MemoryError("Potrace could not allocate its parameters")
-        try:
-            param.contents.turdsize = turdsize
-            param.contents.alphamax = alphamax
-            param.contents.opttolerance = opttolerance
-            state = library.potrace_trace(param, ctypes.byref(bitmap))
-        finally:
-            library.potrace_param_free(param)
-        if not state:
-            raise MemoryError(f"Potrace could not trace a {width}x{height} mask")
-        try:
-            if state.contents.status != 0:
-                raise RuntimeError("Potrace gave an incomplete trace")
-            return list(_walk(state.contents.plist))
-        finally:
-            library.potrace_state_free(state)
-
-    return trace
-
-
-def _open_library() -> ctypes.CDLL:
-    # The plain names first: find_library starts processes.
-    for name in _NAMES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    found = ctypes.util.find_library("potrace")
-    if found:
-        try:
-            return ctypes.CDLL(found)
-        except OSError as error:
-            raise TracerMissing(f"{found} does not load: {error}") from error
-    raise TracerMissing(
-        "libpotrace is not installed: apt-get install libpotrace0 (macOS: brew install potrace)"
-    )
-
-
-def pack_words(crop: np.ndarray) -> np.ndarray:
-    """Potrace's bitmap: [h, words] of native words, leftmost pixel the most significant bit.
-
-    ``crop``: uint8 [h, w], 0/1. Row 0 stays first, so that traced y runs down as the image's.
-    """
-    bits = np.packbits(crop, axis=1)
-    words = np.zeros((crop.shape[0], -(-crop.shape[1] // (8 * _WORD.itemsize))), _WORD)
-    words.view(np.uint8)[:, : bits.shape[1]] = bits
-    return words.byteswap(inplace=True) if sys.byteorder == "little" else words
-
-
-def _walk(node: Any) -> Iterator[Command]:
-    while node:
-        curve = node.contents.curve
-        tags = curve.tag[: curve.n]
-        points = np.ctypeslib.as_array(curve.c, (curve.n, 6)).tolist()
-        yield "M", (points[-1][4], points[-1][5])
-        for tag, point in zip(tags, points, strict=True):
-            if tag == _CORNER:
-                yield "L", (point[2], point[3])
-                yield "L", (point[4], point[5])
-            else:
-                yield "C", tuple(point)
-        yield "Z", ()
-        node = node.contents.next
-
-
-# --- the two modules named potrace -----------------------------------------------------------
-
-
-def _potrace_module() -> ModuleType | None:
-    try:
-        import potrace
-    except ImportError:
-        return None
-    return potrace
-
-
-def _is_pure_python(module: ModuleType) -> bool:
-    """potracer keeps its algorithm in Python; pypotrace's ``_potrace`` is an extension module."""
-    return "potrace._potrace" not in sys.modules and not hasattr(module, "_potrace")
-
-
-@functools.cache
-def _pypotrace() -> Tracer:
-    module = _potrace_module()
-    if module is None or _is_pure_python(module):
-        raise TracerMissing(
-            "pypotrace is not installed: apt-get install libagg-dev libpotrace-dev, then "
-            "pip install pypotrace (it shares its module name with potracer: uninstall that)"
-        )
-    return functools.partial(_trace_module, module, False)
-
-
-@functools.cache
-def _potracer() -> Tracer:
-    module = _potrace_module()
-    if module is None or not _is_pure_python(module):
-        raise TracerMissing("potracer is not installed: pip install potracer")
-    return functools.partial(_trace_module, module, True)
-
-
-def _trace_module(
-    module: ModuleType,
-    pure: bool,
-    crop: np.ndarray,
-    turdsize: int,
-    alphamax: float,
-    opttolerance: float,
-) -> list[Command]:
-    # potracer traces what is False in a boolean array; pypotrace what is non-zero.
-    bitmap = module.Bitmap(crop == 0 if pure else crop.astype(np.uint32))
-    traced = bitmap.trace(turdsize=turdsize, alphamax=alphamax, opttolerance=opttolerance)
-    commands: list[Command] = []
-    for curve in traced:
-        commands.append(("M", _xy(curve.start_point)))
-        for segment in curve.segments:
-            if segment.is_corner:
-                commands.append(("L", _xy(segment.c)))
-                commands.append(("L", _xy(segment.end_point)))
-            else:
-                points = (segment.c1, segment.c2, segment.end_point)
-                commands.append(("C", tuple(v for point in points for v in _xy(point))))
-        commands.append(("Z", ()))
-    return commands
-
-
-def _xy(point: Any) -> tuple[float, float]:
-    """potracer's points have ``x`` and ``y``, pypotrace's are pairs."""
-    if hasattr(point, "x"):
-        return float(point.x), float(point.y)
-    x, y = point
-    return float(x), float(y)
-
-
-_TRACERS: dict[str, Callable[[], Tracer]] = {
-    "libpotrace": _libpotrace,
-    "pypotrace": _pypotrace,
-    "potracer": _potracer,
-}
