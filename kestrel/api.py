@@ -11,8 +11,8 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from kestrel.api_keys import ApiKey, find_key, parse_keys
@@ -52,6 +52,8 @@ class SegmentSettings:
     top_p: float = 1.0
     max_tokens: int = 768
     """Generated tokens, box and path together."""
+    refiner: str | None = None
+    """Refiner backend by name, one of those that are loaded; None: the configured one."""
 
 
 @dataclass
@@ -180,18 +182,14 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def _settings(value: Any, max_context: int) -> SegmentSettings:
+def _settings(value: Any, max_context: int, refiners: Sequence[str] | None) -> SegmentSettings:
     if value is None:
         value = {}
+    known = tuple(f.name for f in fields(SegmentSettings))
     if isinstance(value, SegmentSettings):
-        value = {
-            "temperature": value.temperature,
-            "top_p": value.top_p,
-            "max_tokens": value.max_tokens,
-        }
+        value = {name: getattr(value, name) for name in known}
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"settings must be an object, not {_kind(value)}", "settings")
-    known = ("temperature", "top_p", "max_tokens")
     for key in value:
         if key not in known:
             raise InvalidRequest(
@@ -212,7 +210,21 @@ def _settings(value: Any, max_context: int) -> SegmentSettings:
         raise InvalidRequest(
             f"settings.max_tokens must be in 1..{max_context}", "settings.max_tokens"
         )
-    return SegmentSettings(temperature, top_p, max_tokens)
+    return SegmentSettings(
+        temperature, top_p, max_tokens, _refiner_name(value.get("refiner"), refiners)
+    )
+
+
+def _refiner_name(value: Any, refiners: Sequence[str] | None) -> str | None:
+    name = "settings.refiner"
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string, not {_kind(value)}", name)
+    if refiners is not None and value not in refiners:
+        loaded = f"loaded are {', '.join(refiners)}" if refiners else "no refiner is loaded"
+        raise InvalidRequest(f"{name} {value[:64]!r} is not loaded here; {loaded}", name)
+    return value
 
 
 def _spatial_refs(value: Any, has_image: bool, limits: Limits) -> list[SpatialRef] | None:
@@ -255,12 +267,14 @@ def validate_segment(
     settings: Any = None,
     limits: Limits | None = None,
     max_context: int | None = None,
+    refiners: Sequence[str] | None = None,
     image_field: str = "image",
 ) -> SegmentRequest:
     """Check the arguments of the Python door and give the request; ``RequestError`` (a ValueError).
 
     The image's header is read (format, size, pixel limit); its pixels are not decoded.
-    ``image_field`` is what the image is called in messages.
+    ``refiners``: those that ``settings.refiner`` may name; None where they are not known, and the
+    server is to say. ``image_field`` is what the image is called in messages.
     """
     from kestrel.image import check_array, probe
 
@@ -268,7 +282,7 @@ def validate_segment(
     noun = _object(object, limits)
     want_masks = _flag(return_base64, "return_base64")
     want_stream = _flag(stream, "stream")
-    checked = _settings(settings, min(max_context or MAX_CONTEXT, MAX_CONTEXT))
+    checked = _settings(settings, min(max_context or MAX_CONTEXT, MAX_CONTEXT), refiners)
     refs = _spatial_refs(spatial_refs, image is not None, limits)
     if want_masks and image is None:
         raise InvalidRequest(
@@ -335,7 +349,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_segment_json(
-    body: bytes, *, limits: Limits, served_model: str, max_context: int | None = None
+    body: bytes,
+    *,
+    limits: Limits,
+    served_model: str,
+    max_context: int | None = None,
+    refiners: Sequence[str] | None = None,
 ) -> SegmentRequest:
     """The HTTP door: a JSON body to a validated request. Unknown top-level fields are ignored."""
     payload = parse_json(body)
@@ -352,6 +371,7 @@ def parse_segment_json(
         settings=payload.get("settings"),
         limits=limits,
         max_context=max_context,
+        refiners=refiners,
         image_field="image_url",
     )
 

@@ -37,6 +37,13 @@ def _positive(value: object) -> bool:
     )
 
 
+def _check_device(device: object) -> None:
+    known = isinstance(device, str) and (
+        device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and device[5:].isdigit())
+    )
+    _check(known, "device", "must be auto, cpu, cuda or cuda:N", device)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a request may cost. One place for every door."""
@@ -67,12 +74,29 @@ class Limits:
             )
 
 
+FEWEST_VERTICES = 16
+"""Least ``max_vertices``: what is left of a mask after halving has no more."""
+
+
 @dataclass(frozen=True)
 class RefinerConfig:
     """The CPU half: rasterise, refine, clean, trace."""
 
     refiner: str = "guided"
-    """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges."""
+    """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges,
+    ``seghead`` is Moondream's neural head, ``hq-sam`` a SAM-HQ model of ``transformers``."""
+    selectable: tuple[str, ...] = ("none", "guided")
+    """Further backends that are loaded, so that a request may choose one (``settings.refiner``)."""
+    device: str = "auto"
+    """Where ``seghead`` and ``hq-sam`` run: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    seghead_weights: str | None = None
+    """``seghead``: the head's file (``.pt`` or ``.safetensors``), or ``owner/name@commit`` of a hub
+    repository with a ``model.pt`` (the public one is ``moondream/SegHeadRefiner``)."""
+    seghead_vision: str | None = None
+    """``seghead``: folder or weights file of the Moondream checkpoint whose vision tower gives the
+    features; None: the served checkpoint."""
+    hq_sam_model: str | None = None
+    """``hq-sam``: folder of a saved ``SamHQModel``, or ``owner/name@commit`` of one on the hub."""
     rasterizer: str = "auto"
     """``skia`` (fast), ``resvg`` (the reference), or ``auto``: the first that loads."""
     tracer: str = "auto"
@@ -83,6 +107,11 @@ class RefinerConfig:
     """Potrace: corner threshold, 0 (polygon) to 4/3 (no corners)."""
     opttolerance: float = 0.2
     """Potrace: curve optimisation tolerance, pixels."""
+    decimals: int | None = None
+    """Digits after the point of a path's coordinates, which are relative to its box, 1 to 9; null:
+    as many as a twentieth of a pixel takes."""
+    max_vertices: int = 4096
+    """Lines and curves of a path at most; a mask that has more is traced at half its size."""
     guided_radius: float = 0.08
     """Guided filter radius as a fraction of the object's size (square root of its area)."""
     guided_eps: float = 1e-4
@@ -90,10 +119,44 @@ class RefinerConfig:
     min_agreement: float = 0.6
     """A refined mask whose IoU with the coarse mask is lower has drifted and is rejected."""
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the backends that are loaded, the default first."""
+        return tuple(dict.fromkeys((self.refiner, *self.selectable)))
+
     def __post_init__(self) -> None:
         for key in ("refiner", "rasterizer", "tracer"):
             value = getattr(self, key)
             _check(isinstance(value, str) and bool(value), key, "must be a name", value)
+        names: Any = self.selectable
+        _check(
+            isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names),
+            "selectable",
+            "must be a list of names",
+            names,
+        )
+        object.__setattr__(self, "selectable", tuple(names))
+        _check_device(self.device)
+        for key in ("seghead_weights", "seghead_vision", "hq_sam_model"):
+            value = getattr(self, key)
+            _check(
+                value is None or (isinstance(value, str) and bool(value)),
+                key,
+                "must be a path, owner/name@commit or null",
+                value,
+            )
+        _check(
+            self.decimals is None or (_is_int(self.decimals) and 1 <= self.decimals <= 9),
+            "decimals",
+            "must be an integer in 1..9 or null",
+            self.decimals,
+        )
+        _check(
+            _is_int(self.max_vertices) and self.max_vertices >= FEWEST_VERTICES,
+            "max_vertices",
+            f"must be an integer of at least {FEWEST_VERTICES}",
+            self.max_vertices,
+        )
         _check(
             self.rasterizer in ("auto", "skia", "resvg"),
             "rasterizer",
@@ -253,13 +316,7 @@ class RuntimeConfig:
             "must be auto, float32, bfloat16 or float16",
             self.dtype,
         )
-        _check(
-            self.device in ("auto", "cpu", "cuda")
-            or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
-            "device",
-            "must be auto, cpu, cuda or cuda:N",
-            self.device,
-        )
+        _check_device(self.device)
         _check(
             self.max_held_bytes >= self.limits.max_body_bytes,
             "max_held_bytes",
@@ -282,6 +339,11 @@ class RuntimeConfig:
             source = from_mapping(ModelSource, named, "model")
             object.__setattr__(self, "model", source.served_name)
             object.__setattr__(self, "source", source)
+
+    @property
+    def refiners(self) -> tuple[str, ...]:
+        """Refiner backends that a request may name, the default first."""
+        return self.refiner.loaded if self.refiner is not None else ()
 
     @property
     def located(self) -> ModelSource:

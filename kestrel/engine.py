@@ -178,6 +178,7 @@ class InferenceEngine:
             settings=settings,
             limits=self.config.limits,
             max_context=self.max_context,
+            refiners=self.config.refiners,
         )
         if request.stream:
             return await self.stream(request, request_id=request_id, timeout_s=timeout_s)
@@ -252,7 +253,7 @@ class InferenceEngine:
             return self._unrefined("unavailable")
         image = request.image if picture is None else picture
         work = asyncio.get_running_loop().run_in_executor(
-            self._refine_pool, _refined, self._refiner, image, model, request.return_base64
+            self._refine_pool, _refined, self._refiner, image, model, request
         )
         self._refining += 1
         try:
@@ -378,16 +379,22 @@ def _make_refiner(config: RuntimeConfig) -> SegmentRefiner | None:
 
 
 def _refined(
-    refiner: SegmentRefiner, image: bytes | np.ndarray, model: ModelResult, return_base64: bool
+    refiner: SegmentRefiner,
+    image: bytes | np.ndarray,
+    model: ModelResult,
+    request: SegmentRequest,
 ) -> SegmentRefineBitmapsResult:
     """Refine in a worker thread; the refiner logs what it could not do."""
+    refine: Any = (
+        refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
+    )
     try:
-        if isinstance(image, bytes):
-            return refiner.refine_encoded(
-                image, model.path, model.bbox, return_base64=return_base64
-            )
-        return refiner.refine_with_bitmaps(
-            image, model.path, model.bbox, return_base64=return_base64
+        return refine(
+            image,
+            model.path,
+            model.bbox,
+            return_base64=request.return_base64,
+            refiner=request.settings.refiner,
         )
     except Exception:
         log.exception("request %s: refinement failed", model.request_id)

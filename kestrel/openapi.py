@@ -259,6 +259,10 @@ def _settings_schema(config: RuntimeConfig) -> Schema:
             "description": "Of the answer, box and path together. At most the model's context (see "
             "`/v1/models`), which is also the default where it is smaller.",
         },
+        "refiner": {
+            "enum": [*config.refiners, None],
+            "description": "Mask refinement by name; null: the first.",
+        },
     }
     return _object(properties, required=[]) | {"additionalProperties": False}
 

@@ -8,6 +8,8 @@ once, as bytes; the halves never talk to each other.
 """
 
 # No ``from __future__ import annotations`` here: Serve reads the type of ``args`` at run time.
+from dataclasses import replace
+
 from ray import serve
 from ray.serve import Application
 
@@ -40,7 +42,8 @@ def build(args: GraphArgs) -> Application:
         serve.ingress()(IngressDeployment)
     )
     return ingress.bind(
-        args.runtime,
+        # What requests may choose from; the ingress itself refines nothing.
+        replace(args.runtime, refiner=args.refiner),
         args.refine_timeout_s,
         model.bind(args.runtime),
         refiner.bind(args.refiner, args.runtime.limits, args.refiner_pool.max_ongoing_requests),

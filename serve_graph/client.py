@@ -29,7 +29,7 @@ Image = bytes | np.ndarray | str | os.PathLike[str]
 Answer = dict[str, Any]
 
 
-def chosen_settings(request: SegmentRequest) -> dict[str, float]:
+def chosen_settings(request: SegmentRequest) -> dict[str, Any]:
     """The settings that differ from the defaults; the rest is for the service to choose, whose
     model may have room for fewer tokens than the default."""
     given, default = asdict(request.settings), asdict(SegmentSettings())

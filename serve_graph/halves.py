@@ -201,7 +201,11 @@ class RefinerHalf:
         lost = 0
         while True:
             response = self._refine.remote(
-                request.image, model.path, model.bbox, request.return_base64
+                request.image,
+                model.path,
+                model.bbox,
+                request.return_base64,
+                request.settings.refiner,
             )
             try:
                 try:

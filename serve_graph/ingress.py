@@ -117,8 +117,13 @@ class IngressDeployment:
             await queue.put_async(error)
 
     async def _taken(self, fields: dict[str, Any], place: Place) -> SegmentRequest:
-        limits, max_context = self._backend.config.limits, self._backend.max_context
-        request = api.validate_segment(**fields, limits=limits, max_context=max_context)
+        config = self._backend.config
+        request = api.validate_segment(
+            **fields,
+            limits=config.limits,
+            max_context=self._backend.max_context,
+            refiners=config.refiners,
+        )
         place.hold(image_size(request.image))
         reason = await self._backend.serving()
         if reason is not None:

@@ -103,8 +103,12 @@ class RefinerDeployment:
         path: str,
         bbox: dict[str, float] | None,
         return_base64: bool,
+        refiner: str | None = None,
     ) -> SegmentRefineBitmapsResult:
-        """Refine one path over its image; decoding happens here and only here, once."""
+        """Refine one path over its image; decoding happens here and only here, once.
+
+        ``refiner``: a loaded backend by name; None: the configured one.
+        """
         refine: Any = (
             self._refiner.refine_encoded
             if isinstance(image, bytes)
@@ -113,7 +117,7 @@ class RefinerDeployment:
 
         def timed() -> SegmentRefineBitmapsResult:
             with self._busy:
-                return refine(image, path, bbox, return_base64=return_base64)
+                return refine(image, path, bbox, return_base64=return_base64, refiner=refiner)
 
         self._held(1)
         failure: BaseException | None = None

@@ -117,6 +117,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
+def load_vision(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
+    """The vision tower alone of a checkpoint; raises ``ConfigError`` as :func:`load` does."""
+    holder = nn.Module()
+    with torch.device("meta"):
+        vision = VisionEncoder(checkpoint.architecture().vision)
+    holder.vision = vision
+    load_weights(holder, checkpoint.weights, device, dtype, part="vision.")
+    return vision.eval().requires_grad_(False)
+
+
 def load(
     source: Path | Checkpoint,
     device: torch.device,

@@ -54,15 +54,27 @@ class VisionEncoder(nn.Module):
 
     def features(self, crops: Tensor) -> Tensor:
         """Crops uint8 [N, 3, S, S] -> final features [N, patches, enc_dim]."""
+        x = self._patches(crops)
+        for block in self.blocks:
+            x = block(x)
+        return self.post_ln(x)
+
+    def features_with_early(self, crops: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """As ``features``, and what the ``block``-th block (from 0) gives, of the same shape."""
+        x = early = self._patches(crops)
+        for i, layer in enumerate(self.blocks):
+            x = layer(x)
+            if i == block:
+                early = x
+        return self.post_ln(x), early
+
+    def _patches(self, crops: Tensor) -> Tensor:
         config = self.config
         n, channels, size, _ = crops.shape
         p, grid = config.enc_patch_size, size // config.enc_patch_size
         x = (crops.to(self.pos_emb.dtype) / 255.0 - 0.5) / 0.5
         x = x.view(n, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
-        x = self.patch_emb(x.reshape(n, grid * grid, channels * p * p)) + self.pos_emb
-        for block in self.blocks:
-            x = block(x)
-        return self.post_ln(x)
+        return self.patch_emb(x.reshape(n, grid * grid, channels * p * p)) + self.pos_emb
 
     def project(self, whole: Tensor, local: Tensor) -> Tensor:
         """Global features [..., patches, enc_dim] and local ones alike -> [..., patches, dim]."""

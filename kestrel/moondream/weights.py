@@ -253,19 +253,26 @@ def _attach_scales(sources: dict[str, _Source], scales: dict[str, Stored]) -> li
 
 
 def load_weights(
-    model: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    files: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    part: str = "",
 ) -> LoadReport:
     """Fill every parameter of ``model`` (built on the meta device) from a checkpoint.
 
     Files are memory-mapped; tensors are converted to ``dtype`` and moved to ``device`` one at a
     time, float8 experts multiplied with their scales on the way. Host memory beyond the model is
-    bounded by the largest tensor and ``WINDOW_BYTES``.
+    bounded by the largest tensor and ``WINDOW_BYTES``. ``part``: only tensors that fill parameters
+    whose names begin so are read; the rest of the checkpoint is not looked at.
 
     Raises ``ConfigError`` that lists stored tensors that fit no parameter, parameters that no
     tensor fills, and shapes that differ, before anything is moved.
     """
     started = time.perf_counter()
     index = read_index(files)
+    if part:
+        index = [s for s in index if any(f.parameter.startswith(part) for f in fills(s.name))]
     sources, problems = _plan(index, dict(model.named_parameters()))
     if problems:
         shown = "; ".join(problems[:SHOWN_PROBLEMS])

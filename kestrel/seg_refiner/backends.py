@@ -1,6 +1,7 @@
 """Mask refinement backends by name.
 
-A backend is built once from the configuration and then called per request::
+A backend is built once from the configuration, when the refiner is, and then called per request.
+It raises ``ConfigError`` that says what to install or to set where a part of it is missing::
 
     def _mine(config: RefinerConfig) -> Refine:
         from kestrel.seg_refiner.mine import MyRefiner  # heavy imports only when it is asked for
@@ -35,7 +36,24 @@ def _guided(config: RefinerConfig) -> Refine:
     return GuidedRefiner(config)
 
 
-BACKENDS: dict[str, Callable[[RefinerConfig], Refine]] = {"none": _none, "guided": _guided}
+def _seghead(config: RefinerConfig) -> Refine:
+    from kestrel.seg_refiner.seghead import SegHeadRefiner
+
+    return SegHeadRefiner(config)
+
+
+def _hq_sam(config: RefinerConfig) -> Refine:
+    from kestrel.seg_refiner.hq_sam import HqSamRefiner
+
+    return HqSamRefiner(config)
+
+
+BACKENDS: dict[str, Callable[[RefinerConfig], Refine]] = {
+    "none": _none,
+    "guided": _guided,
+    "seghead": _seghead,
+    "hq-sam": _hq_sam,
+}
 
 
 def check_backend(name: str) -> None:

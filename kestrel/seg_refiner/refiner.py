@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -36,10 +37,10 @@ class SegmentRefiner:
     """Turns a model's path into a mask that follows the picture's edges, and that into a path.
 
     Safe to call from several threads. ``outcomes`` counts results by reason since construction.
-    Raises :class:`kestrel.config.ConfigError` for a backend that is not registered and for a
-    rasteriser that is asked for by name and does not load. Other missing libraries raise nothing
-    here: requests then end with the reason ``unavailable``, and :meth:`self_check` says what to
-    install.
+    Raises :class:`kestrel.config.ConfigError` for a backend that is not registered or whose parts
+    are missing, and for a rasteriser that is asked for by name and does not load. Other missing
+    libraries raise nothing here: requests then end with the reason ``unavailable``, and
+    :meth:`self_check` says what to install.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class SegmentRefiner:
     ) -> None:
         self.config = config or RefinerConfig()
         self.limits = limits or Limits()
-        check_backend(self.config.refiner)
+        for name in self.config.loaded:
+            check_backend(name)
         if self.config.rasterizer != "auto":
             try:
                 raster.load_rasterizer(self.config.rasterizer)
@@ -55,7 +57,11 @@ class SegmentRefiner:
                 raise ConfigError(f"rasterizer {self.config.rasterizer}: {error}") from error
         self.outcomes: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._backend: Refine | None = None
+        self._backends: dict[str, Refine] = {}
+        for name in self.config.loaded:
+            # Without OpenCV and the like there is still the model's own path.
+            with contextlib.suppress(ImportError):
+                self._backend(name)
 
     def __call__(
         self, image: np.ndarray, svg_path: str, bbox: Mapping[str, float] | None
@@ -71,6 +77,7 @@ class SegmentRefiner:
         bbox: Mapping[str, float] | None,
         *,
         return_base64: bool = False,
+        refiner: str | None = None,
         limits: Limits | None = None,
     ) -> SegmentRefineBitmapsResult:
         """:meth:`refine_with_bitmaps` of a JPEG, PNG or WebP file.
@@ -82,7 +89,9 @@ class SegmentRefiner:
         started = time.perf_counter()
         image = decode(image_bytes, limits or self.limits)
         decode_ms = (time.perf_counter() - started) * 1e3
-        result = self.refine_with_bitmaps(image, svg_path, bbox, return_base64=return_base64)
+        result = self.refine_with_bitmaps(
+            image, svg_path, bbox, return_base64=return_base64, refiner=refiner
+        )
         result.timings_ms = {"decode": decode_ms, **result.timings_ms}
         return result
 
@@ -93,29 +102,46 @@ class SegmentRefiner:
         bbox: Mapping[str, float] | None,
         *,
         return_base64: bool = False,
+        refiner: str | None = None,
     ) -> SegmentRefineBitmapsResult:
         """Refine one object.
 
         ``image``: uint8 [H, W, 3] RGB. ``svg_path``: SVG path data, 0..1 relative to ``bbox``;
-        ``bbox``: ``x_min, y_min, x_max, y_max`` normalised to the image.
+        ``bbox``: ``x_min, y_min, x_max, y_max`` normalised to the image. ``refiner``: a backend of
+        ``RefinerConfig.loaded``; None: the configured one.
 
         Path and box of the result are both set, or both None: then the model's own are to be
         used and ``reason`` says why. Masks are set only with ``return_base64``; without it no
-        mask is encoded at all. Raises ValueError for an image that is not such an array, and for
-        nothing else.
+        mask is encoded at all. Raises ValueError for an image that is not such an array or a
+        backend that is not loaded, and for nothing else.
         """
+        name = self.config.refiner if refiner is None else refiner
+        if name not in self.config.loaded:
+            loaded = ", ".join(self.config.loaded)
+            raise ValueError(f"refiner {name!r} is not loaded; loaded are {loaded}")
+        result = self._outcome(image, svg_path, bbox, return_base64, name)
+        with self._lock:
+            self.outcomes[result.reason] += 1
+        return result
+
+    def _outcome(
+        self,
+        image: np.ndarray | None,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        return_base64: bool,
+        name: str,
+    ) -> SegmentRefineBitmapsResult:
         result = SegmentRefineBitmapsResult()
         try:
             if image is None:
                 raise _Stopped("no_image", "there is no image to refine on")
             check_image(image)
-            self._run(image, svg_path, bbox, return_base64, result)
+            self._run(image, svg_path, bbox, return_base64, name, result)
         except _Stopped as stop:
             result.reason = stop.reason
             # The cause's traceback says where; a stop without a cause needs none.
             log.warning("not refined (%s): %s", stop.reason, stop, exc_info=stop.__cause__)
-        with self._lock:
-            self.outcomes[result.reason] += 1
         return result
 
     def _run(
@@ -124,6 +150,7 @@ class SegmentRefiner:
         svg_path: str,
         bbox: Mapping[str, float] | None,
         return_base64: bool,
+        name: str,
         result: SegmentRefineBitmapsResult,
     ) -> None:
         height, width = image.shape[:2]
@@ -139,8 +166,8 @@ class SegmentRefiner:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
         with _stage("refine", "refine_failed", timings):
-            refined = self._refine(image, coarse)
-        if self.config.refiner != "none":
+            refined = self._refine(image, coarse, name)
+        if name != "none":
             with _stage("clean", "refine_failed", timings):
                 from kestrel.seg_refiner.clean import clean_mask
 
@@ -181,16 +208,17 @@ class SegmentRefiner:
         raster.check_length(placed, width, height, self.limits)
         return raster.rasterize(placed, width, height, self.config.rasterizer)
 
-    def _refine(self, image: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    def _backend(self, name: str) -> Refine:
         with self._lock:
-            if self._backend is None:
-                self._backend = BACKENDS[self.config.refiner](self.config)
-            backend = self._backend
-        refined = backend(image, coarse)
+            if name not in self._backends:
+                self._backends[name] = BACKENDS[name](self.config)
+            return self._backends[name]
+
+    def _refine(self, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
+        refined = self._backend(name)(image, coarse)
         if refined.shape != coarse.shape or refined.dtype != np.uint8:
             raise ValueError(
-                f"refiner {self.config.refiner!r} gave {refined.dtype} {refined.shape}, "
-                f"not uint8 {coarse.shape}"
+                f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"
             )
         return refined
 
@@ -201,12 +229,18 @@ class SegmentRefiner:
             turdsize=config.turdsize,
             alphamax=config.alphamax,
             opttolerance=config.opttolerance,
+            decimals=config.decimals,
+            max_vertices=config.max_vertices,
             tracer=config.tracer,
             rasterizer=config.rasterizer,
         )
 
     def self_check(self) -> None:
-        """Refine a disc on a built-in picture; raises RuntimeError that says what does not work."""
+        """Refine a disc on a built-in picture with every loaded backend.
+
+        Raises RuntimeError that says what does not work. What a network thinks of a disc is its
+        own affair: a mask that it gives counts as work, even one that is then rejected.
+        """
         try:
             raster.load_rasterizer(self.config.rasterizer)
         except raster.RasterizerMissing as error:
@@ -216,11 +250,12 @@ class SegmentRefiner:
         disc = (x - 31.5) ** 2 + (y - 31.5) ** 2 < 20**2
         image = np.where(disc[..., None], np.uint8(200), np.uint8(50)).repeat(3, axis=2)
         box = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
-        result = SegmentRefiner(self.config, limits=self.limits).refine_with_bitmaps(
-            image, "M.5 0A.5.5 0 1 1 .49 0Z", box, return_base64=True
-        )
-        if result.reason != "refined":
-            raise RuntimeError(f"the refiner does not work: {result.reason} (see the log)")
+        for name in self.config.loaded:
+            result = self._outcome(image, "M.5 0A.5.5 0 1 1 .49 0Z", box, True, name)
+            if result.reason not in ("refined", "rejected", "empty_refined"):
+                raise RuntimeError(
+                    f"the refiner {name} does not work: {result.reason} (see the log)"
+                )
 
 
 def check_image(image: Any) -> None:

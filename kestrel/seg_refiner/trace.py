@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from kestrel.seg_refiner.box import mask_box, mask_iou
@@ -151,6 +150,8 @@ def _within_budget(
 
 def _halved(crop: np.ndarray) -> np.ndarray:
     """Half the size, rounded up: pixels of which at least half is set; dust stays dust."""
+    import cv2
+
     height, width = crop.shape
     if height % 2 or width % 2:
         crop = cv2.copyMakeBorder(crop, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT)

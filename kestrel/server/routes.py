@@ -136,6 +136,7 @@ class _Routes:
             limits=config.limits,
             served_model=config.model,
             max_context=self.backend.max_context,
+            refiners=config.refiners,
         )
         del body  # the image is held decoded from base64; tens of megabytes need no second copy
         reason = await within(deadline, self.backend.serving())

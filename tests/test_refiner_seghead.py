@@ -1,0 +1,154 @@
+"""Moondream's neural refiner computes what the public one does, and says what it lacks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from kestrel.config import SHIPPED_MODELS, ConfigError, RefinerConfig
+from kestrel.moondream.seg_head import SegHead, SegHeadConfig, load_seg_head
+from kestrel.seg_refiner import SegmentRefiner
+from kestrel.seg_refiner.seghead import SegHeadRefiner
+
+FIXTURES = Path(__file__).parent / "fixtures" / "parity"
+CPU = torch.device("cpu")
+TINY = SegHeadConfig(enc_dim=64, dim=64)
+"""For the vision tower of the md2 fixture."""
+BOX = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / "seghead" / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def features(expected) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final and early, as they were drawn for the reference."""
+    generator = torch.Generator().manual_seed(11)
+    final, early = (torch.randn(1, 729, 1152, generator=generator) for _ in range(2))
+    drawn = torch.stack([final[0, 0, :8], early[0, -1, -8:]])
+    assert torch.equal(drawn, expected["feature_check"])
+    return final, early
+
+
+def disc() -> torch.Tensor:
+    y, x = torch.meshgrid(torch.arange(378), torch.arange(378), indexing="ij")
+    return ((x - 180) ** 2 + (y - 200) ** 2 < 110**2).float()[None, None]
+
+
+def test_five_rounds_give_the_reference_s_masks_and_scores(features, expected, tmp_path):
+    head = load_seg_head(FIXTURES / "seghead" / "weights.safetensors", CPU, torch.float32)
+    final, early = features
+    mask = disc()
+    with torch.inference_mode():
+        fused = head.fuse(final, early)
+        for i in range(5):
+            logits, scores = head.predict(fused, mask)
+            whole = F.interpolate(logits[None], size=(378, 378), mode="bilinear")
+            if i == 0:
+                torch.testing.assert_close(
+                    whole[0, :, ::7, ::7], expected["logits_first"], atol=1e-3, rtol=0
+                )
+                torch.testing.assert_close(scores, expected["iou_first"], atol=1e-3, rtol=0)
+            torch.testing.assert_close(scores, expected["iou_each"][i], atol=1e-3, rtol=0)
+            assert scores.argmax() == expected["best_each"][i]
+            mask = torch.sigmoid(whole[:, scores.argmax()][None])
+        refined = head.refine(final, early, disc())
+    torch.testing.assert_close(refined, mask)
+    torch.testing.assert_close(refined[0, 0, ::3, ::3], expected["final"], atol=1e-3, rtol=0)
+
+
+def tiny_head(file: Path, config: SegHeadConfig = TINY) -> Path:
+    torch.manual_seed(3)
+    tensors = {f"head.{name}": t for name, t in SegHead(config).state_dict().items()}
+    save_file(tensors, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> RefinerConfig:
+    """A random head, and the md2 fixture for its vision tower."""
+    folder = tmp_path_factory.mktemp("seghead")
+    shutil.copytree(FIXTURES / "md2", folder / "md2")
+    shutil.copy(SHIPPED_MODELS / "nano" / "tokenizer.json", folder / "md2")
+    head = tiny_head(folder / "head.safetensors")
+    return RefinerConfig(
+        refiner="seghead",
+        device="cpu",
+        seghead_weights=str(head),
+        seghead_vision=str(folder / "md2"),
+        min_agreement=0.0,
+    )
+
+
+def picture() -> np.ndarray:
+    image = np.full((90, 120, 3), 40, np.uint8)
+    image[20:70, 30:90] = (200, 150, 60)
+    return image
+
+
+def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(parts):
+    mask = np.zeros((90, 120), np.uint8)
+    mask[25:65, 35:85] = 1
+    refined = SegHeadRefiner(parts)(picture(), mask)
+    assert refined.dtype == np.uint8 and refined.shape == mask.shape
+    assert set(np.unique(refined)) <= {0, 1}
+    outside = refined.copy()
+    outside[15:75, 22:98] = 0
+    assert not outside.any()
+    assert not SegHeadRefiner(parts)(picture(), np.zeros_like(mask)).any()
+
+
+def test_a_request_may_choose_it_among_the_loaded(parts):
+    refiner = SegmentRefiner(parts)
+    for name in (None, "seghead", "none", "guided"):
+        result = refiner.refine_with_bitmaps(
+            picture(), "M0 0H1V1H0Z", BOX, return_base64=True, refiner=name
+        )
+        assert result.reason in ("refined", "empty_refined", "rejected")
+    with pytest.raises(ValueError, match=r"'hq-sam' is not loaded; loaded are seghead, none"):
+        refiner.refine_with_bitmaps(picture(), "M0 0H1V1H0Z", BOX, refiner="hq-sam")
+
+
+def test_a_pt_file_is_read_as_the_public_one(parts, tmp_path):
+    tensors = load_file(parts.seghead_weights)
+    file = tmp_path / "model.pt"
+    torch.save({"head": {k.removeprefix("head."): t for k, t in tensors.items()}}, file)
+    a = load_seg_head(file, CPU, torch.float32)
+    b = load_seg_head(Path(parts.seghead_weights), CPU, torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seghead_weights": None}, "hf download moondream/SegHeadRefiner"),
+        ({"seghead_vision": None}, "seghead_vision"),
+        ({"seghead_weights": "/nowhere/head.pt"}, "no file /nowhere/head.pt"),
+        ({"seghead_vision": "/nowhere"}, "no checkpoint at /nowhere"),
+        ({"seghead_vision": str(SHIPPED_MODELS / "nano")}, "seghead_vision"),
+    ],
+)
+def test_a_missing_part_is_named_when_the_refiner_is_built(parts, change, said):
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match=said):
+        SegmentRefiner(replace(parts, **change))
+
+
+def test_a_head_with_tensors_missing_or_left_over_is_refused(parts, tmp_path):
+    tensors = load_file(parts.seghead_weights)
+    tensors["head.iou_tokens"] = tensors.pop("head.iou_token")
+    save_file(tensors, tmp_path / "renamed.safetensors")
+    with pytest.raises(ConfigError, match=r"(?s)iou_token.*iou_tokens"):
+        load_seg_head(tmp_path / "renamed.safetensors", CPU, torch.float32)
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ConfigError, match=r"broken\.pt"):
+        load_seg_head(tmp_path / "broken.pt", CPU, torch.float32)
