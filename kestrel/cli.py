@@ -110,6 +110,7 @@ def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
         spatial_refs=[_spatial_ref(text) for text in arguments.spatial_ref or ()],
         return_base64=True,
         limits=config.limits,
+        refiners=config.refiners,
         image_field=str(arguments.image),
     )
     try:

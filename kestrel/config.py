@@ -6,7 +6,7 @@ Nothing here imports torch, Ray or OpenCV, so that any process can read a config
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ class RefinerConfig:
     seghead_weights: str | None = None
     """``seghead``: the head's file (``.pt`` or ``.safetensors``), or ``owner/name@commit`` of a hub
     repository with a ``model.pt`` (the public one is ``moondream/SegHeadRefiner``)."""
-    seghead_vision: str | None = None
-    """``seghead``: folder or weights file of the Moondream checkpoint whose vision tower gives the
-    features; None: the served checkpoint."""
+    seghead_vision: ModelSource | None = None
+    """``seghead``: the Moondream checkpoint whose vision tower gives the features: a path, or a
+    mapping of ``ModelSource`` keys; None: the served one (see ``served_with``)."""
     hq_sam_model: str | None = None
     """``hq-sam``: folder of a saved ``SamHQModel``, or ``owner/name@commit`` of one on the hub."""
     rasterizer: str = "auto"
@@ -119,6 +119,13 @@ class RefinerConfig:
     min_agreement: float = 0.6
     """A refined mask whose IoU with the coarse mask is lower has drifted and is rejected."""
 
+    def served_with(self, runtime: RuntimeConfig) -> RefinerConfig:
+        """This configuration beside that model: ``seghead`` sees through its vision tower, unless
+        another is named."""
+        if self.seghead_vision is not None or "seghead" not in self.loaded:
+            return self
+        return replace(self, seghead_vision=runtime.located)
+
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the backends that are loaded, the default first."""
@@ -137,7 +144,13 @@ class RefinerConfig:
         )
         object.__setattr__(self, "selectable", tuple(names))
         _check_device(self.device)
-        for key in ("seghead_weights", "seghead_vision", "hq_sam_model"):
+        vision: Any = self.seghead_vision
+        if isinstance(vision, str) and vision:
+            object.__setattr__(self, "seghead_vision", ModelSource(path=vision))
+        elif vision is not None and not isinstance(vision, ModelSource):
+            source = from_mapping(ModelSource, vision, "seghead_vision")
+            object.__setattr__(self, "seghead_vision", source)
+        for key in ("seghead_weights", "hq_sam_model"):
             value = getattr(self, key)
             _check(
                 value is None or (isinstance(value, str) and bool(value)),

@@ -375,7 +375,7 @@ def _make_refiner(config: RuntimeConfig) -> SegmentRefiner | None:
     except ImportError:
         log.warning("the refiner's libraries are missing, paths stay coarse", exc_info=True)
         return None
-    return SegmentRefiner(config.refiner, limits=config.limits)
+    return SegmentRefiner(config.refiner.served_with(config), limits=config.limits)
 
 
 def _refined(

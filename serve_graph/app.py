@@ -46,5 +46,9 @@ def build(args: GraphArgs) -> Application:
         replace(args.runtime, refiner=args.refiner),
         args.refine_timeout_s,
         model.bind(args.runtime),
-        refiner.bind(args.refiner, args.runtime.limits, args.refiner_pool.max_ongoing_requests),
+        refiner.bind(
+            args.refiner.served_with(args.runtime),
+            args.runtime.limits,
+            args.refiner_pool.max_ongoing_requests,
+        ),
     )

@@ -345,13 +345,13 @@ def test_an_image_has_what_its_half_imports_however_late(half):
     roots = ["serve_graph.app", "serve_graph.ingress", f"serve_graph.{half}"]
     others = {
         "model": ("kestrel.seg_refiner.", "serve_graph.refiner"),
+        # The neural backends are not in this image: one for them adds what they say is missing.
         "refiner": (
             "kestrel.engine",
             "kestrel.moondream",
-            "serve_graph.model",
-            # Neural backends, for replicas that are given torch.
+            "kestrel.seg_refiner.hq_sam",
             "kestrel.seg_refiner.seghead",
-            "kestrel.seg_refiner.hqsam",
+            "serve_graph.model",
         ),
     }[half]
     needed = imported(roots, others)

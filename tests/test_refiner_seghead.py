@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,6 @@ def test_a_pt_file_is_read_as_the_public_one(parts, tmp_path):
     ],
 )
 def test_a_missing_part_is_named_when_the_refiner_is_built(parts, change, said):
-    from dataclasses import replace
-
     with pytest.raises(ConfigError, match=said):
         SegmentRefiner(replace(parts, **change))
 

@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kestrel.config import ConfigError, ModelSource, RefinerConfig
+from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner.box import grown_box, mask_box
 
 GROW = 0.25
@@ -51,7 +51,7 @@ class SegHeadRefiner:
         self._device = resolve_device(config.device)
         dtype = resolve_dtype("auto", self._device)
         self._head = load_seg_head(_weights_file(config.seghead_weights), self._device, dtype)
-        checkpoint = locate(_source(config.seghead_vision))
+        checkpoint = locate(config.seghead_vision)
         self._vision = load_vision(checkpoint, self._device, dtype)
         head, vision = self._head.config, self._vision.config
         if vision.enc_n_layers <= EARLY_BLOCK:
@@ -101,10 +101,3 @@ def _weights_file(named: str) -> Path:
     from kestrel.moondream.hub import Snapshot
 
     return Snapshot(repo, revision).download(PUBLIC_FILE)
-
-
-def _source(named: str) -> ModelSource:
-    repo, _, revision = named.rpartition("@")
-    if repo and not Path(named).exists():
-        return ModelSource(repo=repo, revision=revision)
-    return ModelSource(path=named)

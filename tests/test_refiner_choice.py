@@ -1,0 +1,144 @@
+"""`settings.refiner`: what a request may choose, and what a deployment loads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kestrel.api import InvalidRequest, parse_segment_json, validate_segment
+from kestrel.config import ConfigError, Limits, ModelSource, RefinerConfig, RuntimeConfig
+from kestrel.openapi import openapi_document
+from kestrel.seg_refiner import BACKENDS, SegmentRefiner
+
+BOX = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
+SQUARE = "M0 0H1V1H0Z"
+
+
+def parse(settings: str, refiners=("guided", "none")):
+    body = b'{"object": "dog", "settings": ' + settings.encode() + b"}"
+    return parse_segment_json(body, limits=Limits(), served_model="nano", refiners=refiners)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [("{}", None), ('{"refiner": null}', None), ('{"refiner": "none"}', "none")],
+)
+def test_a_request_chooses_among_those_loaded(settings, chosen):
+    assert parse(settings).settings.refiner == chosen
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ('{"refiner": "hq-sam"}', r"'hq-sam' is not loaded here; loaded are guided, none"),
+        ('{"refiner": ""}', "not loaded"),
+        ('{"refiner": "Guided"}', "not loaded"),
+        ('{"refiner": 1}', "must be a string"),
+        ('{"refiner": ["none"]}', "must be a string"),
+    ],
+)
+def test_another_is_a_400_that_names_the_field_and_what_is_loaded(settings, said):
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        parse(settings)
+    assert caught.value.status == 400
+    assert caught.value.field == "settings.refiner"
+
+
+def test_without_refinement_none_can_be_chosen():
+    with pytest.raises(InvalidRequest, match="no refiner is loaded"):
+        validate_segment(object="dog", settings={"refiner": "none"}, refiners=())
+
+
+def test_a_client_leaves_the_names_to_its_server():
+    request = validate_segment(object="dog", settings={"refiner": "theirs"})
+    assert request.settings.refiner == "theirs"
+
+
+def test_the_document_lists_what_is_loaded():
+    config = RuntimeConfig(refiner=RefinerConfig(refiner="none", selectable=("guided",)))
+    settings = openapi_document(config)["components"]["schemas"]["Settings"]
+    assert settings["properties"]["refiner"]["enum"] == ["none", "guided", None]
+
+
+@pytest.fixture
+def inverted(monkeypatch) -> list[RefinerConfig]:
+    """Registers a backend that gives the rest of the picture; the configurations it was built of.
+
+    This is all that a backend takes: see ``kestrel.seg_refiner.backends``.
+    """
+    built: list[RefinerConfig] = []
+
+    def build(config: RefinerConfig):
+        built.append(config)
+        return lambda image, mask: 1 - mask
+
+    monkeypatch.setitem(BACKENDS, "inverted", build)
+    return built
+
+
+def test_the_chosen_backend_is_the_one_that_runs(inverted):
+    config = RefinerConfig(refiner="none", selectable=["inverted"], min_agreement=0)
+    refiner = SegmentRefiner(config)
+    assert inverted == [config]
+    image = np.zeros((50, 50, 3), np.uint8)
+    boxes = [
+        refiner.refine_with_bitmaps(image, SQUARE, BOX, refiner=name).refined_bbox
+        for name in (None, "none", "inverted")
+    ]
+    assert boxes[0] == boxes[1] == BOX
+    assert boxes[2] == {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}
+    assert refiner.outcomes["refined"] == 3
+
+
+def test_what_is_not_loaded_is_not_run_even_when_registered(inverted):
+    refiner = SegmentRefiner(RefinerConfig(refiner="none", selectable=()))
+    with pytest.raises(ValueError, match="'inverted' is not loaded; loaded are none"):
+        refiner.refine_with_bitmaps(np.zeros((9, 9, 3), np.uint8), SQUARE, BOX, refiner="inverted")
+    assert inverted == []
+
+
+def test_every_loaded_backend_is_checked_at_start(monkeypatch):
+    def broken(image, mask):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(BACKENDS, "broken", lambda config: broken)
+    refiner = SegmentRefiner(RefinerConfig(selectable=("none", "broken")))
+    with pytest.raises(RuntimeError, match="the refiner broken does not work: refine_failed"):
+        refiner.self_check()
+    assert not refiner.outcomes
+
+
+@pytest.mark.parametrize("key", ["refiner", "selectable"])
+def test_an_unknown_backend_is_refused_when_the_refiner_is_built(key):
+    value = "magic" if key == "refiner" else ("none", "magic")
+    with pytest.raises(ConfigError, match=r"'magic' is not known; known refiners are .*guided"):
+        SegmentRefiner(RefinerConfig(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"selectable": "none"}, "selectable must be a list of names"),
+        ({"selectable": [""]}, "selectable must be a list of names"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N"),
+        ({"device": 0}, "device must be auto, cpu, cuda or cuda:N"),
+        ({"decimals": 0}, "decimals must be an integer in 1..9 or null"),
+        ({"decimals": True}, "decimals must be"),
+        ({"max_vertices": 15}, "max_vertices must be an integer of at least 16"),
+        ({"seghead_vision": {"repo": "a/b", "path": "c"}}, "either path or repo"),
+        ({"seghead_vision": 3}, "seghead_vision must be a mapping"),
+        ({"hq_sam_model": ""}, "hq_sam_model must be"),
+    ],
+)
+def test_a_wrong_value_is_named(values, said):
+    with pytest.raises(ConfigError, match=said):
+        RefinerConfig(**values)
+
+
+def test_the_neural_head_sees_through_the_served_model_unless_told_otherwise():
+    served = RuntimeConfig(model_path="/models/md3")
+    neural = RefinerConfig(selectable=("seghead",))
+    assert neural.served_with(served).seghead_vision == ModelSource(path="/models/md3")
+    other = RefinerConfig(refiner="seghead", seghead_vision="/models/other")
+    assert other.served_with(served).seghead_vision == ModelSource(path="/models/other")
+    assert RefinerConfig().served_with(served) == RefinerConfig()
