@@ -112,6 +112,21 @@ def test_masks_cover_the_object_and_refinement_changes_them(
     assert np.mean(refined) > 0.5
 
 
+def test_a_request_chooses_its_refiner_among_those_loaded(
+    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    def asked(name: str) -> httpx.Response:
+        request = body(samples[0], return_base64=True, settings={"refiner": name})
+        return graph.http.post("/v1/segment", json=request)
+
+    coarse = asked("none").json()
+    assert coarse["refined_mask_base64"] == coarse["coarse_mask_base64"]
+    assert without_times(asked("guided").json()) == without_times(answers[0])
+    refused = asked("hq-sam")
+    assert (refused.status_code, refused.json()["field"]) == (400, "settings.refiner")
+    assert "loaded are guided, none" in refused.json()["error"]
+
+
 def test_stream_is_box_then_path_then_the_plain_answer(
     graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
 ) -> None:
