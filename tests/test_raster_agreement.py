@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kestrel.config import Limits
-from kestrel.seg_refiner import render_svg_to_soft_mask, svg_from_path
+from kestrel.seg_refiner import SegmentRefiner, render_svg_to_soft_mask, svg_from_path
 from kestrel.seg_refiner.raster import (
     RasterizerMissing,
+    check_length,
     load_rasterizer,
     rasterize,
     rasterize_relative,
@@ -179,3 +180,54 @@ def test_soft_mask_scale_is_a_positive_integer(scale):
 def test_svg_from_path_refuses_a_box_that_is_none(box):
     with pytest.raises(ValueError):
         svg_from_path("M0 0H1V1Z", 8, 8, box)
+
+
+@needs_skia
+@pytest.mark.parametrize(("vertices", "share"), [(8, 0.001), (32, 0.001), (200, 0.002)])
+@pytest.mark.parametrize("side", [20, 60, 150, 400])
+def test_a_small_object_is_the_reference_s_to_the_pixel(side, vertices, share):
+    """A small object is mostly outline, and a star of 200 spikes is nothing else."""
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.93, "y_max": 0.95}
+    fast = rasterize_relative(polygon(vertices, vertices), box, side, side, "skia")
+    reference = rasterize_relative(polygon(vertices, vertices), box, side, side, "resvg")
+    assert np.count_nonzero(fast != reference) <= share * np.count_nonzero(reference) + 2
+
+
+def strokes(count: int) -> Path:
+    ends = (f"{x} {i}" for i in range(count) for x in ((0, 100) if i % 2 else (100, 0)))
+    return parse_path("M" + "L".join(ends))
+
+
+def test_a_path_that_runs_to_and_fro_without_end_is_refused():
+    limits = Limits(max_path_length=20)
+    check_length(strokes(39), 100, 100, limits)
+    with pytest.raises(ValueError, match=r"the path is \d+ times as long .* the limit is 20"):
+        check_length(strokes(42), 100, 100, limits)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Outside the picture nothing is painted.
+        "M-9000 5" + "L9000 5L-9000 6" * 5,
+        # A move paints nothing.
+        "M0 0L1 1" + "M99 99M0 0" * 50 + "L5 5",
+        "M0 0" * 50,
+    ],
+)
+def test_only_what_is_drawn_within_the_picture_counts(path):
+    check_length(parse_path(path), 100, 100, Limits(max_path_length=6))
+
+
+def test_curves_count_by_their_control_points():
+    curls = "M0 0" + "C100 0 0 100 100 100C0 100 100 0 0 0" * 20
+    with pytest.raises(ValueError, match="limit"):
+        check_length(parse_path(curls), 100, 100, Limits(max_path_length=20))
+
+
+def test_a_request_beyond_the_length_keeps_the_model_s_path():
+    refiner = SegmentRefiner(limits=Limits(max_path_length=3))
+    image = np.zeros((60, 60, 3), np.uint8)
+    to_and_fro = "M0 0" + "L1 .5L0 .6" * 10 + "Z"
+    assert refiner.refine_with_bitmaps(image, to_and_fro, WHOLE).reason == "raster_failed"
+    assert refiner.refine_with_bitmaps(image, "M0 0H1V1H0Z", WHOLE).reason == "refined"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, tracers
+from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, trace, tracers
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.raster import rasterize_relative
 from kestrel.seg_refiner.tracers import TracerMissing, load_tracer, pack_words
@@ -261,3 +262,103 @@ def test_potracer_is_not_taken_for_pypotrace():
         assert not have("pypotrace")
     extension = SimpleNamespace(__name__="potrace", _potrace=object())
     assert not tracers._is_pure_python(extension)
+
+
+def test_large_round_objects_are_not_painted_to_be_checked(monkeypatch):
+    painted = []
+    paint = trace.load_rasterizer("auto")
+    monkeypatch.setattr(
+        trace, "load_rasterizer", lambda name: lambda *a: painted.append(a) or paint(*a)
+    )
+    big = cv2.circle(np.zeros((1500, 1500), np.uint8), (750, 750), 600, 1, -1)
+    assert bitmap_to_path(big) is not None and not painted
+    assert bitmap_to_path(disc()) is not None and len(painted) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_surely_faithful_gives_the_mask_back(seed):
+    rng = np.random.default_rng(seed)
+    noise = cv2.resize(rng.random((5, 5)).astype(np.float32), (500, 500), interpolation=2)
+    crop = (noise > rng.uniform(0.3, 0.6)).astype(np.uint8)
+    alphamax, opttolerance = rng.uniform(0, 4 / 3), rng.uniform(0, 1)
+    tracing = trace._Tracing(load_tracer(), 0, opttolerance)
+    path = tracing(crop, 1.0, alphamax, (500, 500))
+    farthest = trace.FARTHEST + opttolerance
+    # Whatever it may lose within that distance of the outline, it does not lose more.
+    length = np.hypot(*np.diff(trace.points_of(path.commands), axis=0).T).sum()
+    again = trace.load_rasterizer("auto")(path, 500, 500)
+    assert np.count_nonzero(again != crop) <= length * farthest
+    large = np.ones((4000, 4000), np.uint8)
+    assert trace._surely_faithful(path, large, farthest)
+    assert not trace._surely_faithful(path, crop[:60, :60], farthest)
+
+
+def test_details_that_half_the_size_would_lose_are_kept():
+    mask = np.zeros((2100, 2100), np.uint8)
+    mask[::100] = 1
+    mask[:, ::100] = 1
+    d, bbox = bitmap_to_path(mask)
+    assert mask_iou(mask, rasterize_relative(d, bbox, 2100, 2100)) >= 0.99
+
+
+@pytest.mark.parametrize("size", [(2500, 2500), (2501, 2499), (2049, 40)])
+def test_masks_traced_at_half_their_size_come_back(size):
+    mask = cv2.ellipse(
+        np.zeros(size, np.uint8),
+        (size[1] // 2, size[0] // 2),
+        (size[1] // 2, size[0] // 3),
+        0,
+        0,
+        360,
+        1,
+        -1,
+    )
+    d, bbox = bitmap_to_path(mask)
+    assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= 0.99
+
+
+def islands(count: int) -> np.ndarray:
+    rng = np.random.default_rng(count)
+    mask = np.zeros((300, 300), np.uint8)
+    for x, y in rng.integers(0, 295, (count, 2)):
+        mask[y : y + 4, x : x + 4] ^= 1
+    return mask
+
+
+@pytest.mark.parametrize("most", [16, 50, 300, 4096])
+@pytest.mark.parametrize(
+    "mask",
+    [disc(), target(), islands(400), np.tile(np.eye(2, dtype=np.uint8), (30, 30))],
+    ids=["disc", "target", "islands", "chess"],
+)
+def test_a_path_keeps_to_its_vertex_budget(mask, most):
+    d, bbox = bitmap_to_path(mask, max_vertices=most, turdsize=0)
+    assert sum(name in "LC" for name, _ in parse_path(d).commands) <= most
+    assert bbox == bitmap_to_path(mask, turdsize=0)[1]
+
+
+def test_a_vertex_budget_that_is_kept_changes_nothing():
+    assert bitmap_to_path(target(), max_vertices=1000) == bitmap_to_path(target())
+
+
+def test_a_path_of_fewer_vertices_still_shows_the_object():
+    mask = blob(600, 800)
+    whole, bbox = bitmap_to_path(mask)
+    few = sum(name in "LC" for name, _ in parse_path(whole).commands) // 2
+    d, _ = bitmap_to_path(mask, max_vertices=few)
+    assert len(d) < 0.7 * len(whole)
+    assert mask_iou(mask, rasterize_relative(d, bbox, 800, 600)) > 0.95
+
+
+def test_dust_that_halving_would_lose_is_still_an_object():
+    mask = np.zeros((150, 150), np.uint8)
+    mask[::3, ::3] = 1
+    d, _ = bitmap_to_path(mask, turdsize=0, max_vertices=16)
+    assert "Z" in d
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 5, 9])
+def test_coordinates_have_as_many_decimals_as_asked(decimals):
+    d, _ = bitmap_to_path(disc(), decimals=decimals)
+    longest = max(len(digits) for digits in re.findall(r"\.(\d+)", d))
+    assert longest == decimals

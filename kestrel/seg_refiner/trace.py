@@ -72,9 +72,10 @@ def bitmap_to_path(
     x0, y0, x1, y1 = box
     crop = np.ascontiguousarray(mask[y0:y1, x0:x1] != 0).view(np.uint8)
     tracing = _Tracing(load_tracer(tracer), turdsize, opttolerance)
-    path = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax)
-    if path is not None and max_vertices is not None and _vertices(path) > max_vertices:
-        path = _within_budget(tracing, crop, alphamax, max_vertices)
+    most = math.inf if max_vertices is None else max_vertices
+    path = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax, most)
+    if path is not None and _vertices(path) > most:
+        path = _within_budget(tracing, crop, alphamax, most)
     if path is None:
         return None
     height, width = crop.shape
@@ -107,14 +108,19 @@ class _Tracing:
         return _within(commands, size, scale) if commands else None
 
 
-def _faithful(tracing: _Tracing, paint: Painter, crop: np.ndarray, alphamax: float) -> Path | None:
-    """The smoothest of some traces that gives the crop back; the first if none does."""
+def _faithful(
+    tracing: _Tracing, paint: Painter, crop: np.ndarray, alphamax: float, most: float
+) -> Path | None:
+    """The smoothest of some traces that gives the crop back; the first if none does with at most
+    so many vertices."""
     height, width = crop.shape
     first = None
     for zoomed, scale, corners in _attempts(crop, alphamax):
         path = tracing(zoomed, scale, corners, (width, height))
         if path is None:
             return first
+        if _vertices(path) > most:
+            return first or path
         first = first or path
         # A halved mask's outline is itself up to a pixel from the mask's.
         farthest = (FARTHEST + tracing.opttolerance) / scale + (scale < 1)
@@ -135,7 +141,7 @@ def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, f
 
 
 def _within_budget(
-    tracing: _Tracing, crop: np.ndarray, alphamax: float, max_vertices: int
+    tracing: _Tracing, crop: np.ndarray, alphamax: float, most: float
 ) -> Path | None:
     """The trace of the largest of crop, half crop, quarter crop, ... with so few vertices."""
     height, width = crop.shape
@@ -143,7 +149,7 @@ def _within_budget(
     while True:
         path = tracing(crop, scale, alphamax, (width, height))
         # One pixel that is left is a shape of few vertices.
-        if path is None or _vertices(path) <= max_vertices or crop.size == 1:
+        if path is None or _vertices(path) <= most or crop.size == 1:
             return path
         crop, scale = _halved(crop), scale / 2
 

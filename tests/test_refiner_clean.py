@@ -1,0 +1,129 @@
+"""What a refinement tore loose is dropped, what was drawn stays; a grainy mask takes no hour."""
+
+from __future__ import annotations
+
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from kestrel.seg_refiner.clean import BAND, MIN_FRACTION, clean_mask
+
+SIDE = 200
+LEAST = int(MIN_FRACTION * SIDE * SIDE)
+"""Pixels from which on an island or a hole of the test's masks is not small: 60."""
+
+
+def block() -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[50:150, 50:150] = 1
+    return mask
+
+
+def closed(mask: np.ndarray) -> np.ndarray:
+    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+
+
+def noise(side: int, seed: int, blur: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    soft = cv2.GaussianBlur(rng.random((side, side)).astype(np.float32), (0, 0), blur)
+    return (soft > np.median(soft)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("pixels", "stays"), [(1, False), (LEAST - 1, False), (LEAST, True)])
+def test_an_island_stays_from_its_share_of_the_image_on(pixels, stays):
+    mask = block()
+    for i in range(pixels):
+        mask[10 + i // 10, 10 + i % 10] = 1
+    assert clean_mask(mask)[:30, :30].any() == stays
+
+
+@pytest.mark.parametrize(("pixels", "stays"), [(1, False), (LEAST - 1, False), (LEAST, True)])
+def test_a_hole_stays_from_its_share_of_the_image_on(pixels, stays):
+    mask = block()
+    for i in range(pixels):
+        mask[80 + i // 10, 80 + i % 10] = 0
+    assert (clean_mask(mask)[60:140, 60:140] == 0).any() == stays
+
+
+def test_a_crack_is_no_island_and_is_closed():
+    mask = block()
+    mask[100, 50:150] = 0
+    mask[50:150, 70] = 0
+    assert np.array_equal(clean_mask(mask), block())
+
+
+def test_lines_of_a_pixel_s_width_enclose_nothing_and_go():
+    mask = block()
+    mask[10, 10:60] = 1
+    mask[10:40, 180] = 1
+    assert np.array_equal(clean_mask(mask), block())
+
+
+def test_a_dropped_island_does_not_come_back_as_its_hole():
+    mask = block()
+    mask[10:17, 10:17] = 1
+    mask[13, 13] = 0
+    assert np.array_equal(clean_mask(mask), block())
+
+
+def test_when_all_islands_are_small_the_largest_stays():
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[10:13, 10:13] = 1
+    mask[40:44, 40:44] = 1
+    cleaned = clean_mask(mask)
+    assert cleaned.sum() == 16 and cleaned[40:44, 40:44].all()
+    assert not clean_mask(np.zeros_like(mask)).any()
+
+
+def test_small_parts_that_the_path_drew_stay():
+    coarse = np.zeros((SIDE, SIDE), np.uint8)
+    coarse[50:80, 50:80] = 1
+    coarse[60:65, 60:65] = 0
+    coarse[20:26, 20:26] = 1
+    refined = coarse.copy()
+    refined[100, 100] = 1
+    cleaned = clean_mask(refined, coarse)
+    assert np.array_equal(cleaned, coarse)
+    assert cleaned.sum() != clean_mask(refined).sum()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_small_is_left_of_a_grainy_mask(seed):
+    cleaned = clean_mask(noise(SIDE, seed, 1.5))
+    for value, connectivity in ((1, 8), (0, 4)):
+        # What closing itself opens or joins is not looked at again.
+        parts = (cleaned == value).astype(np.uint8)
+        _, _, stats, _ = cv2.connectedComponentsWithStats(parts, connectivity=connectivity)
+        assert stats[1:, cv2.CC_STAT_AREA].min() >= (LEAST if value else 1)
+
+
+@pytest.mark.parametrize("window", [np.s_[:, :], np.s_[3:, 3:], np.s_[:-1, 1:]])
+def test_large_parts_are_closed_as_in_the_whole_image(window):
+    """Whatever the band that a row falls into, and at the rim of the image."""
+    mask = np.zeros((2 * BAND + 50, 300), np.uint8)
+    mask[window] = noise(2 * BAND + 50, 1, 4)[:, :300][window]
+    small = np.zeros_like(mask)
+    for value, connectivity in ((1, 8), (0, 4)):
+        parts = (mask == value).astype(np.uint8)
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(parts, connectivity=connectivity)
+        small |= (stats[labels, cv2.CC_STAT_AREA] < MIN_FRACTION * mask.size).astype(np.uint8)
+    cleaned = clean_mask(mask)
+    far = cv2.dilate(small, np.ones((7, 7), np.uint8)) == 0
+    assert far.mean() > 0.3
+    assert np.array_equal(cleaned[far], closed(mask)[far])
+
+
+def test_a_mask_is_not_changed_in_place():
+    mask = noise(SIDE, 5, 2)
+    before = mask.copy()
+    clean_mask(mask, mask)
+    assert np.array_equal(mask, before)
+
+
+def test_hundreds_of_thousands_of_specks_take_seconds():
+    mask = noise(1200, 6, 0.3)
+    began = time.process_time()
+    clean_mask(mask, mask)
+    assert time.process_time() - began < 10
