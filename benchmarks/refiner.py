@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 from kestrel.config import RefinerConfig
+from kestrel.image import decode
 from kestrel.seg_refiner import SegmentRefiner, bitmap_to_path
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.clean import clean_mask
@@ -54,6 +55,9 @@ WANTED_MS = {"guided": 60, "none": 25}
 MASKS_COST_MS = 4
 FIRST_RESULT_S = 1.0
 RESIDENT_MB = 200
+LARGEST = (10_000, 10_000)
+"""The largest image that the default limits let in."""
+LARGEST_MB = 2000
 MAX_DISAGREEMENT = 0.001
 """Pixels of the coarse mask that may differ from resvg's, per pixel of the object."""
 MIN_TRACE_IOU = 0.995
@@ -222,6 +226,15 @@ def photo(case: Case) -> bytes:
     return content.getvalue()
 
 
+def tiled_photo(case: Case) -> bytes:
+    """A JPEG of pieces of one picture, for sizes that :func:`photo` would take minutes for."""
+    piece = decode(photo(make_case((500, 500), case.vertices, case.cover)))
+    scene = np.tile(piece, (case.height // 500, case.width // 500, 1))
+    done, content = cv2.imencode(".jpg", scene)
+    assert done
+    return content.tobytes()
+
+
 def requests(size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     """JPEG bytes in; path, and masks when asked for, out: both refiners in turn."""
     case = make_case(size, 32, 0.17)
@@ -283,13 +296,18 @@ print(json.dumps({
 """
 
 
-def fresh_process(size: tuple[int, int], rounds: int) -> dict[str, Any]:
+def fresh_process(
+    size: tuple[int, int],
+    rounds: int,
+    cover: float = 0.17,
+    picture: Callable[[Case], bytes] = photo,
+) -> dict[str, Any]:
     """Seconds from import to the first result, and MiB, of a process that only refines."""
-    case = make_case(size, 32, 0.17)
+    case = make_case(size, 32, cover)
     runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder, "request.json")
-        image = base64.b64encode(photo(case)).decode()
+        image = base64.b64encode(picture(case)).decode()
         asked.write_text(json.dumps([image, case.path, case.bbox]))
         for _ in range(rounds):
             said = subprocess.run(
@@ -389,6 +407,8 @@ def missed_figures(report: dict[str, Any]) -> Iterator[str]:
         yield f"the first result takes {fresh['first_result_cpu_s']:.2f} s"
     if fresh["resident_mb"] > RESIDENT_MB:
         yield f"a refiner process holds {fresh['resident_mb']:.0f} MB"
+    if report["largest"]["peak_mb"] > LARGEST_MB:
+        yield f"an image of {LARGEST} takes {report['largest']['peak_mb']:.0f} MB"
 
 
 def measured(sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
@@ -408,10 +428,15 @@ def measured(sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
     for row in asked:
         show_request(row)
     fresh = fresh_process((1546, 1213), rounds)
+    largest = fresh_process(LARGEST, 1, 0.6, tiled_photo)
     print(
         f"fresh process: first result after {fresh['first_result_s']:.2f} s "
         f"({fresh['first_result_cpu_s']:.2f} s CPU), {fresh['resident_mb']:.0f} MB resident, "
         f"{fresh['peak_mb']:.0f} MB at most"
+    )
+    print(
+        f"{LARGEST[0]}x{LARGEST[1]}: {largest['first_result_cpu_s']:.1f} s CPU, "
+        f"{largest['peak_mb']:.0f} MB at most"
     )
     return {
         "machine": machine(),
@@ -419,6 +444,7 @@ def measured(sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
         "cases": cases,
         "requests": asked,
         "fresh_process": fresh,
+        "largest": largest,
     }
 
 
