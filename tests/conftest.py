@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("engines", "serving")
+pytest.register_assert_rewrite("engines", "scripted", "serving")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import uvicorn
@@ -70,3 +71,28 @@ def sse_events(body: str) -> list[dict[str, Any]]:
     assert rest == "", "the stream ends inside a frame"
     assert all(frame.startswith("data: ") for frame in frames)
     return [json.loads(frame[len("data: ") :]) for frame in frames]
+
+
+class connected:
+    """A raw connection to the server; leaving closes it."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.sock = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10)
+
+    def __enter__(self) -> socket.socket:
+        return self.sock
+
+    def __exit__(self, *_: Any) -> None:
+        self.sock.close()
+
+
+def post_head(url: str, headers: dict[str, str]) -> bytes:
+    lines = ["POST /v1/segment HTTP/1.1", f"Host: {urlsplit(url).netloc}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def post_bytes(url: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    return post_head(url, {"Content-Length": str(len(content))}) + content

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from scripted import ASK, WELL, ScriptedBackend
 from serving import served, until
-from test_http_errors import ASK, WELL, ScriptedBackend
 
 from kestrel.api import Overloaded
 from kestrel.config import ConfigError, RuntimeConfig

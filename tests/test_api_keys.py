@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_http_errors import ASK, WELL, ScriptedBackend, refused
+from scripted import ASK, WELL, ScriptedBackend, refused
 
 from kestrel import cli
 from kestrel.api import Overloaded, RateLimited, error_from_response

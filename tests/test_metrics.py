@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from serving import served, until
-from test_http_errors import ASK, WELL, ScriptedBackend, connected, post_bytes
+from scripted import ASK, WELL, ScriptedBackend
+from serving import connected, post_bytes, served, until
 
 pytest.importorskip("ray.serve")
 

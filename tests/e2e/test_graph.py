@@ -26,7 +26,7 @@ from kestrel.overlay import decode_mask
 from serve_graph.client import SegmentClient
 from serve_graph.demo import Sample, iou
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def body(sample: Sample, **fields: Any) -> dict[str, Any]:

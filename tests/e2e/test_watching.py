@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 from running_graph import Graph
 
 from serve_graph import metrics
 from serve_graph.demo import Sample
+
+pytestmark = pytest.mark.timeout(600)
 
 EXPORT_PERIOD_S = 10.0
 """Ray's default, ``metrics_report_interval_ms``."""

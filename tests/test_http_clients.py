@@ -1,0 +1,127 @@
+"""Clients that go away, that are slow, that send too much: over real sockets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from scripted import ASK, LIMITS, WELL, ScriptedBackend, refused
+from serving import base64_text, connected, picture, post_bytes, post_head, served, until
+
+from kestrel.server.routes import build_app
+
+pytest_plugins = ["scripted"]
+
+
+# Clients that go away
+
+
+@pytest.fixture
+def address(backend: ScriptedBackend) -> Iterator[str]:
+    with served(build_app(backend)) as url:
+        yield url
+
+
+def test_a_plain_client_that_goes_away_frees_the_slot(address, backend):
+    backend.script = [30.0]
+    with connected(address) as sock:
+        sock.sendall(post_bytes(address, ASK))
+        until(lambda: backend.held == 1)
+    until(lambda: backend.held == 0, 3)
+    assert backend.ended_by == ["CancelledError"]
+
+
+def test_a_plain_client_that_goes_away_cancels_the_refinement(address, backend):
+    backend.refinement = 30.0
+    with connected(address) as sock:
+        sock.sendall(post_bytes(address, ASK))
+        until(lambda: backend.begun == 2)
+    until(lambda: backend.held == 0, 3)
+    assert len(backend.ended_by) == 2 and backend.ended_by[-1] == "CancelledError"
+
+
+@pytest.mark.parametrize("where", ["before the first event", "between events", "in refinement"])
+def test_a_streaming_client_that_goes_away_frees_everything(address, backend, where):
+    if where == "in refinement":
+        backend.refinement = 30.0
+    else:
+        backend.script.insert(0 if where == "before the first event" else 1, 30.0)
+    with connected(address) as sock:
+        sock.sendall(post_bytes(address, ASK | {"stream": True}))
+        if where == "before the first event":
+            until(lambda: backend.held == 1)
+        else:
+            seen = b""
+            while b'"bbox"' not in seen:
+                seen += sock.recv(4096)
+            until(lambda: backend.begun == (2 if where == "in refinement" else 1))
+    until(lambda: backend.held == 0, 3)
+    assert backend.ended_by[-1] == "CancelledError"
+
+
+def test_a_client_that_went_away_leaves_no_error_in_the_log(address, backend, caplog):
+    backend.script = [30.0]
+    with connected(address) as sock:
+        sock.sendall(post_bytes(address, ASK))
+        until(lambda: backend.held == 1)
+    until(lambda: backend.held == 0, 3)
+    assert httpx.get(f"{address}/healthz").status_code == 200
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_events_are_sent_when_they_happen_not_when_all_is_done(address, backend):
+    backend.script.insert(1, 30.0)
+    with httpx.stream("POST", f"{address}/v1/segment", json=ASK | {"stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert json.loads(next(response.iter_lines())[6:])["type"] == "bbox"
+
+
+def test_one_stuck_request_does_not_hold_up_the_others(address, backend):
+    backend.script = [30.0]
+    with connected(address) as sock:
+        sock.sendall(post_bytes(address, ASK))
+        until(lambda: backend.held == 1)
+        backend.script = list(WELL)
+        assert httpx.post(f"{address}/v1/segment", json=ASK, timeout=5).status_code == 200
+        assert backend.held == 1
+
+
+# Bodies that are too large
+
+
+def test_a_declared_body_over_the_limit_is_a_413_before_it_is_sent(address, backend):
+    with connected(address) as sock:
+        sock.sendall(post_head(address, {"Content-Length": str(10**9)}))
+        answer = sock.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_chunked_body_over_the_limit_is_a_413(address, backend):
+    def chunks() -> Iterator[bytes]:
+        yield b'{"object": "'
+        for _ in range(30):
+            yield b"x" * 1000
+
+    response = httpx.post(f"{address}/v1/segment", content=chunks())
+    assert "content-length" not in response.request.headers
+    assert "20000" in refused(response, 413)
+
+
+def test_a_sender_of_a_body_over_the_limit_gets_the_answer_not_a_reset(address, backend):
+    for _ in range(5):
+        response = httpx.post(f"{address}/v1/segment", content=b"x" * (LIMITS.max_body_bytes + 1))
+        refused(response, 413)
+
+
+async def test_a_body_of_exactly_the_limit_is_read(client, backend):
+    body = json.dumps(ASK).encode()
+    body += b" " * (LIMITS.max_body_bytes - len(body))
+    assert (await client.post("/v1/segment", content=body)).status_code == 200
+
+
+async def test_an_image_over_the_pixel_limit_is_a_413_before_the_model(client, backend):
+    ask = ASK | {"image_url": base64_text(picture(101, 100))}
+    refused(await client.post("/v1/segment", json=ask), 413, "image_url")
+    assert backend.begun == 0

@@ -1,0 +1,132 @@
+"""The published document: what it leaves out, what it says that is not so."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+from scripted import ASK, ScriptedBackend
+from serving import served, sse_events
+
+from kestrel.api import RequestError
+from kestrel.config import Limits, RuntimeConfig
+from kestrel.openapi import openapi_document
+from kestrel.server.routes import build_app
+
+pytest_plugins = ["scripted"]
+
+
+def resolve(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[-1]]
+    return schema
+
+
+def fits(document: dict[str, Any], schema: dict[str, Any], value: Any) -> bool:
+    whole = schema | {"components": document["components"]}
+    return bool(jsonschema.Draft202012Validator(whole).is_valid(value))
+
+
+def unknown_keys(
+    document: dict[str, Any], schema: dict[str, Any], value: dict[str, Any]
+) -> set[str]:
+    schema = resolve(document, schema)
+    parts = [schema, *(resolve(document, part) for part in schema.get("allOf", ()))]
+    return set(value) - {key for part in parts for key in part.get("properties", {})}
+
+
+async def test_the_document_describes_the_answers_that_are_given(client, backend):
+    document = (await client.get("/openapi.json")).json()
+    responses = document["paths"]["/v1/segment"]["post"]["responses"]
+    plain = responses["200"]["content"]["application/json"]["schema"]
+    event = responses["200"]["content"]["text/event-stream"]["schema"]
+
+    body = (await client.post("/v1/segment", json=ASK)).json()
+    assert fits(document, plain, body) and not unknown_keys(document, plain, body)
+    assert not fits(document, plain, body | {"finish_reason": "tired"})
+
+    mapping = event_mapping(document, event)
+    backend.refinement = RuntimeError("broken")
+    streams = [await client.post("/v1/segment", json=ASK | {"stream": True})]
+    backend.refinement = None
+    streams.append(await client.post("/v1/segment", json=ASK | {"stream": True}))
+    seen = {e["type"]: e for response in streams for e in sse_events(response.text)}
+    assert set(seen) == set(mapping)
+    for kind, payload in seen.items():
+        assert fits(document, event, payload), kind
+        assert not unknown_keys(document, {"$ref": mapping[kind]}, payload), kind
+
+
+def event_mapping(document: dict[str, Any], event: dict[str, Any]) -> dict[str, str]:
+    mapping: dict[str, str] = resolve(document, event)["discriminator"]["mapping"]
+    return mapping
+
+
+async def test_the_document_knows_every_refusal(client, backend):
+    document = (await client.get("/openapi.json")).json()
+    responses = document["paths"]["/v1/segment"]["post"]["responses"]
+
+    def statuses(kind: type[RequestError]) -> set[int]:
+        return {kind.status}.union(*(statuses(sub) for sub in kind.__subclasses__()))
+
+    assert {str(status) for status in statuses(RequestError)} <= set(responses)
+    answer = await client.post("/v1/segment", json={})
+    schema = responses["400"]["content"]["application/json"]["schema"]
+    assert fits(document, schema, answer.json())
+    assert not unknown_keys(document, schema, answer.json())
+    for status, response in responses.items():
+        assert ("Retry-After" in response["headers"]) == (status in ("429", "503")), status
+
+
+async def test_the_document_names_every_header_that_is_read(client):
+    document = (await client.get("/openapi.json")).json()
+    parameters = document["paths"]["/v1/segment"]["post"]["parameters"]
+    schemes = document["components"]["securitySchemes"].values()
+    named = {p["name"] for p in parameters} | {s["name"] for s in schemes if "name" in s}
+    assert named == {"X-Request-Timeout-Ms", "X-Request-Id", "X-Moondream-Auth"}
+    assert {"type": "http", "scheme": "bearer"} in schemes
+
+
+def test_the_document_gives_the_bounds_of_its_own_server():
+    limits = Limits(max_image_pixels=123_456, max_object_chars=77, max_spatial_refs=5)
+    document = openapi_document(RuntimeConfig(limits=limits, max_context=640))
+    schemas = document["components"]["schemas"]
+    fields, tokens = schemas["SegmentRequest"]["properties"], schemas["Settings"]["properties"]
+    assert tokens["max_tokens"]["maximum"] == tokens["max_tokens"]["default"] == 640
+    assert "123456 pixels" in fields["image_url"]["description"]
+    assert "77 characters" in fields["object"]["description"]
+    assert fields["spatial_refs"]["maxItems"] == 5
+
+
+async def test_every_reference_of_the_document_leads_somewhere(client):
+    text = (await client.get("/openapi.json")).text
+    document = json.loads(text)
+    names = {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}
+    assert names and names <= set(document["components"]["schemas"])
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+async def test_the_docs_page_loads_nothing_from_elsewhere(client):
+    response = await client.get("/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "/v1/segment" in response.text and "return_base64" in response.text
+    for loader in ("<script", "<link", "<img", "src=", "//", "@import", "url("):
+        assert loader not in response.text, loader
+
+
+def test_two_servers_do_not_share_their_document():
+    one, two = ScriptedBackend(), ScriptedBackend(model="other", api_keys=("k",))
+    documents = []
+    for backend in (one, two):
+        with served(build_app(backend)) as url:
+            documents.append(httpx.get(f"{url}/openapi.json").json())
+    served_names = [
+        d["components"]["schemas"]["SegmentRequest"]["properties"]["model"]["enum"][0]
+        for d in documents
+    ]
+    assert served_names == ["nano", "other"]
+    operations = [d["paths"]["/v1/segment"]["post"] for d in documents]
+    assert [bool(o["security"]) for o in operations] == [False, True]
