@@ -1,4 +1,5 @@
-"""``python -m serve_graph.join '{"gcs_address": ...}'``: one more Ray node on the loopback address.
+"""``python -m serve_graph.join '{"gcs_address": ...}' FILE``: one more Ray node on the loopback
+address; FILE is there once it has joined.
 
 ``ray start --address`` refuses to join a cluster that stays on 127.0.0.1, or takes the machine's
 own address for it. This is what it does apart from that, as ``ray.cluster_utils`` does it too.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -19,6 +21,7 @@ def main() -> None:
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     node = Node(RayParams(**json.loads(sys.argv[1])), head=False)
+    Path(sys.argv[2]).touch()
     signal.sigwait(stop)
     node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
 

@@ -47,6 +47,8 @@ PATIENCE = {
     # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
     # where all cores are taken, and Serve then refuses the config.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # How long a node may take to join before it gives up, seconds.
+    "RAY_raylet_start_wait_time_s": "120",
     # By default Ray's workers, the replicas among them, yield to every other program.
     "RAY_worker_niceness": "0",
 }
@@ -204,13 +206,14 @@ class LocalCluster:
 
     def _haproxy(self) -> dict[str, str]:
         """``HAPROXY``, with files and ports that no other cluster of this machine has."""
-        prefix, folder = "RAY_SERVE_HAPROXY_", self.dir / "haproxy"
+        prefix = "RAY_SERVE_HAPROXY_"
         return {
             **HAPROXY,
-            f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
-            f"{prefix}SERVER_STATE_BASE": str(folder),
-            f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
+            f"{prefix}CONFIG_FILE_LOC": str(self.dir / "haproxy.cfg"),
+            # Serve puts a folder of 56 letters in between, and a socket's path has room for 97.
+            f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),
+            f"{prefix}SERVER_STATE_BASE": str(self.dir),
+            f"{prefix}SERVER_STATE_FILE": str(self.dir / "server-state"),
             f"{prefix}METRICS_PORT": str(free_port()),
             f"{prefix}STATS_PORT": str(free_port()),
         }
@@ -223,7 +226,7 @@ class LocalCluster:
         resources: dict[str, float] | None = None,
         http_port: int | None = None,
     ) -> RayNode:
-        """One more node on this machine; it is in the cluster some seconds later.
+        """One more node on this machine, in the cluster on return; LaunchError when it fails.
 
         ``http_port``: of its HTTP door, because nodes of one machine share its ports; None: a free
         one.
@@ -242,9 +245,16 @@ class LocalCluster:
             "include_log_monitor": False,
         }
         variables = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port or free_port())}
-        command = ["-m", "serve_graph.join", json.dumps(options)]
-        self.nodes.append(RayNode(command, {**self._environment(), **variables}, self.log))
-        return self.nodes[-1]
+        joined = self.dir / f"joined-{len(self.nodes)}"
+        command = ["-m", "serve_graph.join", json.dumps(options), str(joined)]
+        node = RayNode(command, {**self._environment(), **variables}, self.log)
+        self.nodes.append(node)
+        # Waited for, as two that start at once would take the same names for their sockets.
+        while not joined.exists():
+            if not node.running:
+                raise LaunchError(f"a node did not join\n{self._last_words()}")
+            time.sleep(0.1)
+        return node
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, **self.variables}
