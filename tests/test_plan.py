@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from kestrel.server.compose import server_timing
-from serve_graph.measure import Answer, Level, ask, profile_of, read_timing
+from serve_graph.measure import Answer, Level, ask, closed_loop, profile_of, read_timing
 from serve_graph.plan import Aim, Starts, _smallest, queue_bound, scenario, search
 from serve_graph.profile import PlanError, Profile, find, load, quantiles
 from serve_graph.simulation import Simulation
@@ -114,7 +115,7 @@ def test_answers_say_where_their_time_went() -> None:
 
 
 def level(clients: int, per_s: float, slot: float, refine: float | None = 0.02) -> Level:
-    answer = Answer(sent=0, total=slot + 0.05, slot=slot, refine=refine)
+    answer = Answer(total=slot + 0.05, slot=slot, refine=refine)
     return Level(clients, per_s, [answer, replace(answer, slot=1.2 * slot)])
 
 
@@ -140,6 +141,22 @@ async def test_measuring_something_else_or_a_failing_graph_is_said_plainly() -> 
             await ask(client, b"busy")
         with pytest.raises(PlanError, match="Server-Timing"):
             await ask(client, b"{}")
+
+
+async def test_rate_of_a_closed_loop_is_right_however_few_requests_it_had() -> None:
+    timing = "prepare;dur=1.0, prefill;dur=20.0, decode;dur=80.0, refine;dur=10.0"
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0.2)
+        return httpx.Response(200, headers={"Server-Timing": timing}, json={})
+
+    transport = httpx.MockTransport(answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        level = await closed_loop(client, iter([b"{}"] * 100), clients=3, seconds=0.5)
+    # Three clients, each an answer every 0.2 s: 15 a second, each 0.1 s in a slot.
+    assert level.per_s == pytest.approx(15, rel=0.3)
+    assert level.held == pytest.approx(1.5, rel=0.3)
+    assert level.refiner_busy == pytest.approx(0.15, rel=0.3)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
