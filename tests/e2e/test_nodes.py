@@ -1,0 +1,129 @@
+"""Three nodes: where each pool's replicas are, and that the model pool grows and shrinks alone."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from running_graph import listening_beyond_loopback
+
+from serve_graph.__main__ import LOCAL, read_config
+from serve_graph.launch import LocalCluster, free_port
+from serve_graph.node import RayNode
+
+pytestmark = pytest.mark.timeout(600)
+
+CPU_NODE = {"cpu_node": 1.0}
+
+
+@dataclass
+class Nodes:
+    """A head that runs no replica but an ingress, a node with (logical) GPUs, one without."""
+
+    cluster: LocalCluster
+    head: RayNode
+    gpu: RayNode
+    cpu: RayNode
+    doors: list[str]
+
+    def replicas(self, name: str) -> list[int]:
+        """How many of a deployment are on the head, the GPU node and the CPU node."""
+        nodes = (self.head, self.gpu, self.cpu)
+        return [len(node.pids(f"ray::ServeReplica:segment:{name}")) for node in nodes]
+
+
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.3)
+
+
+def answers(door: str) -> bool:
+    try:
+        return httpx.get(f"{door}/healthz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    ports = [free_port() for _ in range(3)]
+    config = read_config(LOCAL, ports[0])
+    config["proxy_location"] = "EveryNode"
+    args = config["applications"][0]["args"]
+    args["refine_timeout_s"] = 60
+    quick = {
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 2,
+    }
+    args["ingress_pool"].update(min_replicas=3, max_replicas=3, max_replicas_per_node=1)
+    args["model_pool"].update(
+        quick, num_cpus=0.5, num_gpus=1, max_replicas=2, target_ongoing_requests=3
+    )
+    args["refiner_pool"].update(
+        quick, resources={"cpu_node": 0.001}, max_replicas=2, target_ongoing_requests=1
+    )
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    with LocalCluster(num_cpus=1, environment=token) as cluster:
+        assert cluster.head is not None
+        gpu = cluster.add_node(num_gpus=2, http_port=ports[1])
+        cpu = cluster.add_node(resources=CPU_NODE, http_port=ports[2])
+        doors = [f"http://127.0.0.1:{port}" for port in ports]
+        found = Nodes(cluster, cluster.head, gpu, cpu, doors)
+        cluster.deploy(config)
+        for door in doors:
+            cluster.wait_ready(f"{door}/healthz")
+        yield found
+
+
+def test_models_are_on_the_gpu_node_refiners_on_the_cpu_node_and_a_door_on_each(
+    nodes: Nodes,
+) -> None:
+    assert nodes.replicas("Model") == [0, 1, 0]
+    assert nodes.replicas("Refiner") == [0, 0, 1]
+    assert nodes.replicas("Ingress") == [1, 1, 1]
+    assert all(answers(door) for door in nodes.doors)
+
+
+def flood(nodes: Nodes, ask: dict[str, Any], clients: int, grown: Callable[[], bool]) -> None:
+    """Ask again and again through every door until ``grown``; every answer must be a 200."""
+    end = time.monotonic() + 120
+
+    def client(number: int) -> set[int]:
+        statuses = set()
+        with httpx.Client(base_url=nodes.doors[number % 3], timeout=120) as http:
+            while not grown() and time.monotonic() < end:
+                statuses.add(http.post("/v1/segment", json=ask).status_code)
+        return statuses
+
+    with ThreadPoolExecutor(clients) as pool:
+        statuses = set().union(*pool.map(client, range(clients)))
+    assert grown(), "the pool did not grow"
+    assert statuses <= {200}
+
+
+def test_a_busy_model_grows_the_model_pool_alone(nodes: Nodes) -> None:
+    # Without a picture there is nothing to refine.
+    flood(nodes, {"object": "butterfly"}, 12, lambda: nodes.replicas("Model") == [0, 2, 0])
+    assert nodes.replicas("Refiner") == [0, 0, 1]
+    until(lambda: nodes.replicas("Model") == [0, 1, 0])
+
+
+def test_no_node_listens_beyond_this_machine_but_for_replicas_that_ask_for_the_token(
+    nodes: Nodes,
+) -> None:
+    for node in (nodes.head, nodes.gpu, nodes.cpu):
+        beyond = listening_beyond_loopback(node)
+        assert set(beyond) <= set(node.pids("ray::ServeReplica:")), beyond
