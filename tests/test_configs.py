@@ -76,6 +76,14 @@ def test_every_key_has_its_meaning_beside_it_once(name: str) -> None:
             assert not key.endswith(ending) or unit in comment, key
 
 
+def test_settings_that_the_readme_shows_are_taken() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (CONFIGS.parent / "README.md").read_text(), re.DOTALL)
+    shown = [yaml.safe_load(block) for block in blocks]
+    assert any("model_pool" in args for args in shown)
+    for args in shown:
+        assert GraphArgs.model_validate(args).runtime.model == "moondream3"
+
+
 def test_local_config_stays_on_this_machine_and_fits_two_cores() -> None:
     config = load("local.yaml")
     assert config["http_options"]["host"] == "127.0.0.1"
