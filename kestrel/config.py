@@ -84,6 +84,7 @@ class RefinerConfig:
 
     refiner: str = "guided"
     """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges,
+    ``boundary`` does so with more rules and a small network beside them (ONNX Runtime),
     ``seghead`` is Moondream's neural head, ``hq-sam`` a SAM-HQ model of ``transformers``."""
     selectable: tuple[str, ...] = ("none", "guided")
     """Further backends that are loaded, so that a request may choose one (``settings.refiner``)."""

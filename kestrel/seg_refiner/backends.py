@@ -36,6 +36,12 @@ def _guided(config: RefinerConfig) -> Refine:
     return GuidedRefiner(config)
 
 
+def _boundary(config: RefinerConfig) -> Refine:
+    from kestrel.seg_refiner.boundary import BoundaryRefiner
+
+    return BoundaryRefiner()
+
+
 def _seghead(config: RefinerConfig) -> Refine:
     from kestrel.seg_refiner.seghead import SegHeadRefiner
 
@@ -51,6 +57,7 @@ def _hq_sam(config: RefinerConfig) -> Refine:
 BACKENDS: dict[str, Callable[[RefinerConfig], Refine]] = {
     "none": _none,
     "guided": _guided,
+    "boundary": _boundary,
     "seghead": _seghead,
     "hq-sam": _hq_sam,
 }

@@ -51,7 +51,7 @@ class GuidedRefiner:
         # A whole factor, so that tiles of both sizes line up and averaging takes its fast path.
         factor = math.ceil(max(height, width) / WORKING_SIDE)
         if factor == 1:
-            soft, _ = self._passes(_planes(image), mask.astype(np.float32))
+            soft, _ = self.passes(planes(image), mask.astype(np.float32))
             return (soft > 0.5).astype(np.uint8)
         below, right = -height % factor, -width % factor
         image = _padded(image, below, right)
@@ -60,20 +60,18 @@ class GuidedRefiner:
         coverage = cv2.resize(
             _padded(mask * np.uint8(255), below, right), small_size, interpolation=cv2.INTER_AREA
         )
-        soft, coefficients = self._passes(
-            _planes(small), coverage.astype(np.float32) * np.float32(1 / 255)
-        )
-        return _at_full_size(image, soft, coefficients, factor)[:height, :width]
+        soft, fitted = self.passes(planes(small), coverage.astype(np.float32) * np.float32(1 / 255))
+        return _at_full_size(image, soft, fitted, factor)[:height, :width]
 
-    def _passes(self, guide: _Planes, soft: np.ndarray) -> tuple[np.ndarray, _Planes]:
+    def passes(self, guide: _Planes, soft: np.ndarray) -> tuple[np.ndarray, _Planes]:
         """Soft mask after the last pass and that pass's coefficients, all float32 [h, w]."""
         size = math.sqrt(float(soft.sum()))  # side of the square of the object's area
-        coefficients: _Planes = ()
+        fitted: _Planes = ()
         for scale in PASS_SCALES:
             radius = max(1, round(self.radius * size * scale))
-            coefficients = _coefficients(guide, soft, radius, self.eps)
-            soft = _apply(guide, coefficients)
-        return soft, coefficients
+            fitted = coefficients(guide, soft, radius, self.eps)
+            soft = apply_coefficients(guide, fitted)
+        return soft, fitted
 
 
 def _padded(picture: np.ndarray, below: int, right: int) -> np.ndarray:
@@ -82,15 +80,15 @@ def _padded(picture: np.ndarray, below: int, right: int) -> np.ndarray:
     )
 
 
-def _planes(picture: np.ndarray) -> _Planes:
+def planes(picture: np.ndarray) -> _Planes:
     """Three float32 planes, 0..1, of a uint8 [h, w, 3] picture."""
     scaled = np.multiply(picture, np.float32(1 / 255), dtype=np.float32)
     return [np.ascontiguousarray(scaled[..., k]) for k in range(3)]
 
 
-def _apply(guide: _Planes, coefficients: _Planes) -> np.ndarray:
-    """``q = a . I + b`` (eq. 19)."""
-    a0, a1, a2, offset = coefficients
+def apply_coefficients(guide: _Planes, fitted: _Planes) -> np.ndarray:
+    """``q = a . I + b`` (eq. 19), float32 [h, w]; ``fitted``: what :func:`coefficients` gives."""
+    a0, a1, a2, offset = fitted
     soft = a0 * guide[0]
     soft += a1 * guide[1]
     soft += a2 * guide[2]
@@ -98,7 +96,7 @@ def _apply(guide: _Planes, coefficients: _Planes) -> np.ndarray:
     return soft
 
 
-def _coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _Planes:
+def coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _Planes:
     """Window means of ``a`` (three planes) and ``b`` (eq. 18 to 20), float32 [h, w]."""
     window = (2 * radius + 1, 2 * radius + 1)
 
@@ -129,18 +127,16 @@ def _coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> 
     return mean(ar), mean(ag), mean(ab), mean(mp - ar * mr - ag * mg - ab * mb)
 
 
-def _at_full_size(
-    image: np.ndarray, soft: np.ndarray, coefficients: _Planes, factor: int
-) -> np.ndarray:
+def _at_full_size(image: np.ndarray, soft: np.ndarray, fitted: _Planes, factor: int) -> np.ndarray:
     """The last pass at full size, where the outline follows real pixels.
 
-    ``image``: uint8 [h * factor, w * factor, 3]; ``soft`` and ``coefficients``: [h, w]. Only
+    ``image``: uint8 [h * factor, w * factor, 3]; ``soft`` and ``fitted``: [h, w]. Only
     tiles that the outline crosses are computed. Gives uint8 0/1 of the image's size.
     """
     height, width = soft.shape
     refined = np.empty(image.shape[:2], np.uint8)
     # One more pixel all round, for interpolation across the tile's rim.
-    stacked = cv2.copyMakeBorder(cv2.merge(coefficients), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    stacked = cv2.copyMakeBorder(cv2.merge(fitted), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
     for y0 in range(0, height, TILE):
         y1 = min(height, y0 + TILE)
         for x0 in range(0, width, TILE):
@@ -155,6 +151,6 @@ def _at_full_size(
             size = (part.shape[1] * factor, part.shape[0] * factor)
             part = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
             part = part[factor:-factor, factor:-factor]
-            fine = _apply(_planes(image[full]), [part[..., k] for k in range(4)])
+            fine = apply_coefficients(planes(image[full]), [part[..., k] for k in range(4)])
             np.greater(fine, 0.5, out=refined[full].view(np.bool_))
     return refined

@@ -1,0 +1,184 @@
+"""Move a mask's outline to where the object ends: a small network beside rules without weights.
+
+All of them see the grown box at a bounded working size. The network reads the picture, the coarse
+mask, the guided filter's result and how frequent each colour is in the mask; it answers for the
+picture and for its mirror image. The answers are averaged with the cues of ``cues.py``, which err
+elsewhere; one more guided pass takes the result to full size.
+``kestrel/models/boundary/README.md`` tells how the network was trained and how good it all is.
+
+Ideas: corrections by a network that sees any coarse mask (Cheng et al., "CascadePSP", CVPR 2020;
+Tang et al., "Look Closer to Segment Better: Boundary Patch Refinement", CVPR 2021), here on top of
+a known filter's result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kestrel.config import ConfigError
+from kestrel.seg_refiner.box import grown_box, mask_box
+from kestrel.seg_refiner.cues import Cues
+from kestrel.seg_refiner.guided import apply_coefficients, coefficients, planes
+
+MODEL = Path(__file__).parents[1] / "models" / "boundary" / "model.onnx"
+CHANNELS = 7
+"""Planes that the network reads: see :func:`network_planes`."""
+STEP = 16
+"""The network halves its maps four times: sides are multiples of this."""
+GROW = 0.25
+"""The box is grown by this fraction of its sides before it is cut out."""
+WORKING_SIDE = 192
+"""Longest side at which the network looks, pixels."""
+LARGEST_ENLARGEMENT = 2.0
+"""Small objects are enlarged by no more than this."""
+SHARE = 0.15
+"""Weight of the network beside the mean of the cues."""
+FINE_RADIUS = 3
+"""Radius of the last guided pass, working pixels."""
+FINE_EPS = 1e-4
+"""Regularisation of the last guided pass, squared intensity with channels in 0..1."""
+SURE = 0.1
+"""Where the working-size result is within this of 0 or 1 the full size is not looked at."""
+TILE = 64
+"""Side of the tiles that are sure or not, full-size pixels."""
+
+Network = Callable[[np.ndarray], np.ndarray]
+"""``planes float32 [n, CHANNELS, h, w] -> probability float32 [n, h, w]``; sides are multiples of
+``STEP``."""
+
+
+@functools.cache
+def load_network(model: Path = MODEL) -> Network:
+    """The network on one thread, shared by all that ask; calls may come from several threads.
+
+    Raises :class:`ConfigError` without ONNX Runtime.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            f'ONNX Runtime does not load ({error}): pip install "onnxruntime>=1.18"'
+        ) from error
+    options = onnxruntime.SessionOptions()
+    # One request, one core: requests side by side are what keeps the other cores busy.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Shapes vary: an arena would keep the largest of each and plan for none of them.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, {"planes": inputs})[0]
+
+
+class BoundaryRefiner:
+    """Callable ``(image uint8 [H, W, 3] RGB, mask uint8 [H, W] 0/1) -> mask uint8 [H, W] 0/1``.
+
+    Raises :class:`ConfigError` without ONNX Runtime.
+    """
+
+    def __init__(self, network: Network | None = None) -> None:
+        self.cues = Cues()
+        self.network = network or load_network()
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        refined = np.zeros_like(mask)
+        box = mask_box(mask)
+        if box is None:
+            return refined
+        height, width = mask.shape
+        x0, y0, x1, y1 = grown_box(box, width, height, GROW)
+        crop = np.ascontiguousarray(image[y0:y1, x0:x1])
+        small, coverage = _at_working_size(crop, mask[y0:y1, x0:x1])
+        soft = self._soft(small, coverage)
+        refined[y0:y1, x0:x1] = _at_full_size(crop, small, soft)
+        return refined
+
+    def _soft(self, small: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+        """Share of the object, float32 [h, w] in 0..1, at working size."""
+        cues = self.cues(small, coverage)
+        inputs = network_planes(small, coverage, cues)
+        as_is, mirrored = self.network(np.stack((inputs, inputs[..., ::-1])))
+        learned = (as_is + mirrored[:, ::-1]) * np.float32(0.5)
+        return cues["mean"] + np.float32(SHARE) * (learned - cues["mean"])
+
+
+def _at_working_size(crop: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Crop uint8 [h, w, 3] and coverage float32 [h, w], h and w multiples of ``STEP``."""
+    height, width = mask.shape
+    scale = min(WORKING_SIDE / max(height, width), LARGEST_ENLARGEMENT)
+    h, w = (max(STEP, round(side * scale / STEP) * STEP) for side in (height, width))
+    kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    small = cv2.resize(crop, (w, h), interpolation=kind)
+    kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    coverage = cv2.resize(mask * np.uint8(255), (w, h), interpolation=kind)
+    return small, coverage.astype(np.float32) * np.float32(1 / 255)
+
+
+def network_planes(
+    image: np.ndarray, coverage: np.ndarray, cues: dict[str, np.ndarray]
+) -> np.ndarray:
+    """What the network reads, float32 [CHANNELS, h, w], all but the colours in -1..1.
+
+    ``image``: uint8 [h, w, 3]; ``coverage``: float32 [h, w] in 0..1 of the coarse mask; ``cues``:
+    what :meth:`Cues.first` gives for them. The planes: three colours with the picture's mean and
+    spread taken out, coverage, distance to the coarse outline, the guided filter's result, and
+    how frequent a colour is inside the coarse mask.
+    """
+    planes_read = np.empty((CHANNELS, *coverage.shape), np.float32)
+    colours = planes_read[:3]
+    colours[:] = planes(image)
+    colours -= colours.mean(axis=(1, 2), keepdims=True)
+    colours *= 1 / (colours.std() + 0.02)
+    planes_read[3] = 2 * coverage - 1
+    planes_read[4] = cues["distance"]
+    planes_read[5] = 2 * cues["guided"] - 1
+    planes_read[6] = 2 * cues["coarse_colour"] - 1
+    return planes_read
+
+
+def _at_full_size(crop: np.ndarray, small: np.ndarray, soft: np.ndarray) -> np.ndarray:
+    """Mask uint8 [H, W] 0/1 of the crop uint8 [H, W, 3] from ``soft`` [h, w] on ``small``.
+
+    A guided filter fitted at working size follows the crop's own pixels; only tiles that the
+    outline crosses are computed.
+    """
+    height, width = crop.shape[:2]
+    h, w = soft.shape
+    if height <= h and width <= w:
+        fine = cv2.resize(soft, (width, height), interpolation=cv2.INTER_AREA)
+        return (fine > 0.5).astype(np.uint8)
+    fitted = cv2.merge(coefficients(planes(small), soft, FINE_RADIUS, FINE_EPS))
+    refined = np.empty((height, width), np.uint8)
+    down, right = h / height, w / width
+    for y0 in range(0, height, TILE):
+        y1 = min(height, y0 + TILE)
+        rows = slice(max(0, int(y0 * down) - 1), int(y1 * down) + 2)
+        for x0 in range(0, width, TILE):
+            x1 = min(width, x0 + TILE)
+            full = np.s_[y0:y1, x0:x1]
+            columns = slice(max(0, int(x0 * right) - 1), int(x1 * right) + 2)
+            low, high, _, _ = cv2.minMaxLoc(soft[rows, columns])
+            if high < SURE or low > 1 - SURE:
+                refined[full] = low > 0.5
+                continue
+            # From pixel centres of the tile to those of the working size.
+            to_small = np.array(
+                [
+                    [right, 0, (x0 + 0.5) * right - 0.5],
+                    [0, down, (y0 + 0.5) * down - 0.5],
+                ]
+            )
+            part = cv2.warpAffine(
+                fitted,
+                to_small,
+                (x1 - x0, y1 - y0),
+                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+            fine = apply_coefficients(planes(crop[full]), [part[..., k] for k in range(4)])
+            np.greater(fine, 0.5, out=refined[full].view(np.bool_))
+    return refined
