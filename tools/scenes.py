@@ -185,7 +185,7 @@ class SceneGenerator:
         if rng.random() < 0.3:
             favourite = self.styles[rng.integers(len(self.styles))]
         placements: list[Placement] = []
-        limits = [(0.3, 0.92), (0.22, 0.75), (0.18, 0.62), (0.17, 0.55), (0.16, 0.5)]
+        limits = [(0.34, 0.92), (0.28, 0.75), (0.25, 0.62), (0.23, 0.55), (0.22, 0.5)]
         low, high = limits[min(count, len(limits)) - 1]
         for noun in nouns:
             by_style = self.sprites[noun]

@@ -3,12 +3,12 @@
     python tools/train_nano.py --minutes 95 --run runs/nano
 
 Three phases share the time budget: the vision tower alone, on what each patch shows; then boxes;
-then boxes and paths. Weights and matmuls are float32: on CPUs without AMX bfloat16 is slower. The
-learning rate follows the share of the budget that is spent, so that the schedule ends on time on
-any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and
+then boxes and paths. Weights are float32, matrix products bfloat16 (``--float32`` turns that off,
+for CPUs without AVX512-BF16 or AMX). The learning rate follows the share of the budget that is
+spent, so that the schedule ends on time on any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and
 evaluations, ``RUN/curves.png`` their plot, ``--ship`` the checkpoint of the best evaluation
 (averaged weights). ``--warm FOLDER`` goes on from a shipped checkpoint with a schedule of its own,
-for instance after ``nouns.CORE`` has grown.
+for instance after ``nouns.CORE`` has grown; ``--first-phase`` leaves out what it knows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import nano_training
 import numpy as np
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
@@ -62,7 +63,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--ship", type=Path, default=None, help="folder of the best checkpoint")
-    parser.add_argument("--warm", type=Path, help="checkpoint folder to go on from: paths only")
+    parser.add_argument("--warm", type=Path, help="checkpoint folder to go on from")
+    parser.add_argument("--first-phase", choices=[p.name for p in PHASES], default="vision")
     parser.add_argument("--store", type=Path, default=Path("runs/scenes"), help="drawn scenes")
     parser.add_argument("--store-scenes", type=int, default=120_000)
     parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
@@ -71,6 +73,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=float, default=6.0, help="minutes")
     parser.add_argument("--eval-scenes", type=int, default=120)
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 matrix products")
+    parser.add_argument("--compile", action="store_true", help="faster steps; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -117,9 +121,11 @@ class Run:
 
     @property
     def phase(self) -> Phase:
-        if self.args.warm is not None:
-            return PHASES[-1]
-        return next(phase for phase in PHASES if self.progress < phase.until or phase is PHASES[-1])
+        names = [phase.name for phase in PHASES]
+        first = names.index(self.args.first_phase)
+        skipped = PHASES[first - 1].until if first else 0.0
+        place = skipped + self.progress * (1 - skipped)
+        return next(phase for phase in PHASES if place < phase.until or phase is PHASES[-1])
 
     def batches(self, phase: Phase):
         """Endless batches of a phase; a resumed run draws other ones."""
@@ -163,7 +169,9 @@ class Run:
     def train_step(self, batch: Batch) -> dict[str, float]:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.progress, self.args.peak)
-        loss, parts = (self.losses if batch.tokens.numel() else self.losses.vision_only)(batch)
+        asked = batch.tokens.numel() > 0
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.float32):
+            loss, parts = (self.losses if asked else self.losses.vision_only)(batch)
         loss.backward()
         parts["norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         self.optimiser.step()
@@ -218,6 +226,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.run.mkdir(parents=True, exist_ok=True)
     run = Run(args)
+    if args.compile:
+        nano_training.decoder_pass = torch.compile(nano_training.decoder_pass, dynamic=False)
+        run.losses.encode_image = torch.compile(run.losses.encode_image, dynamic=False)
     log = args.run / "log.csv"
     if not log.exists():
         log.write_text(",".join(FIELDS) + "\n")
