@@ -375,6 +375,9 @@ class Missing:
         if name.split(".")[0] in {missing!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
+# torch only looks whether there is one: no spec is the answer, not an error.
+if "onnxruntime" in {missing!r}:
+    sys.modules["onnxruntime"] = None
 """
 
 MODEL = """
