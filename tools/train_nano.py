@@ -5,10 +5,11 @@
 Three phases share the time budget: the vision tower alone, on what each patch shows; then boxes;
 then boxes and paths. Weights are float32, matrix products bfloat16 (``--float32`` turns that off,
 for CPUs without AVX512-BF16 or AMX). The learning rate follows the share of the budget that is
-spent, so that the schedule ends on time on any machine. Interrupted runs resume from ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and
-evaluations, ``RUN/curves.png`` their plot, ``--ship`` the checkpoint of the best evaluation
-(averaged weights). ``--warm FOLDER`` goes on from a shipped checkpoint with a schedule of its own,
-for instance after ``nouns.CORE`` has grown; ``--first-phase`` leaves out what it knows.
+spent, so that the schedule ends on time on any machine. Interrupted runs resume from
+``RUN/state.pt``; ``RUN/log.csv`` holds the losses and evaluations, ``RUN/curves.png`` their plot,
+``--ship`` the checkpoint of the best evaluation (averaged weights). ``--warm FOLDER`` goes on from
+a shipped checkpoint with a schedule of its own, for instance after ``nouns.CORE`` has grown;
+``--first-phase`` leaves out what it knows.
 """
 
 from __future__ import annotations
