@@ -26,26 +26,38 @@ class Row:
     settings: SegmentSettings
     draws: random.Random
     """The request's own source of chance: its outcome does not depend on its neighbours."""
-    image: Tensor | None = field(default=None, kw_only=True)
-    """Embeddings [patches, dim]."""
     slot: int = field(default=-1, kw_only=True)
+    """Its place in ``Batch.rows`` and in the cache; -1: none."""
     position: int = field(default=0, kw_only=True)
     """Where the next token goes."""
-    token: Token = field(default=0, kw_only=True)
-    """The last sampled token, not yet fed."""
+    fed: int = field(default=0, kw_only=True)
+    """Tokens of the prompt's text that the cache holds."""
+    token: Token | None = field(default=None, kw_only=True)
+    """The last sampled token, not yet fed; None while the prompt is not fed whole."""
+
+    @property
+    def unfed(self) -> int:
+        """Positions of the prompt's text that are left."""
+        return len(self.prompt.tokens) - self.fed
 
 
 class Batch:
-    """The running rows and their KV slots. Used by one thread, under ``torch.inference_mode``."""
+    """The running rows and their KV slots. Used by one thread, under ``torch.inference_mode``.
+
+    Row i holds slot i: a row that leaves gives its place to the last one, whose keys and values
+    move there, so that a decode step reads the cache as it lies and gathers nothing.
+    """
 
     def __init__(self, model: Moondream, slots: int) -> None:
         self.model = model
         self.rows: list[Row] = []
-        self._cache = model.new_cache(slots)
-        self._free = list(range(slots))
+        self._text = model.cached
+        self.cache = self._text.new_cache(slots)
         config, device = model.config, model.device
         self._device = device
         self._bos = model.embed_tokens(torch.tensor([config.prompt.bos_id], device=device))
+        # What a request without an image begins with: BOS alone.
+        self._bare = self._text.prefix(self._bos)
         self._region_ids = [config.prompt.coord_id, config.prompt.size_id]
         self._first_ids = [config.prompt.coord_id, config.prompt.eos_id]
         self._coord_id = config.prompt.coord_id
@@ -59,65 +71,100 @@ class Batch:
     @property
     def free(self) -> int:
         """Slots that no row holds."""
-        return len(self._free)
+        return self.cache.slots - len(self.rows)
 
-    def encode(self, crops: np.ndarray, tiling: tuple[int, int]) -> Tensor:
-        """Crops uint8 [N, S, S, 3] of one image and their grid -> embeddings [patches, dim]."""
+    def features(self, crops: np.ndarray) -> Tensor:
+        """Crops uint8 [N, S, S, 3] -> features [N, patches, enc_dim]."""
         tensor = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self._device)
-        return self.model.vision.embed(tensor, tiling)
+        return self.model.vision.features(tensor)
+
+    def prefix(self, features: Tensor, tiling: tuple[int, int]) -> Tensor:
+        """Features of all crops of an image -> keys and values of BOS and image, as
+        ``CachedText.prefix`` gives them."""
+        image = self.model.vision.join(features, tiling)
+        return self._text.prefix(torch.cat([self._bos, image]))
+
+    def join(self, row: Row, prefix: Tensor | None) -> None:
+        """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot."""
+        prefix = self._bare if prefix is None else prefix
+        row.slot = len(self.rows)
+        self.cache.put(row.slot, prefix)
+        row.position, row.fed, row.token = prefix.shape[1], 0, None
+        self.rows.append(row)
 
     def release(self, row: Row) -> None:
-        """Take a row out and give its slot to others."""
-        self.rows.remove(row)
-        self._free.append(row.slot)
+        """Take a row out; the last row moves to its slot."""
+        last = self.rows.pop()
+        if last is not row:
+            self.cache.move(last.slot, row.slot, last.position)
+            self.rows[row.slot] = last
+            last.slot = row.slot
+        row.slot = -1
 
     def reset(self) -> None:
         """After a failed step: no rows, all slots free, nothing left of it in the cache."""
+        for row in self.rows:
+            row.slot = -1
         self.rows = []
-        self._free = list(range(self._cache.slots))
-        self._cache.k.zero_()
-        self._cache.v.zero_()
+        self.cache.kv.zero_()
 
-    def step(self, joining: Sequence[Row]) -> None:
-        """Feed every running row's last token, prefill those that join, sample once for all.
+    def step(self, chunks: Sequence[tuple[Row, int]] = ()) -> list[Row]:
+        """Feed the last token of every row that has one and, for each of ``chunks``, so many
+        tokens of a row's prompt; sample once for all that have nothing left to feed.
 
-        Afterwards each row's ``token`` is what it sampled. ``joining`` holds at most ``free`` rows.
+        Gives the rows that have a new ``token``.
         """
-        hidden = [self._decode(self.rows)] if self.rows else []
-        pictured = [row for row in joining if row.image is not None]
-        for group in (pictured, [row for row in joining if row.image is None]):
-            if group:
-                for row in group:
-                    row.slot = self._free.pop()
-                self.rows += group
-                hidden.append(self._prefill(group))
-        self._sample(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        decoding = [row for row in self.rows if row.token is not None]
+        parts = [self._decode(decoding)] if decoding else []
+        if chunks:
+            parts.append(self._feed(chunks))
+        sampled = decoding + [row for row, _ in chunks if not row.unfed]
+        if sampled:
+            self._sample(sampled, parts[0] if len(parts) == 1 else torch.cat(parts))
+        return sampled
 
     def _decode(self, rows: list[Row]) -> Tensor:
-        where = torch.tensor(
-            [[row.position for row in rows], [row.slot for row in rows]], device=self._device
+        """Feed every row's token; hidden states [rows, dim]."""
+        # Up to the last of them the slots are taken as they lie. What is written for a row whose
+        # prompt is not fed whole lies where its next token goes, which overwrites it.
+        stop = 1 + max(row.slot for row in rows)
+        filled = [row.position for row in self.rows[:stop]]
+        tokens: list[Token] = [0 if row.token is None else row.token for row in self.rows[:stop]]
+        hidden = self._text.decode(
+            self._embed(tokens),
+            torch.tensor(filled, device=self._device),
+            self.cache,
+            None,
+            1 + max(filled),
+            level=min(filled) == max(filled),
         )
-        span = max(row.position for row in rows) + 1
-        embeds = self._embed([row.token for row in rows])
         for row in rows:
             row.position += 1
-        return self.model.decode(embeds, where[0], self._cache, where[1], span)
+        return hidden if len(rows) == stop else hidden[[row.slot for row in rows]]
 
-    def _prefill(self, rows: list[Row]) -> Tensor:
-        tokens = self._embed([token for row in rows for token in row.prompt.tokens])
-        texts = tokens.split([len(row.prompt.tokens) for row in rows])
-        prompts = [
-            torch.cat([self._bos, text] if row.image is None else [self._bos, row.image, text])
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        embeds = prompts[0][None] if len(rows) == 1 else pad_sequence(prompts, batch_first=True)
-        for row in rows:
-            row.position = row.prompt.length
-        where = torch.tensor(
-            [[row.position for row in rows], [row.slot for row in rows]], device=self._device
+    def _feed(self, chunks: Sequence[tuple[Row, int]]) -> Tensor:
+        """Feed parts of prompts; hidden states of those that are then whole."""
+        tokens: list[Token] = []
+        for row, count in chunks:
+            tokens += row.prompt.tokens[row.fed : row.fed + count]
+        counts = [count for _, count in chunks]
+        embeds = self._embed(tokens)
+        padded = (
+            embeds[None]
+            if len(chunks) == 1
+            else pad_sequence(embeds.split(counts), batch_first=True)
         )
-        prefix = 0 if rows[0].image is None else 1 + len(rows[0].image)
-        return self.model.prefill(embeds, where[0], prefix, self._cache, where[1])
+        where = torch.tensor(
+            [[row.position for row, _ in chunks], [row.slot for row, _ in chunks]],
+            device=self._device,
+        )
+        for row, count in chunks:
+            row.position += count
+            row.fed += count
+        span = max(row.position for row, _ in chunks)
+        hidden = self._text.extend(padded, where[0], self.cache, where[1], span)
+        whole = [n for n, (row, _) in enumerate(chunks) if not row.unfed]
+        return hidden[whole, [counts[n] - 1 for n in whole]]
 
     def _embed(self, tokens: list[Token]) -> Tensor:
         """Embeddings [n, dim]; region tokens by their encoders."""
@@ -134,20 +181,22 @@ class Batch:
     def _floats(self, values: Sequence[float | Size]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _sample(self, hidden: Tensor) -> None:
+    def _sample(self, rows: list[Row], hidden: Tensor) -> None:
         """Set every row's ``token`` from ``hidden`` [rows, dim], with one transfer to the host."""
-        rows = self.rows
         texts = [i for i, r in enumerate(rows) if r.decode.phase in (Phase.TEXT, Phase.FIRST)]
         coords = [i for i, r in enumerate(rows) if r.decode.phase in (Phase.FIRST, Phase.CENTRE_Y)]
         sizes = [i for i, r in enumerate(rows) if r.decode.phase is Phase.SIZE]
         parts = []
         if texts:
-            parts.append(self._choose(self._token_logits(hidden, texts), texts))
+            parts.append(
+                self._choose(self._token_logits(rows, hidden, texts), [rows[i] for i in texts])
+            )
         if coords:
-            parts.append(self._choose(self.model.coord_logits(self._pick(hidden, coords)), coords))
+            logits = self.model.coord_logits(self._pick(hidden, coords))
+            parts.append(self._choose(logits, [rows[i] for i in coords]))
         if sizes:
             logits = self.model.size_logits(self._pick(hidden, sizes)).flatten(0, 1)
-            parts.append(self._choose(logits, [i for i in sizes for _ in range(2)]))
+            parts.append(self._choose(logits, [rows[i] for i in sizes for _ in range(2)]))
         chosen = iter((parts[0] if len(parts) == 1 else torch.cat(parts)).tolist())
         for i in texts:
             rows[i].token = next(chosen)
@@ -161,10 +210,10 @@ class Batch:
     def _pick(self, hidden: Tensor, which: list[int]) -> Tensor:
         return hidden if len(which) == len(hidden) else hidden[which]
 
-    def _token_logits(self, hidden: Tensor, which: list[int]) -> Tensor:
+    def _token_logits(self, rows: list[Row], hidden: Tensor, which: list[int]) -> Tensor:
         """Token logits [rows, vocab] with -inf where the grammar allows no token."""
         logits = self.model.logits(self._pick(hidden, which))
-        first = [n for n, i in enumerate(which) if self.rows[i].decode.phase is Phase.FIRST]
+        first = [n for n, i in enumerate(which) if rows[i].decode.phase is Phase.FIRST]
         opening = logits[first][:, self._first_ids] if first else None
         logits[:, self._region_ids] = -torch.inf
         if opening is not None:
@@ -173,9 +222,8 @@ class Batch:
                 logits[first, token_id] = opening[:, column]
         return logits
 
-    def _choose(self, logits: Tensor, which: list[int]) -> Tensor:
-        """``sample`` with the settings of rows ``which``."""
-        rows = [self.rows[i] for i in which]
+    def _choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        """``sample`` with the settings of ``rows``, one for each line of ``logits``."""
         temperatures = [row.settings.temperature for row in rows]
         if all(map(is_greedy, temperatures)):
             return logits.argmax(dim=-1)

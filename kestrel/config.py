@@ -263,6 +263,12 @@ class RuntimeConfig:
     max_context: int = 4096
     """Positions that prompt and answer of a request share, at most the model's own. Every KV slot
     holds this many: 0.8 GB of bfloat16 for Moondream 3 at 4096, 6.4 GB at its own 32768."""
+    prefill_tokens: int = 512
+    """Most positions that one engine step prefills, patches of crops counted, beside one token for
+    every running request: bounds how long those stall. A single crop or image may exceed it."""
+    image_cache_bytes: int = 256 * 2**20
+    """Keys and values of encoded images kept for further questions about them, bytes: 0.5 MB each
+    for the shipped model, 144 MB for Moondream 3 in bfloat16. 0 keeps none."""
     max_queue: int = 256
     """Requests that may wait for a slot; more are refused with 503 and Retry-After."""
     max_queue_bytes: int = 256 * 2**20
@@ -304,6 +310,7 @@ class RuntimeConfig:
         for key in (
             "max_batch_size",
             "max_context",
+            "prefill_tokens",
             "max_queue",
             "max_queue_bytes",
             "max_held_requests",
@@ -312,6 +319,12 @@ class RuntimeConfig:
         ):
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, "must be a positive integer", value)
+        _check(
+            _is_int(self.image_cache_bytes) and self.image_cache_bytes >= 0,
+            "image_cache_bytes",
+            "must be an integer of at least 0",
+            self.image_cache_bytes,
+        )
         _check(
             _positive(self.request_timeout_s),
             "request_timeout_s",

@@ -354,9 +354,9 @@ class InferenceEngine:
     async def _refine(self, job: Job, model: ModelResult) -> Refinement:
         try:
             left = job.deadline - time.monotonic()
-            return await self.refine(job.request, model, picture=job.picture, timeout_s=left)
+            return await self.refine(job.request, model, picture=job.pixels, timeout_s=left)
         finally:
-            job.picture = None
+            job.pixels = None
 
     def _result(self, job: Job, model: ModelResult, refined: Refinement) -> EngineResult:
         segment = segment_output(model, refined, return_base64=job.request.return_base64)

@@ -1,26 +1,23 @@
 """Continuous batching: requests join and leave the running batch between decode steps.
 
-One thread owns the model. Requests wait in order of arrival, their images are decoded and cropped
-in worker threads; at every step those that are ready join as slots allow, at most one new image
-being encoded, so that running requests never wait for more than one.
+One thread owns the model. Requests wait in order of arrival while worker threads decode and crop
+their images. Every turn feeds the running rows one token each and spends at most
+``RuntimeConfig.prefill_tokens`` on those that join: crops, image prefixes, parts of prompts. So a
+running request never waits for more than that.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kestrel.api import (
     DeadlineExceeded,
@@ -34,35 +31,18 @@ from kestrel.api import (
 )
 from kestrel.batch import Batch, Row
 from kestrel.config import RuntimeConfig
-from kestrel.image import decode as decode_image
-from kestrel.moondream.crops import overlap_crops
 from kestrel.moondream.model import Moondream
+from kestrel.pictures import Picture, Pictures
 from kestrel.skills.segment import Phase
 
 log = logging.getLogger(__name__)
 
-PREFILL_ROWS = 4
-"""Requests that may join in one step: bounds how long the running ones wait for a prefill."""
-CROP_THREADS = 2
-"""Images that are decoded and cropped at once."""
 AHEAD = 8
 """Waiting requests whose images may be held decoded: bounds memory, not the queue."""
-KEEP_PIXELS = 8_000_000
-"""Larger pictures are not held for the refiner, which then decodes them again."""
-REMEMBERED_IMAGES = 32
-"""Image embeddings kept by content, for further nouns about the same image."""
 
 
 class EngineError(RuntimeError):
     """The engine failed, not the request; ``__cause__`` says how."""
-
-
-class Stage(Enum):
-    """How far the image of a waiting request is."""
-
-    NEW = 0
-    PREPARING = 1
-    READY = 2
 
 
 @dataclass(eq=False)
@@ -77,16 +57,27 @@ class Job(Row):
     events: bool = True
     """Whether anybody wants the events before the last."""
     arrived: float = field(default_factory=time.monotonic)
-    stage: Stage = Stage.NEW
+    preparing: bool = False
+    """Whether its image was given to the worker threads."""
+    picture: Picture | None = None
+    """Until it has a slot, which then holds what is needed of it."""
+    pixels: np.ndarray | None = None
+    """The decoded image, uint8 [H, W, 3], held for the refiner; None: to be decoded again."""
     cancelled: bool = False
     error: BaseException | None = None
-    key: bytes = b""
-    """Digest of the image."""
-    crops: tuple[np.ndarray, tuple[int, int]] | None = None
-    picture: np.ndarray | None = None
-    """The decoded image, held for the refiner; None: to be decoded again."""
     admitted: float = 0.0
     metrics: ModelMetrics = field(default_factory=ModelMetrics)
+
+    @property
+    def image(self) -> bytes | np.ndarray | None:
+        return self.request.image
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model could take it."""
+        if self.request.image is None:
+            return True
+        return self.picture is not None and self.picture.prepared
 
 
 Delivery = tuple[Job, "ModelEvent | BaseException"]
@@ -106,19 +97,19 @@ class Scheduler:
         deliver: Callable[[list[Delivery]], None],
     ) -> None:
         self._config = config
-        self._vision = model.config.vision
         self._deliver = deliver
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
+        self._entering: list[Job] = []
+        """Admitted, in order: their prompts are not fed whole. Each has a slot, or will have."""
         self._closing = False
         self._outbox: list[Delivery] = []
-        self._embeddings: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._croppers = ThreadPoolExecutor(CROP_THREADS, thread_name_prefix="crop")
+        self._pictures = Pictures(model.config.vision, config, self._wake)
+        self._patches = model.config.vision.n_patches
         self._seconds = 1.0
         self.counts: Counter[str] = Counter()
         self.last_success = 0.0
         """When a request last completed without an engine failure after it, monotonic seconds."""
-        self._keep_picture = config.refiner is not None
         with torch.inference_mode():
             self._batch = Batch(model, config.max_batch_size)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -167,65 +158,40 @@ class Scheduler:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._croppers.shutdown(wait=False, cancel_futures=True)
+        self._pictures.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
         """Waiting and running requests, slots, the mean ``seconds`` of a request in its slot,
-        ``left_s``: how long the running ones are still expected to take on average; and counts of
-        outcomes, steps and tokens."""
+        ``left_s``: how long the running ones are still expected to take on average; bytes that are
+        held for requests and for images; and counts of outcomes, steps, tokens and encoded
+        images."""
         with self._wake:
             now = time.monotonic()
-            left = [max(0.0, self._seconds - (now - job.admitted)) for job in self._jobs()]
+            rows, admitted = self._batch.rows, self._admitted()
+            left = [max(0.0, self._seconds - (now - job.admitted)) for job in admitted]
             return {
                 "waiting": len(self._waiting),
-                "running": len(self._batch.rows),
+                "running": len(admitted),
                 "slots": self._config.max_batch_size,
                 "seconds": self._seconds,
                 "left_s": sum(left) / len(left) if left else self._seconds,
+                "kv_bytes": sum(row.position for row in rows) * self._batch.cache.position_bytes,
+                "image_cache_bytes": self._pictures.kept_bytes,
                 **self.counts,
             }
 
-    # Image preparation: started under the lock, run in worker threads.
-
     def _prepare_ahead(self) -> None:
-        room = AHEAD - sum(job.stage is not Stage.NEW for job in self._waiting)
+        """Have the images of the first that wait prepared."""
+        room = AHEAD - sum(job.preparing for job in self._waiting)
         for job in self._waiting:
-            if job.stage is Stage.NEW:
-                if job.request.image is None:
-                    job.stage = Stage.READY
-                    continue
-                if room <= 0 or self._closing:
-                    return
+            if room <= 0 or self._closing:
+                return
+            if job.image is not None and not job.preparing:
                 room -= 1
-                job.stage = Stage.PREPARING
-                self._croppers.submit(self._prepare, job)
-
-    def _prepare(self, job: Job) -> None:
-        try:
-            image = job.request.image
-            assert image is not None
-            if not job.cancelled:
-                job.key = digest(image)
-                with self._wake:
-                    job.image = self._remembered(job.key)
-                if job.image is None:
-                    picture = decode_image(image, self._config.limits)
-                    job.crops = overlap_crops(picture, self._vision)
-                    if self._keep_picture and picture.shape[0] * picture.shape[1] <= KEEP_PIXELS:
-                        job.picture = picture
-        except BaseException as error:  # a worker thread has nobody else to tell
-            job.error = error
-        with self._wake:
-            job.stage = Stage.READY
-            self._wake.notify()
-
-    def _remembered(self, key: bytes) -> Tensor | None:
-        if key in self._embeddings:
-            self._embeddings.move_to_end(key)
-            return self._embeddings[key]
-        return None
+                job.preparing = True
+                self._pictures.prepare(job)
 
     # The engine thread.
 
@@ -242,16 +208,19 @@ class Scheduler:
             reason = error
         with self._wake:
             self._closing = True
-            left = [*self._waiting, *self._jobs()]
+            left = [*self._waiting, *self._admitted()]
             self._waiting.clear()
+            self._entering = []
             self._batch.rows = []
         for job in left:
             failure = Overloaded("the engine is shutting down")
             self._fail(job, failure if reason is None else engine_error(reason))
         self._flush()
 
-    def _jobs(self) -> list[Job]:
-        return [row for row in self._batch.rows if isinstance(row, Job)]
+    def _admitted(self) -> list[Job]:
+        """Jobs that hold a slot or will."""
+        rows = [row for row in self._batch.rows if isinstance(row, Job)]
+        return rows + [job for job in self._entering if job.slot < 0]
 
     def _turn(self) -> bool:
         """One step, or a wait for something to do; False when closing."""
@@ -260,102 +229,139 @@ class Scheduler:
                 return False
             now = time.monotonic()
             self._sweep(now)
-            joining = self._take(now)
+            self._admit(now)
             self._prepare_ahead()
-            if not (joining or self._batch.rows or self._outbox):
+            if not (self._entering or self._batch.rows or self._outbox):
                 soonest = min((job.deadline for job in self._waiting), default=None)
                 self._wake.wait(None if soonest is None else max(0.0, soonest - now))
                 return True
-        self._step([job for job in joining if self._encoded(job)])
+        self._step()
         self._flush()
         return True
 
     def _sweep(self, now: float) -> None:
-        """Drop cancelled, late and broken jobs; running ones give their slots back."""
-        for job in [*self._waiting, *self._jobs()]:
+        """Drop cancelled, late and broken jobs; admitted ones give their slots back."""
+        for job in [*self._waiting, *self._admitted()]:
+            error = job.error or (job.picture.error if job.picture is not None else None)
             if job.cancelled:
                 self.counts["cancelled"] += 1
             elif job.deadline <= now:
                 self._fail(job, DeadlineExceeded())
-            elif job.error is not None:
-                self._fail(job, job.error)
+            elif error is not None:
+                cause = error.__cause__ if isinstance(error, EngineError) else None
+                self._fail(job, error if cause is None else engine_error(cause))
             else:
                 continue
-            if job.slot >= 0:
-                self._batch.release(job)
+            if job.admitted:
+                self._drop(job)
             else:
                 self._waiting.remove(job)
 
-    def _take(self, now: float) -> list[Job]:
-        """Waiting jobs that join this step, in order, at most one image among them to encode."""
-        taken: list[Job] = []
-        new_image: bytes | None = None
-        for job in self._waiting:
-            if len(taken) == min(PREFILL_ROWS, self._batch.free):
+    def _drop(self, job: Job) -> None:
+        if job in self._entering:
+            self._entering.remove(job)
+        if job.slot >= 0:
+            self._batch.release(job)
+
+    def _admit(self, now: float) -> None:
+        """Promise the free slots to those that wait, in order; an image that is not decoded yet
+        keeps nobody else waiting."""
+        free = self._config.max_batch_size - len(self._admitted())
+        for job in list(self._waiting):
+            if free == 0:
                 break
-            if job.stage is not Stage.READY:
-                continue
-            if job.request.image is not None and job.image is None:
-                job.image = self._remembered(job.key)
-                if job.image is None:
-                    if new_image not in (None, job.key):
-                        continue
-                    new_image = job.key
-            job.admitted = now
-            taken.append(job)
-        for job in taken:
-            self._waiting.remove(job)
-        return taken
+            if job.ready:
+                free -= 1
+                job.admitted = now
+                self._waiting.remove(job)
+                self._entering.append(job)
 
-    def _encoded(self, job: Job) -> bool:
-        """Give the job its image's embeddings; a failure is the job's own."""
-        if job.request.image is None or job.image is not None:
-            return True
-        job.image = self._embeddings.get(job.key)
-        if job.image is None:
-            assert job.crops is not None
-            try:
-                job.image = self._batch.encode(*job.crops)
-            except Exception as error:
-                log.exception("request %s: its image could not be encoded", job.request_id)
-                self._fail(job, engine_error(error))
-                return False
-            with self._wake:
-                self._embeddings[job.key] = job.image
-                if len(self._embeddings) > REMEMBERED_IMAGES:
-                    self._embeddings.popitem(last=False)
-        job.crops = None
-        return True
+    def _chunks(self) -> list[tuple[Job, int]]:
+        """Encode, and give slots, within the budget; what is then to be fed of whose prompt."""
+        left = self._config.prefill_tokens
+        chunks = []
+        for job in list(self._entering):
+            if job.slot < 0:
+                picture = job.picture
+                if picture is not None and picture.prefix is None:
+                    left -= self._encode(picture, left)
+                    if picture.error is not None:
+                        continue  # the sweep drops all who ask about it
+                    if picture.prefix is None:
+                        break  # those behind it are not to overtake it
+                self._batch.join(job, None if picture is None else picture.prefix)
+                if picture is not None:
+                    job.pixels, job.picture = picture.pixels, None
+            if left <= 0:
+                break
+            chunks.append((job, min(left, job.unfed)))
+            left -= chunks[-1][1]
+        return chunks
 
-    def _step(self, joining: list[Job]) -> None:
-        if not (joining or self._batch.rows):
-            return
+    def _encode(self, picture: Picture, left: int) -> int:
+        """Go on with a picture's crops and its prefix while they fit into ``left`` positions, a
+        whole budget being enough for any one of them; gives the positions that it took."""
+        whole = left == self._config.prefill_tokens
+        spent = 0
         try:
-            self._batch.step(joining)
+            assert picture.crops is not None
+            done = sum(map(len, picture.features))
+            count = min(len(picture.crops) - done, max(left // self._patches, int(whole)))
+            if count:
+                picture.features.append(self._batch.features(picture.crops[done : done + count]))
+                spent = count * self._patches
+            encoded = done + count == len(picture.crops)
+            if encoded and (spent + 1 + self._patches <= left or (whole and not spent)):
+                picture.prefix = self._batch.prefix(torch.cat(picture.features), picture.tiling)
+                picture.crops, picture.features = None, []
+                spent += 1 + self._patches
+                self.counts["images"] += 1
+                self._pictures.keep(picture)
         except Exception as error:
-            self._failed_step(joining, error)
+            log.exception("an image could not be encoded; its requests fail")
+            picture.error = engine_error(error)
+        return spent
+
+    def _step(self) -> None:
+        try:
+            sampled = cast(list[Job], self._batch.step(self._chunks()))
+        except Exception as error:
+            self._failed_step(error)
+            return
+        if not sampled:
             return
         now = time.monotonic()
-        for job in joining:
+        self.counts["steps"] += 1
+        self.counts["tokens"] += len(sampled)
+        entered = [job for job in self._entering if job.token is not None]
+        for job in entered:
+            self._entering.remove(job)
             job.metrics.prefill_time_ms = (now - job.admitted) * 1e3
             job.metrics.ttft_ms = (now - job.arrived) * 1e3
-        self.counts["steps"] += 1
-        self.counts["tokens"] += len(self._batch.rows)
-        for job in self._jobs():
-            event = job.decode.push(job.token)
+        for job in sampled:
+            try:
+                assert job.token is not None
+                event = job.decode.push(job.token)
+            except Exception as error:
+                log.exception("request %s: its tokens could not be read", job.request_id)
+                self._batch.release(job)
+                self._fail(job, engine_error(error))
+                continue
             if event is not None and job.events:
                 self._outbox.append((job, event))
             if job.decode.phase is Phase.DONE:
                 self._finish(job, now)
 
-    def _failed_step(self, joining: list[Job], error: Exception) -> None:
-        """Fail all in flight with the cause, and begin afresh with those that wait."""
-        log.exception("an engine step failed; its %d requests fail", len(self._batch.rows))
+    def _failed_step(self, error: Exception) -> None:
+        """Fail all that is admitted with the cause, and begin afresh with those that wait."""
+        admitted = self._admitted()
+        log.exception("an engine step failed; its %d requests fail", len(admitted))
         self.last_success = 0.0
-        for job in dict.fromkeys([*self._jobs(), *joining]):
+        for job in admitted:
             self._fail(job, engine_error(error))
+        self._pictures.forget()
         with self._wake:
-            self._embeddings.clear()
+            self._entering = []
             self._batch.reset()
 
     def _finish(self, job: Job, now: float) -> None:
@@ -398,10 +404,3 @@ def engine_error(cause: BaseException) -> EngineError:
     error = EngineError(f"the engine failed: {type(cause).__name__}")
     error.__cause__ = cause
     return error
-
-
-def digest(image: bytes | np.ndarray) -> bytes:
-    """Names an image by its content."""
-    shape = b"" if isinstance(image, bytes) else str(image.shape).encode()
-    content = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
-    return hashlib.blake2b(content, digest_size=16, salt=shape[:16]).digest()

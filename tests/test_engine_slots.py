@@ -91,10 +91,10 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made, step = Gate(), Batch.step
 
-    def gated(batch: Batch, joining: Any) -> None:
+    def gated(batch: Batch, chunks: Any = ()) -> Any:
         made.reached.set()
         assert made.opened.wait(30)
-        step(batch, joining)
+        return step(batch, chunks)
 
     monkeypatch.setattr(Batch, "step", gated)
     yield made

@@ -36,6 +36,7 @@ def build(name: str, weights: Path, device: torch.device = CPU, dtype=torch.floa
         model = Moondream(config)
     load_weights(model, weight_files(weights), device, dtype)
     model.text.reset_tables()
+    model.fuse()
     return model.eval()
 
 
@@ -193,6 +194,37 @@ def test_prompts_padded_into_one_batch_differ_from_single_ones(md3_weights):
         torch.testing.assert_close(hidden[row : row + 1], one, atol=1e-5, rtol=1e-5)
         one = model.decode(model.embed_tokens(step[row : row + 1]), length, alone, first)
         torch.testing.assert_close(after[row : row + 1], one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["md2", "engine"])
+@torch.inference_mode()
+def test_serving_computes_other_than_the_plain_decoder(case, md3_weights):
+    name, weights = weights_of(case, md3_weights)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 24, 128, generator=generator) * 0.3
+    close = {"atol": 2e-5, "rtol": 2e-5}
+    for fused in (True, False):
+        model = build(name, weights)
+        if not fused:
+            model._cached = None
+        for prefix in (0, 9):
+            plain = model.text(x, prefix)
+            text, cache = model.cached, model.new_cache(3)
+            slots = torch.tensor([2, 1])
+            if prefix:
+                for row, slot in enumerate(slots.tolist()):
+                    cache.put(slot, text.prefix(x[row, :prefix]))
+            # The rest in chunks of unequal lengths, then the last positions one by one.
+            starts = torch.tensor([prefix, prefix])
+            for end in (prefix + 1, 15, 20):
+                start = int(starts[0])
+                got = text.extend(x[:, start:end], starts, cache, slots, end)
+                torch.testing.assert_close(got, plain[:, start:end], **close)
+                starts = torch.tensor([end, end])
+            for position in range(20, 24):
+                at = torch.tensor([position, position])
+                got = text.decode(x[:, position], at, cache, slots, position + 1)
+                torch.testing.assert_close(got, plain[:, position], **close)
 
 
 @torch.inference_mode()

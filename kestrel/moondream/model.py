@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.config import ConfigError
+from kestrel.moondream.cached import CachedText, KVCache
 from kestrel.moondream.checkpoint import Checkpoint, local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import UInt8Array
 from kestrel.moondream.region import Region
-from kestrel.moondream.text import KVCache, TextDecoder
+from kestrel.moondream.text import TextDecoder
 from kestrel.moondream.tokens import SegmentTokenizer
 from kestrel.moondream.vision import VisionEncoder
 from kestrel.moondream.weights import load_weights
@@ -30,6 +31,7 @@ class Moondream(nn.Module):
         self.vision = VisionEncoder(config.vision)
         self.text = TextDecoder(config.text)
         self.region = Region(config.region)
+        self._cached: CachedText | None = None
 
     @property
     def device(self) -> torch.device:
@@ -55,31 +57,36 @@ class Moondream(nn.Module):
         """Widths and heights in 0..1 [..., 2] -> embeddings [..., dim]."""
         return self.region.encode_size(values)
 
+    @property
+    def cached(self) -> CachedText:
+        """The text decoder over a KV cache; made anew each time until ``fuse``."""
+        return self._cached or CachedText(self.text, fuse=False)
+
+    def fuse(self) -> None:
+        """Make the model ready to serve: faster, and its weights final."""
+        self._cached = CachedText(self.text, fuse=True)
+
     def new_cache(self, slots: int) -> KVCache:
         """KV cache with one slot per running request."""
-        return self.text.new_cache(slots)
+        return self.cached.new_cache(slots)
 
     def prefill(
         self, embeds: Tensor, lengths: Tensor, prefix: int, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        """Run right-padded prompts [B, T, dim]; see ``TextDecoder.prefill``. Gives [B, dim]."""
-        return self.text.prefill(embeds, lengths, prefix, cache, slots)
+        """Run right-padded prompts [B, T, dim] from their first position and store their keys and
+        values; the first ``prefix`` positions see each other in both directions.
 
-    def decode(
-        self,
-        embeds: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-        span: int | None = None,
-    ) -> Tensor:
-        """One decode step for a batch [B, dim]; see ``TextDecoder.decode``. Gives [B, dim].
-
-        ``span`` (largest position + 1) spares a device read when the caller knows it.
+        ``lengths`` and ``slots`` int64 [B]. Gives the hidden state of each prompt's last position,
+        [B, dim].
         """
-        if span is None:
-            span = int(positions.max()) + 1
-        return self.text.decode(embeds, positions, cache, slots, span)
+        starts = torch.zeros_like(lengths)
+        hidden = self.cached.extend(embeds, starts, cache, slots, embeds.shape[1], prefix)
+        return hidden[torch.arange(len(embeds), device=hidden.device), lengths - 1]
+
+    def decode(self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
+        """One decode step for a batch [B, dim] at ``positions``, ``slots`` int64 [B]. Gives
+        [B, dim]."""
+        return self.cached.decode(embeds, positions, cache, slots, int(positions.max()) + 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, dim] -> [B, vocab]."""
@@ -147,5 +154,6 @@ def load(
         model = Moondream(config)
     load_weights(model, checkpoint.weights, device, dtype)
     model.text.reset_tables()
+    model.fuse()
     model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)
     return model.eval().requires_grad_(False)

@@ -1,9 +1,8 @@
-"""Prefix-LM text decoder: parallel pre-norm blocks over a slot-based KV cache."""
+"""Prefix-LM text decoder: parallel pre-norm blocks. ``CachedText`` serves it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +12,6 @@ from kestrel.moondream.config import TextConfig
 from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.rope import rotary_table, rotate
 from kestrel.ops.attention import attend
-
-
-@dataclass
-class KVCache:
-    """Keys and values of every slot: each [layers, slots, kv_heads, max_context, head_dim].
-
-    A slot belongs to one running request; what lies beyond its position is never read, so a slot
-    needs no clearing before it is used again.
-    """
-
-    k: Tensor
-    v: Tensor
-
-    @property
-    def slots(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def positions(self) -> int:
-        return self.k.shape[3]
 
 
 class Tau(nn.Module):
@@ -55,12 +34,14 @@ class Tau(nn.Module):
         Gives the scales of q and of v, each [B, heads, T, 1].
         """
         gate = F.gelu(qkv, approximate="tanh")
-        by_position = (
-            0.5 + torch.sigmoid(self.alpha.float() * log_positions.float()[..., None])
-        ).to(qkv.dtype)
+        by_position = self.by_position(log_positions).to(qkv.dtype)
         tok_q, tok_v = torch.tanh(F.linear(gate, torch.cat([self.wq, self.wv]))).chunk(2, dim=-1)
         scale_q, scale_v = tok_q + by_position, tok_v + by_position
         return scale_q.transpose(1, 2)[..., None], scale_v.transpose(1, 2)[..., None]
+
+    def by_position(self, log_positions: Tensor) -> Tensor:
+        """The part that depends on the position alone, float32 [..., heads]."""
+        return 0.5 + torch.sigmoid(self.alpha.float() * log_positions.float()[..., None])
 
 
 class Attention(nn.Module):
@@ -155,82 +136,24 @@ class TextDecoder(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
         self.register_buffer("log_positions", logs, persistent=False)
 
-    def new_cache(self, slots: int) -> KVCache:
-        """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
-        c = self.config
-        shape = (c.n_layers, slots, c.n_kv_heads, c.max_context, c.head_dim)
-        return KVCache(k=self.wte.new_zeros(shape), v=self.wte.new_zeros(shape))
+    def forward(self, x: Tensor, prefix: int) -> Tensor:
+        """Whole sequences, without a cache: the plain form of what ``CachedText`` computes.
 
-    def forward(
-        self, x: Tensor, mask: Tensor, positions: Tensor, keep: list[tuple[Tensor, Tensor]] | None
-    ) -> Tensor:
-        """Full-sequence pass, no cache read.
-
-        ``x`` [B, T, dim]; ``mask`` bool broadcastable to [B, 1, T, T]; ``positions`` int64 [T] or
-        [B, T]. Every layer's (k, v), each [B, Hkv, T, D], is appended to ``keep`` when given.
-        Gives hidden states [B, T, dim].
+        ``x`` [B, T, dim], of which the first ``prefix`` positions all see each other and the
+        others what comes before them. Gives hidden states [B, T, dim].
         """
+        length = x.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril_()
+        mask[:prefix, :prefix] = True
+        positions = torch.arange(length, device=x.device)
         table = self.rotary[positions]
-        if positions.dim() == 2:
-            table = table.unsqueeze(1)
         logs = self.log_positions[positions]
         for block in self.blocks:
             normed = block.ln(x)
             q, k, v = block.attn.project(normed, table, logs)
-            if keep is not None:
-                keep.append((k, v))
             x = x + block.attn.merge(attend(q, k, v, mask)) + block.mlp(normed)
         return x
-
-    def prefill(
-        self, x: Tensor, lengths: Tensor, prefix: int, cache: KVCache, slots: Tensor
-    ) -> Tensor:
-        """Run right-padded prompts and store their keys and values.
-
-        ``x`` [B, T, dim], ``lengths`` int64 [B], ``slots`` int64 [B]; the first ``prefix``
-        positions see each other in both directions. Gives the hidden state of each prompt's last
-        position, [B, dim].
-        """
-        batch, length, _ = x.shape
-        positions = torch.arange(length, device=x.device)
-        kept: list[tuple[Tensor, Tensor]] = []
-        hidden = self(x, prefix_mask(length, prefix, x.device), positions, kept)
-        for layer, (k, v) in enumerate(kept):
-            # Padding is stored too: it lies beyond the row's position and is overwritten there.
-            cache.k[layer, slots, :, :length] = k
-            cache.v[layer, slots, :, :length] = v
-        return hidden[torch.arange(batch, device=x.device), lengths - 1]
-
-    def decode(
-        self, x: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, span: int
-    ) -> Tensor:
-        """One step for several requests.
-
-        ``x`` [B, dim] embeddings at ``positions`` int64 [B] of ``slots`` int64 [B]; ``span`` is at
-        least the largest position + 1. Gives hidden states [B, dim].
-        """
-        x = x[:, None]
-        table = self.rotary[positions][:, None, None]
-        logs = self.log_positions[positions][:, None]
-        seen = torch.arange(span, device=x.device)[None] <= positions[:, None]
-        mask = seen[:, None, None]
-        for layer, block in enumerate(self.blocks):
-            normed = block.ln(x)
-            q, k, v = block.attn.project(normed, table, logs)
-            cache.k[layer, slots, :, positions] = k[:, :, 0]
-            cache.v[layer, slots, :, positions] = v[:, :, 0]
-            keys = cache.k[layer, :, :, :span].index_select(0, slots)
-            values = cache.v[layer, :, :, :span].index_select(0, slots)
-            x = x + block.attn.merge(attend(q, keys, values, mask)) + block.mlp(normed)
-        return x[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""
         return self.lm_head(self.post_ln(hidden))
-
-
-def prefix_mask(length: int, prefix: int, device: torch.device) -> Tensor:
-    """Bool [length, length]: causal, but the first ``prefix`` positions all see each other."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    mask[:prefix, :prefix] = True
-    return mask

@@ -82,12 +82,15 @@ class VisionEncoder(nn.Module):
 
     def embed(self, crops: Tensor, tiling: tuple[int, int]) -> Tensor:
         """Crops uint8 [N, 3, S, S] of one image and their grid -> embeddings [patches, dim]."""
+        # Where the one local crop is the global crop, it is encoded once.
+        return self.join(self.features(crops[:1] if tiling == (1, 1) else crops), tiling)
+
+    def join(self, features: Tensor, tiling: tuple[int, int]) -> Tensor:
+        """Features [N, patches, enc_dim] of all crops, the global one first, to embeddings
+        [patches, dim]; with the grid (1, 1) the first stands for both."""
         config = self.config
         if tiling == (1, 1):
-            # The one local crop is the global crop: encode it once.
-            features = self.features(crops[:1])[0]
-            return self.project(features, features)
-        features = self.features(crops)
+            return self.project(features[0], features[0])
         local = features[1:].unflatten(1, (config.grid, config.grid))
         whole_map = stitch(local, tiling, config.overlap_margin).permute(2, 0, 1)
         pooled = F.adaptive_avg_pool2d(whole_map, (config.grid, config.grid))

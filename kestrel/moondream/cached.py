@@ -1,0 +1,285 @@
+"""The text decoder over a KV cache: what serving runs, layer by layer, with few and large calls.
+
+It computes what ``TextDecoder`` computes. The projections that read one input are one matrix, those
+that add to one output are another, tau's positions and the rotation come from tables: a decode step
+of a small model on a CPU is otherwise mostly the cost of calling operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kestrel.moondream.text import Block, DenseMlp, TextDecoder
+from kestrel.ops.attention import attend
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every slot: [layers, slots, max_context, 2, kv_heads, head_dim].
+
+    A slot belongs to one running request; what lies beyond its position is never read, so a slot
+    needs no clearing before it is used again.
+    """
+
+    kv: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.kv.shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position of one request."""
+        return self.kv[:, 0, 0].numel() * self.kv.element_size()
+
+    def put(self, slot: int, prefix: Tensor) -> None:
+        """Begin a slot with a prefix [layers, positions, 2, kv_heads, head_dim]."""
+        self.kv[:, slot, : prefix.shape[1]] = prefix
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Copy the first ``positions`` of one slot to another."""
+        self.kv[:, target, :positions] = self.kv[:, source, :positions]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One block as a few matrices."""
+
+    ln_weight: Tensor
+    ln_bias: Tensor
+    into: list[tuple[Tensor, Tensor | None]]
+    """Weights and biases that read the normed input: qkv and fc1, as one pair where fused."""
+    out: list[Tensor]
+    """Weights, transposed, that add to the residual: proj and fc2, as one where fused."""
+    out_bias: Tensor
+    tau: Tensor | None
+    """[heads + 2 * kv_heads, packed]: token weights of q, zeros for k, those of v."""
+    mixture: nn.Module | None
+
+
+class CachedText:
+    """A text decoder's layers, made ready for serving.
+
+    With ``fuse`` its weights are joined once and the decoder's own parameters become views of them:
+    no weight is held twice, and the decoder still gives its answers, but may no longer be trained.
+    """
+
+    def __init__(self, text: TextDecoder, *, fuse: bool) -> None:
+        c = text.config
+        self.text, self.config = text, c
+        self._kv_heads = c.n_heads + c.n_kv_heads
+        self._all_heads = c.n_heads + 2 * c.n_kv_heads
+        self._packed = self._all_heads * c.head_dim
+        half = c.rotary_dim // 2
+        cos, sin = text.rotary.unbind(1)
+        rest = cos.new_ones(len(cos), c.head_dim - 2 * half)
+        # A head times cos plus its halves exchanged times sin; the rest of it passes through.
+        self._cos = torch.cat([cos, cos, rest], dim=1)[:, None]
+        self._sin = torch.cat([-sin, sin, 0 * rest], dim=1)[:, None]
+        swap = torch.arange(c.head_dim, device=cos.device)
+        self._swap = torch.cat([swap[half : 2 * half], swap[:half], swap[2 * half :]])
+        self._layers = [self._layer(block, fuse) for block in text.blocks]
+        self._tau_table = self._position_scales() if c.tau_attn else None
+
+    def _layer(self, block: Block, fuse: bool) -> _Layer:
+        attention, mlp = block.attn, block.mlp
+        into, out = [attention.qkv], [attention.proj]
+        if isinstance(mlp, DenseMlp):
+            into.append(mlp.fc1)
+            out.append(mlp.fc2)
+        layer = _Layer(
+            block.ln.weight,
+            block.ln.bias,
+            [(linear.weight, linear.bias) for linear in into],
+            [linear.weight.T for linear in out],
+            torch.stack([linear.bias for linear in out]).sum(0),
+            None,
+            None if isinstance(mlp, DenseMlp) else mlp,
+        )
+        if fuse and len(into) > 1:
+            layer.into = [(_join(into, 0), torch.cat([linear.bias for linear in into]))]
+            layer.out = [_join(out, 1).T]
+        if attention.tau is not None:
+            wq, wv = attention.tau.wq, attention.tau.wv
+            layer.tau = torch.cat([wq, wq.new_zeros(self.config.n_kv_heads, wq.shape[1]), wv])
+        return layer
+
+    def _position_scales(self) -> Tensor:
+        """Tau by position, [layers, max_context, heads + 2 * kv_heads, 1]; 1 for keys."""
+        text, c = self.text, self.config
+        scales = []
+        for block in text.blocks:
+            assert block.attn.tau is not None
+            by_position = block.attn.tau.by_position(text.log_positions).to(text.wte.dtype)
+            keys = by_position.new_ones(len(by_position), c.n_kv_heads)
+            scales.append(torch.cat([by_position, keys, by_position], dim=1))
+        return torch.stack(scales)[..., None]
+
+    def new_cache(self, slots: int) -> KVCache:
+        """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
+        c = self.config
+        shape = (c.n_layers, slots, c.max_context, 2, c.n_kv_heads, c.head_dim)
+        return KVCache(self.text.wte.new_zeros(shape))
+
+    def prefix(self, x: Tensor) -> Tensor:
+        """Keys and values of positions that all see each other: BOS and image.
+
+        ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, P, 2, kv_heads, head_dim].
+        """
+        length = len(x)
+        kept = []
+        step = self._step(torch.arange(length, device=x.device))
+        for number, layer in enumerate(self._layers):
+            normed, heads, hidden = self._project(layer, number, x, step)
+            q, k, v = self._split(heads[None])
+            kept.append(heads[:, self.config.n_heads :].unflatten(1, (2, -1)).clone())
+            if number + 1 < len(self._layers):  # the last layer's output is nobody's input
+                x = self._residual(layer, x, normed, attend(q, k, v), hidden)
+        return torch.stack(kept)
+
+    def extend(
+        self, x: Tensor, starts: Tensor, cache: KVCache, slots: Tensor, span: int, prefix: int = 0
+    ) -> Tensor:
+        """Run the next positions of several requests, each seeing all that its slot holds.
+
+        ``x`` [B, T, dim] right-padded embeddings of positions ``starts`` int64 [B] onwards,
+        ``slots`` int64 [B]; ``span`` is at least the largest position + 1. The first ``prefix``
+        positions of a request see each other in both directions (they must come at once). Gives
+        hidden states [B, T, dim].
+        """
+        batch, length, dim = x.shape
+        # Padding beyond the context is written to its last position, which nobody reads before it
+        # is written again.
+        offsets = torch.arange(length, device=x.device)
+        positions = (starts[:, None] + offsets).clamp_(max=cache.positions - 1)
+        keys = torch.arange(span, device=x.device)
+        seen = keys <= positions[..., None]
+        if prefix:
+            seen |= (keys < prefix) & (positions[..., None] < prefix)
+        mask = seen[:, None]
+        rows = (slots[:, None] * cache.positions + positions).flatten()
+        step = self._step(positions.flatten())
+        x = x.reshape(-1, dim)
+        for number, layer in enumerate(self._layers):
+            normed, heads, hidden = self._project(layer, number, x, step)
+            self._write(cache, number, rows, heads)
+            q = heads[:, : self.config.n_heads].unflatten(0, (batch, length)).transpose(1, 2)
+            k, v = cache.kv[number, :, :span].index_select(0, slots).permute(2, 0, 3, 1, 4)
+            x = self._residual(layer, x, normed, attend(q, k, v, mask), hidden)
+        return x.view(batch, length, dim)
+
+    def decode(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slots: Tensor | None,
+        span: int,
+        *,
+        level: bool = False,
+    ) -> Tensor:
+        """One step for several requests.
+
+        ``x`` [B, dim] embeddings at ``positions`` int64 [B] of ``slots`` int64 [B], or of slots
+        0..B-1 (None: nothing is gathered); ``span`` is at least the largest position + 1.
+        ``level``: every position is ``span - 1``, so that no mask is needed. Gives hidden states
+        [B, dim].
+        """
+        batch = len(x)
+        where = torch.arange(batch, device=x.device) if slots is None else slots
+        rows = where * cache.positions + positions
+        step = self._step(positions)
+        mask = None
+        if not level:
+            unseen = torch.arange(span, device=x.device) > positions[:, None]
+            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)
+            mask = mask[:, None, None]
+        for number, layer in enumerate(self._layers):
+            normed, heads, hidden = self._project(layer, number, x, step)
+            self._write(cache, number, rows, heads)
+            if slots is None:
+                kv = cache.kv[number, :batch, :span]
+            else:
+                kv = cache.kv[number, :, :span].index_select(0, slots)
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            q = heads[:, : self.config.n_heads, None]
+            x = self._residual(layer, x, normed, attend(q, k, v, mask), hidden)
+        return x
+
+    # One layer.
+
+    def _step(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rotation and tau of positions [N]: cos and sin [N, 1, head_dim], tau by layer."""
+        tau = None if self._tau_table is None else self._tau_table[:, positions]
+        return self._cos[positions], self._sin[positions], tau
+
+    def _project(
+        self, layer: _Layer, number: int, x: Tensor, step: tuple[Tensor, Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``x`` [N, dim] -> normed [N, dim], scaled and rotated heads [N, all heads, head_dim]
+        (q, k, v) and the MLP's inner values before their GELU [N, ff]."""
+        cos, sin, tau = step
+        normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
+        packed, *rest = [F.linear(normed, weight, bias) for weight, bias in layer.into]
+        hidden = rest[0] if rest else None
+        if packed.shape[1] > self._packed:
+            packed, hidden = packed.split([self._packed, packed.shape[1] - self._packed], dim=1)
+        heads = packed.unflatten(1, (self._all_heads, -1))
+        if tau is not None:
+            assert layer.tau is not None
+            scale = F.linear(F.gelu(packed, approximate="tanh"), layer.tau).tanh_()
+            heads.mul_(scale[..., None].add_(tau[number]))
+        qk = heads[:, : self._kv_heads]
+        if qk.dtype == torch.float32:
+            turned = qk.index_select(2, self._swap)
+            qk.mul_(cos).addcmul_(turned, sin)
+        else:
+            exact = qk.float()
+            qk.copy_((exact * cos).addcmul_(exact.index_select(2, self._swap), sin))
+        return normed, heads, hidden
+
+    def _split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, all heads, D] -> q [B, H, T, D], k and v [B, Hkv, T, D]."""
+        c = self.config
+        q, k, v = heads.transpose(1, 2).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        return q, k, v
+
+    def _write(self, cache: KVCache, number: int, rows: Tensor, heads: Tensor) -> None:
+        """Store keys and values of rows (slot * max_context + position) of one layer."""
+        kv = heads[:, self.config.n_heads :]
+        cache.kv[number].view(-1, *kv.shape[1:]).index_copy_(0, rows, kv)
+
+    def _residual(
+        self, layer: _Layer, x: Tensor, normed: Tensor, seen: Tensor, hidden: Tensor | None
+    ) -> Tensor:
+        """``x`` plus attention's output ``seen`` [B, H, T, D] and the MLP's, projected."""
+        seen = seen.transpose(1, 2).reshape(len(x), -1)
+        if hidden is None:
+            assert layer.mixture is not None
+            x = x + layer.mixture(normed)
+            parts = [seen]
+        else:
+            parts = [seen, F.gelu(hidden, approximate="tanh")]
+        if len(layer.out) < len(parts):
+            parts = [torch.cat(parts, dim=1)]
+        x = x + layer.out_bias
+        for part, weight in zip(parts, layer.out, strict=True):
+            x = torch.addmm(x, part, weight)
+        return x
+
+
+def _join(linears: list[nn.Linear], dim: int) -> Tensor:
+    """One matrix of several, which become views of it."""
+    joined = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
+    sizes = [linear.weight.shape[dim] for linear in linears]
+    for linear, part in zip(linears, joined.split(sizes, dim=dim), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+    return joined

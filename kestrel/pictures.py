@@ -1,0 +1,149 @@
+"""Images on their way into the model: decoded and cropped by worker threads, each one once, and
+what the model makes of them kept for further questions."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+from torch import Tensor
+
+from kestrel.config import RuntimeConfig
+from kestrel.image import decode as decode_image
+from kestrel.moondream.config import VisionConfig
+from kestrel.moondream.crops import overlap_crops
+
+CROP_THREADS = 2
+"""Images that are decoded and cropped at once."""
+KEEP_PIXELS = 8_000_000
+"""Larger pictures are not held for the refiner, which then decodes them again."""
+
+
+class Picture:
+    """One image, shared by all requests about it while any of them lives."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        """Digest of its content."""
+        self.prepared = False
+        """Whether the worker threads are done with it."""
+        self.crops: np.ndarray | None = None
+        """uint8 [N, S, S, 3] until the model has encoded them."""
+        self.tiling = (1, 1)
+        self.pixels: np.ndarray | None = None
+        """uint8 [H, W, 3], held for the refiner; None: to be decoded again."""
+        self.features: list[Tensor] = []
+        """What the vision tower gave for the first crops."""
+        self.prefix: Tensor | None = None
+        """Keys and values of BOS and the image."""
+        self.error: BaseException | None = None
+
+
+class Asking(Protocol):
+    """A request as far as its image goes."""
+
+    @property
+    def image(self) -> bytes | np.ndarray | None: ...
+
+    picture: Picture | None
+    cancelled: bool
+    error: BaseException | None
+
+
+class Pictures:
+    """Prepares pictures and remembers prefixes, the least recently used forgotten first.
+
+    ``wake`` guards all of it, and is notified whenever a picture is prepared.
+    """
+
+    def __init__(
+        self, vision: VisionConfig, config: RuntimeConfig, wake: threading.Condition
+    ) -> None:
+        self._vision = vision
+        self._limits = config.limits
+        self._keep_pixels = config.refiner is not None
+        self._budget = config.image_cache_bytes
+        self._wake = wake
+        self._live: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.kept_bytes = 0
+        self._workers = ThreadPoolExecutor(CROP_THREADS, thread_name_prefix="crop")
+
+    def prepare(self, asking: Asking) -> None:
+        """Begin to find or make the picture of a request, in a worker thread."""
+        self._workers.submit(self._prepare, asking)
+
+    def keep(self, picture: Picture) -> None:
+        """Remember an encoded picture's prefix, within the budget."""
+        prefix = picture.prefix
+        assert prefix is not None
+        with self._wake:
+            if prefix.nbytes > self._budget or picture.key in self._kept:
+                return
+            self._kept[picture.key] = prefix
+            self.kept_bytes += prefix.nbytes
+            while self.kept_bytes > self._budget:
+                self.kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def forget(self) -> None:
+        """Drop every prefix that is remembered."""
+        with self._wake:
+            self._kept.clear()
+            self.kept_bytes = 0
+
+    def close(self) -> None:
+        """Take no more work; what is under way ends by itself."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, asking: Asking) -> None:
+        try:
+            image = asking.image
+            assert image is not None
+            if asking.cancelled:
+                return
+            key = digest(image)
+            with self._wake:
+                picture = self._live.get(key)
+                asking.picture = picture or self._found(key)
+                self._wake.notify()
+            if picture is None and not asking.picture.prepared:
+                self._fill(asking.picture, image)
+        except BaseException as error:  # a worker thread has nobody else to tell
+            with self._wake:
+                asking.error = error
+                self._wake.notify()
+
+    def _found(self, key: bytes) -> Picture:
+        """A picture that nobody asks about yet, with its prefix if that is remembered."""
+        picture = self._live[key] = Picture(key)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            picture.prefix = self._kept[key]
+            picture.prepared = True
+        return picture
+
+    def _fill(self, picture: Picture, image: bytes | np.ndarray) -> None:
+        try:
+            pixels = decode_image(image, self._limits)
+            picture.crops, picture.tiling = overlap_crops(pixels, self._vision)
+            if picture.tiling == (1, 1):
+                picture.crops = picture.crops[:1]
+            if self._keep_pixels and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS:
+                picture.pixels = pixels
+        except BaseException as error:  # every request about it is told
+            picture.error = error
+        with self._wake:
+            picture.prepared = True
+            self._wake.notify()
+
+
+def digest(image: bytes | np.ndarray) -> bytes:
+    """Names an image by its content."""
+    shape = b"" if isinstance(image, bytes) else str(image.shape).encode()
+    content = image if isinstance(image, bytes) else np.ascontiguousarray(image).data
+    return hashlib.blake2b(content, digest_size=16, salt=shape[:16]).digest()
