@@ -1,4 +1,4 @@
-"""The command line: segment one picture, or serve."""
+"""The command line: segment one picture, serve, or check the machine."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (wrong := hash_key_command()) is not None:
                 raise InputError(wrong)
             return 0
+        if arguments.command == "doctor":
+            from kestrel.doctor import doctor_command
+
+            return doctor_command(arguments.config)
         config = _config(arguments)
         if arguments.command == "serve":
             return _serve(config, arguments.host, arguments.port)
@@ -77,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[common], help="serve HTTP from this process")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+
+    doctor = commands.add_parser("doctor", help="check that this machine can serve a config")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="Serve config (YAML)")
 
     commands.add_parser("hash-key", help="read an API key from stdin, print its hash for a config")
     return parser

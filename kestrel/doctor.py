@@ -1,0 +1,446 @@
+"""``python -m kestrel doctor``: can this machine serve this configuration, and if not, what to do.
+
+One line a check. Failures make the exit status 1; warnings (slower, or not needed by the
+configuration) do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
+
+KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
+"""The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
+KERNELS_LIBRARIES = ("nvidia_cutlass_dsl/lib", "tvm_ffi/lib")
+"""Folders of site-packages that the loader must know for kestrel-kernels."""
+ACTIVATIONS_BYTES = 1.5e9
+"""CUDA context, cuBLAS workspaces and activations of one step: an allowance, not a measurement."""
+
+
+class Verdict(Enum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    verdict: Verdict
+    text: str
+    remedy: str = ""
+    """A command or a change of the configuration."""
+
+    def __str__(self) -> str:
+        line = f"{self.verdict.value:>4}  {self.subject}: {self.text}"
+        return f"{line} -> {self.remedy}" if self.remedy else line
+
+
+class Machine:
+    """What the checks ask of the machine; tests answer in its place."""
+
+    def python(self) -> tuple[int, int]:
+        return sys.version_info[:2]
+
+    def version(self, distribution: str) -> str | None:
+        """Version of an installed distribution, None without one."""
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def load(self, module: str) -> ModuleType:
+        """Import a module; raises ImportError or OSError as the import does."""
+        return importlib.import_module(module)
+
+    def which(self, command: str) -> str | None:
+        return shutil.which(command) or (
+            shutil.which(command, path=str(Path(sys.executable).parent))
+        )
+
+    def environment(self, name: str) -> str:
+        return os.environ.get(name, "")
+
+    def folders(self, suffix: str) -> list[Path]:
+        """Folders of ``sys.path`` that end so and hold shared libraries."""
+        found = (Path(entry) / suffix for entry in sys.path)
+        return [folder for folder in found if glob.glob(str(folder / "*.so*"))]
+
+    def port_free(self, host: str, port: int) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served."""
+
+    runtime: RuntimeConfig
+    refiner: RefinerConfig | None
+    http: tuple[str, int] = ("127.0.0.1", 8000)
+    graph: bool = False
+    """Whether it is a Serve config: Ray is needed."""
+
+
+def read_config(file: Path | None) -> Wanted:
+    """A Serve config, or a YAML file with ``runtime`` and ``refiner`` at its top; the defaults
+    without one. Raises ``ConfigError``."""
+    if file is None:
+        config = RuntimeConfig()
+        return Wanted(config, config.refiner)
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError("reading YAML needs PyYAML: pip install pyyaml") from None
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
+    applications = values.get("applications") if isinstance(values, dict) else None
+    try:
+        args = values if applications is None else applications[0]["args"]
+    except (LookupError, TypeError):
+        args = None
+    if not isinstance(args, dict):
+        raise ConfigError(f"{file}: no mapping with runtime and refiner")
+    runtime = dict(args.get("runtime") or {})
+    if isinstance(runtime.get("limits"), dict):
+        runtime["limits"] = from_mapping(Limits, runtime["limits"], "limits")
+    refiner = from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner")
+    http = (values.get("http_options") or {}) if applications else {}
+    return Wanted(
+        from_mapping(RuntimeConfig, {**runtime, "refiner": None}, "runtime"),
+        refiner,
+        (str(http.get("host", "127.0.0.1")), int(http.get("port", 8000))),
+        graph=bool(applications),
+    )
+
+
+Check = Callable[[Machine, Wanted], Iterator[Finding]]
+
+
+def ok(subject: str, text: str) -> Finding:
+    return Finding(subject, Verdict.OK, text)
+
+
+def bad(subject: str, text: str, remedy: str, *, needed: bool = True) -> Finding:
+    """A failure, or a warning where the configuration does not need it."""
+    return Finding(subject, Verdict.FAIL if needed else Verdict.WARN, text, remedy)
+
+
+# The checks.
+
+
+def check_python(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    major, minor = machine.python()
+    text = f"{major}.{minor} on {platform.machine()}"
+    if (3, 10) <= (major, minor) < (3, 15):
+        yield ok("Python", text)
+    else:
+        yield bad("Python", text, "use Python 3.10 to 3.14 (make PYTHON=/path/to/python3)")
+
+
+def check_torch(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    version = machine.version("torch")
+    pinned = f"pip install --force-reinstall --no-deps torch=={version or '<pinned release>'}"
+    try:
+        torch = machine.load("torch")
+    except (ImportError, OSError) as error:
+        text = f"{version or 'not installed'}, does not load ({_line(error)})"
+        yield bad("torch", text, f"{pinned}, from the index of your CUDA release")
+        return
+    build = torch.version.cuda
+    wants_gpu = wanted.runtime.device.startswith("cuda")
+    if torch.cuda.is_available():
+        yield ok("torch", f"{version}, CUDA {build}, {torch.cuda.get_device_name(0)}")
+        yield from _gpu_memory(torch, wanted)
+    elif wants_gpu and build is None:
+        remedy = "pip install torch from the index of your CUDA release, or set device: cpu"
+        yield bad("torch", f"{version} is a CPU build and device is cuda", remedy)
+    elif wants_gpu:
+        driver = "the driver answers" if machine.which("nvidia-smi") else "there is no nvidia-smi"
+        text = f"{version} for CUDA {build} sees no GPU, {driver}"
+        yield bad("torch", text, "install an NVIDIA driver for that CUDA, or set device: cpu")
+    else:
+        yield ok("torch", f"{version}, on the CPU")
+
+
+def _gpu_memory(torch: Any, wanted: Wanted) -> Iterator[Finding]:
+    try:
+        need = memory_need(wanted.runtime)
+    except ConfigError as error:
+        yield bad("GPU memory", f"the model's need is unknown ({error})", "see checkpoint below")
+        return
+    free, total = torch.cuda.mem_get_info()
+    text = f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if need <= free:
+        yield ok("GPU memory", text)
+    else:
+        remedy = "lower runtime.max_batch_size, max_context or image_cache_bytes, or free the GPU"
+        yield bad("GPU memory", text, remedy)
+
+
+def memory_need(config: RuntimeConfig) -> float:
+    """Bytes that the model, its KV cache and its image cache take on a GPU.
+
+    Raises ``ConfigError`` for a checkpoint that is not there.
+    """
+    import torch
+
+    from kestrel.moondream.checkpoint import locate
+    from kestrel.moondream.model import Moondream, resolve_dtype
+
+    architecture = locate(config.located).architecture()
+    size = resolve_dtype(config.dtype, torch.device("cuda")).itemsize
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Moondream(architecture).parameters())
+    text = architecture.text
+    positions = config.max_batch_size * min(config.max_context, text.max_context)
+    per_position = 2 * text.n_layers * text.n_kv_heads * text.head_dim
+    cached = positions * per_position * size + config.image_cache_bytes
+    return parameters * size + cached + ACTIVATIONS_BYTES
+
+
+def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    torch, vision = machine.version("torch"), machine.version("torchvision")
+    needed = wanted.refiner is not None and wanted.refiner.refiner == "hq-sam"
+    if torch is None:
+        return
+    # 0.N + 15 belongs to torch 2.N.
+    match = re.match(r"2\.(\d+)", torch)
+    pair = f"0.{int(match[1]) + 15}" if match else "of the same day"
+    remedy = f"pip install --no-deps 'torchvision=={pair}.*' (without --no-deps pip changes torch)"
+    if vision is None:
+        if needed:
+            yield bad("torchvision", "not installed; hq-sam imports it", remedy)
+        else:
+            yield ok("torchvision", "not installed, not needed")
+    elif match and not vision.startswith(pair + "."):
+        text = f"{vision} does not belong to torch {torch}"
+        yield bad("torchvision", text, remedy, needed=needed)
+    else:
+        yield ok("torchvision", f"{vision}, belongs to torch {torch}")
+
+
+def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    version = machine.version("flashinfer-python")
+    if version is None:
+        yield ok("flashinfer", "not installed; torch's kernels do its work")
+        return
+    try:
+        machine.load("flashinfer")
+    except Exception as error:  # it looks for the GPU while it is imported
+        remedy = "pip install --no-deps the release for your torch, or uninstall flashinfer-python"
+        yield bad("flashinfer", f"{version}, does not load ({_line(error)})", remedy)
+        return
+    if machine.version("flashinfer-jit-cache") is not None:
+        yield ok("flashinfer", f"{version}, kernels are prebuilt")
+        return
+    lacking = {
+        "ninja": "apt-get install ninja-build, or pip install ninja",
+        "nvcc": "install the CUDA toolkit of torch's CUDA, or pip install flashinfer-jit-cache",
+    }
+    missing = [tool for tool in lacking if machine.which(tool) is None]
+    if "nvcc" in missing and Path(machine.environment("CUDA_HOME") or "/nowhere").is_dir():
+        missing.remove("nvcc")
+    for tool in missing:
+        text = f"{version} compiles its kernels at run time and finds no {tool}"
+        yield bad("flashinfer", text, lacking[tool])
+    if not missing:
+        yield ok("flashinfer", f"{version}, compiles its kernels at the first request")
+
+
+def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    version = machine.version("kestrel-kernels")
+    if version is None:
+        yield ok("kestrel-kernels", "not installed, not needed")
+        return
+    companion, pinned = KERNELS_COMPANION
+    found = machine.version(companion)
+    if found != pinned:
+        text = f"{version} needs {companion} {pinned}, not {found or 'none'}"
+        remedy = f"pip install --force-reinstall --no-deps {companion}=={pinned}"
+        yield bad("kestrel-kernels", text, remedy)
+    known = [Path(p) for p in machine.environment("LD_LIBRARY_PATH").split(os.pathsep) if p]
+    for library in KERNELS_LIBRARIES:
+        folders = machine.folders(library)
+        if not folders:
+            remedy = "pip install -c constraints.txt '.[kestrel-kernels]'"
+            yield bad("kestrel-kernels", f"its runtime libraries ({library}) are missing", remedy)
+        elif not set(folders) & set(known):
+            text = f"the loader does not look into {folders[0]}"
+            remedy = f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start"
+            yield bad("kestrel-kernels", text, remedy)
+
+
+def check_tracers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    if wanted.refiner is None:
+        return
+    trace = machine.load("kestrel.seg_refiner.trace")
+    chosen = wanted.refiner.tracer
+    yield from _first_of(
+        "tracer",
+        ("libpotrace", "pypotrace", "potracer") if chosen == "auto" else (chosen,),
+        trace.load_tracer,
+        "there is no package named potrace: apt-get install libpotrace0, or pip install potracer",
+    )
+
+
+def check_rasterizers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    if wanted.refiner is None:
+        return
+    resvg = machine.version("resvg")
+    old = resvg is not None and resvg.startswith("0.1")
+    if old:
+        remedy = "pip install --only-binary :all: 'resvg>=0.2,<0.3' (wheels, no Rust needed)"
+        yield bad("resvg", f"{resvg} has another interface and no wheel", remedy)
+    raster = machine.load("kestrel.seg_refiner.raster")
+    chosen = wanted.refiner.rasterizer
+    yield from _first_of(
+        "rasterizer",
+        ("skia", "resvg") if chosen == "auto" else (chosen,),
+        raster.load_rasterizer,
+        "pip install skia-python, or pip install --only-binary :all: 'resvg>=0.2,<0.3'",
+    )
+
+
+def _first_of(
+    subject: str, names: tuple[str, ...], load: Callable[[str], Any], remedy: str
+) -> Iterator[Finding]:
+    """The first that loads; a warning for those that would be faster."""
+    reasons = []
+    for name in names:
+        try:
+            load(name)
+        except ImportError as error:
+            reasons.append(_line(error))
+            continue
+        text = f"{name} does the work"
+        if reasons:
+            yield bad(subject, text, f"faster: {'; '.join(reasons)}", needed=False)
+        else:
+            yield ok(subject, text)
+        return
+    yield bad(subject, "; ".join(reasons), remedy)
+
+
+def check_opencv(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    try:
+        cv2 = machine.load("cv2")
+    except (ImportError, OSError) as error:
+        remedy = "pip install opencv-python-headless (the other build needs libGL)"
+        yield bad("OpenCV", f"does not load ({_line(error)})", remedy)
+        return
+    yield ok("OpenCV", cv2.__version__)
+
+
+def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    version = machine.version("ray")
+    if version is None:
+        remedy = "pip install -c constraints.txt '.[serve]'"
+        yield bad("Ray", "not installed", remedy, needed=wanted.graph)
+    elif tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 54):
+        yield bad("Ray", f"{version} is too old", "pip install 'ray[serve]>=2.54'")
+    else:
+        yield ok("Ray", version)
+    host, port = wanted.http
+    if machine.port_free(host, port):
+        yield ok("port", f"{host}:{port} is free")
+    else:
+        text = f"{host}:{port} is taken (by a server that already runs?)"
+        yield bad("port", text, "stop it, or set http_options.port", needed=False)
+
+
+def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    from kestrel.moondream.checkpoint import locate
+    from kestrel.moondream.weights import read_index, scheme
+
+    try:
+        found = locate(wanted.runtime.located)
+        architecture = found.architecture()
+        index = read_index(found.weights)
+    except ConfigError as error:
+        yield bad("checkpoint", str(error), "see model: {path | repo, filename, revision}")
+        return
+    names = " and ".join(sorted({scheme(stored.name) for stored in index}))
+    size = sum(stored.nbytes for stored in index) / 1e9
+    text = f"{architecture.name}, {len(index)} tensors, {size:.2f} GB, {names}"
+    yield ok("checkpoint", text)
+    yield from _segments(wanted)
+
+
+def _segments(wanted: Wanted) -> Iterator[Finding]:
+    from kestrel.engine import EngineError, InferenceEngine
+
+    async def start() -> None:
+        await (await InferenceEngine.create(wanted.runtime)).shutdown()
+
+    try:
+        asyncio.run(start())
+    except (EngineError, ConfigError) as error:
+        cause, _, remedy = str(error).partition(". Serve one")
+        remedy = f"serve one{remedy}" if remedy else "see the message"
+        yield bad("segmentation", cause, remedy)
+    else:
+        yield ok("segmentation", "the model segments the built-in picture")
+
+
+CHECKS: tuple[Check, ...] = (
+    check_python,
+    check_torch,
+    check_torchvision,
+    check_flashinfer,
+    check_kernels,
+    check_tracers,
+    check_rasterizers,
+    check_opencv,
+    check_ray,
+    check_checkpoint,
+)
+
+
+def examine(wanted: Wanted, machine: Machine | None = None) -> Iterator[Finding]:
+    """Every check's findings, as they come."""
+    machine = machine or Machine()
+    for check in CHECKS:
+        try:
+            yield from check(machine, wanted)
+        except Exception as error:  # a check that breaks is a finding, the others still run
+            name = check.__name__.removeprefix("check_")
+            yield bad(name, f"could not be checked ({type(error).__name__}: {_line(error)})", "")
+
+
+def doctor_command(file: Path | None) -> int:
+    """Print the report; gives the exit status: 1 where the configuration cannot be served."""
+    failed = 0
+    for finding in examine(read_config(file)):
+        print(finding, flush=True)
+        failed += finding.verdict is Verdict.FAIL
+    return 1 if failed else 0
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,311 @@
+"""What broke installations before must be found, named and answered with a command."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
+
+from kestrel import doctor
+from kestrel.cli import main
+from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
+from kestrel.doctor import Finding, Machine, Verdict, Wanted, examine, read_config
+from kestrel.moondream.config import MOONDREAM_3
+from kestrel.seg_refiner import raster, trace
+
+
+class Fake(Machine):
+    """A sound machine, but for what a test changes."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.at = changes.pop("python_version", (3, 11))
+        self.versions = {"torch": "2.9.1", "ray": "2.60.0", "resvg": "0.2.0"}
+        self.versions |= changes.pop("versions", {})
+        self.broken: dict[str, Exception] = changes.pop("broken", {})
+        self.tools = changes.pop("tools", ())
+        self.variables = changes.pop("variables", {})
+        self.libraries = changes.pop("libraries", {})
+        self.taken = changes.pop("taken", ())
+        self.torch = changes.pop("torch", fake_torch())
+        assert not changes
+
+    def python(self) -> tuple[int, int]:
+        return self.at
+
+    def version(self, distribution: str) -> str | None:
+        return self.versions.get(distribution)
+
+    def load(self, module: str) -> Any:
+        if module in self.broken:
+            raise self.broken[module]
+        if module == "torch":
+            return self.torch
+        return SimpleNamespace() if module == "flashinfer" else super().load(module)
+
+    def which(self, command: str) -> str | None:
+        return f"/usr/bin/{command}" if command in self.tools else None
+
+    def environment(self, name: str) -> str:
+        return self.variables.get(name, "")
+
+    def folders(self, suffix: str) -> list[Path]:
+        return self.libraries.get(suffix, [])
+
+    def port_free(self, host: str, port: int) -> bool:
+        return port not in self.taken
+
+
+def fake_torch(cuda: str | None = None, gpu: bool = False, free: float = 80e9) -> Any:
+    device = SimpleNamespace(
+        is_available=lambda: gpu,
+        get_device_name=lambda number: "H100",
+        mem_get_info=lambda: (free, 80e9),
+    )
+    return SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=device)
+
+
+def wanted(refiner: RefinerConfig | None = None, **runtime: Any) -> Wanted:
+    return Wanted(RuntimeConfig(**runtime, refiner=None), refiner or RefinerConfig(), graph=True)
+
+
+def found(check: Any, machine: Machine, asked: Wanted | None = None) -> list[Finding]:
+    return list(check(machine, asked or wanted()))
+
+
+def the_failure(check: Any, machine: Machine, asked: Wanted | None = None) -> Finding:
+    failures = [f for f in found(check, machine, asked) if f.verdict is Verdict.FAIL]
+    assert len(failures) == 1, failures
+    assert failures[0].remedy and "\n" not in str(failures[0])
+    return failures[0]
+
+
+def test_a_sound_machine_is_called_broken():
+    assert all(f.verdict is Verdict.OK for f in examine(wanted(device="cpu"), Fake()))
+
+
+# The failures that others had.
+
+
+def test_potrace_is_installed_by_a_name_that_does_not_exist(monkeypatch):
+    def missing(name: str) -> Any:
+        raise trace.TracerMissing(f"{name} is not installed")
+
+    monkeypatch.setattr(trace, "load_tracer", missing)
+    failure = the_failure(doctor.check_tracers, Fake())
+    assert "no package named potrace" in failure.remedy
+    assert "apt-get install libpotrace0" in failure.remedy
+
+
+def test_pypotrace_does_not_build_without_libagg(monkeypatch):
+    monkeypatch.setitem(sys.modules, "potrace", None)
+    asked = wanted(RefinerConfig(tracer="pypotrace"))
+    failure = the_failure(doctor.check_tracers, Fake(), asked)
+    assert "apt-get install libagg-dev libpotrace-dev" in failure.text
+
+
+def test_resvg_is_built_from_source_for_want_of_a_wheel():
+    failure = the_failure(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}))
+    assert "0.1.2" in failure.text and "--only-binary :all:" in failure.remedy
+
+
+def test_nothing_that_paints_is_installed(monkeypatch):
+    def missing(name: str) -> Any:
+        raise raster.RasterizerMissing(f"{name} is not installed")
+
+    monkeypatch.setattr(raster, "load_rasterizer", missing)
+    assert "resvg" in the_failure(doctor.check_rasterizers, Fake()).remedy
+
+
+def test_a_slower_tracer_does_the_work_unnoticed(monkeypatch):
+    def slow(name: str) -> Any:
+        if name != "potracer":
+            raise trace.TracerMissing(f"{name} is not installed: apt-get install it")
+
+    monkeypatch.setattr(trace, "load_tracer", slow)
+    (finding,) = found(doctor.check_tracers, Fake())
+    assert finding.verdict is Verdict.WARN and "libpotrace is not installed" in finding.remedy
+
+
+def test_a_checkpoint_that_gives_no_path_is_called_sound(tmp_path):
+    model = random_model()
+    model.text.lm_head.bias[TINY_3.prompt.coord_id] = 2e4
+    model.text.lm_head.bias[TINY_3.prompt.eos_id] = 1e4
+    folder = write_checkpoint(tmp_path / "preview", hugging_face_tensors(model))
+    asked = wanted(model={"path": str(folder)}, device="cpu")
+    failure = the_failure(doctor.check_checkpoint, Fake(), asked)
+    assert failure.subject == "segmentation" and "a box and no path" in failure.text
+    assert "segmentation checkpoint" in failure.remedy
+
+
+def test_a_checkpoint_that_is_not_there_is_a_traceback(tmp_path):
+    asked = wanted(model={"path": str(tmp_path / "none")}, device="cpu")
+    failure = the_failure(doctor.check_checkpoint, Fake(), asked)
+    assert "no checkpoint at" in failure.text
+
+
+KERNELS = {"kestrel-kernels": "0.1.2", "nvidia-cutlass-dsl": "4.3.5"}
+FOLDERS = {name: [Path("/venv") / name] for name in doctor.KERNELS_LIBRARIES}
+
+
+def test_precompiled_kernels_do_not_find_their_libraries():
+    loader = {"LD_LIBRARY_PATH": "/venv/tvm_ffi/lib"}
+    machine = Fake(versions=KERNELS, libraries=FOLDERS, variables=loader)
+    failure = the_failure(doctor.check_kernels, machine)
+    assert "export LD_LIBRARY_PATH=/venv/nvidia_cutlass_dsl/lib:" in failure.remedy
+    loader["LD_LIBRARY_PATH"] += ":/venv/nvidia_cutlass_dsl/lib"
+    assert found(doctor.check_kernels, machine) == []
+
+
+def test_precompiled_kernels_meet_a_newer_companion():
+    loader = {"LD_LIBRARY_PATH": ":".join(str(f[0]) for f in FOLDERS.values())}
+    versions = KERNELS | {"nvidia-cutlass-dsl": "4.4.0"}
+    machine = Fake(versions=versions, libraries=FOLDERS, variables=loader)
+    failure = the_failure(doctor.check_kernels, machine)
+    assert "4.3.5, not 4.4.0" in failure.text and "nvidia-cutlass-dsl==4.3.5" in failure.remedy
+
+
+def test_hq_sam_asks_for_a_torchvision_that_is_not_there():
+    asked = wanted(RefinerConfig(refiner="hq-sam"))
+    failure = the_failure(doctor.check_torchvision, Fake(), asked)
+    assert "--no-deps 'torchvision==0.24.*'" in failure.remedy
+    assert [f.verdict for f in found(doctor.check_torchvision, Fake())] == [Verdict.OK]
+
+
+@pytest.mark.parametrize(
+    ("refiner", "verdict"), [("hq-sam", Verdict.FAIL), ("guided", Verdict.WARN)]
+)
+def test_torchvision_of_another_torch_is_not_seen(refiner, verdict):
+    machine = Fake(versions={"torchvision": "0.25.0+cu128"})
+    (finding,) = found(doctor.check_torchvision, machine, wanted(RefinerConfig(refiner=refiner)))
+    assert finding.verdict is verdict
+    assert "0.25.0+cu128 does not belong to torch 2.9.1" in finding.text
+    right = Fake(versions={"torchvision": "0.24.1+cu128"})
+    assert found(doctor.check_torchvision, right)[0].verdict is Verdict.OK
+
+
+def test_a_torch_that_pip_left_half_installed_is_a_traceback():
+    broken = {"torch": OSError("libtorch_global_deps.so: cannot open shared object file")}
+    failure = the_failure(doctor.check_torch, Fake(broken=broken))
+    assert "libtorch_global_deps.so" in failure.text
+    assert "--force-reinstall --no-deps torch==2.9.1" in failure.remedy
+
+
+@pytest.mark.parametrize(
+    ("tools", "remedy"), [(("nvcc",), "ninja-build"), (("ninja",), "CUDA toolkit")]
+)
+def test_flashinfer_cannot_compile_at_the_first_request(tools, remedy):
+    versions = {"flashinfer-python": "0.6.0"}
+    failure = the_failure(doctor.check_flashinfer, Fake(versions=versions, tools=tools))
+    assert remedy in failure.remedy
+    versions["flashinfer-jit-cache"] = "0.6.0"
+    (finding,) = found(doctor.check_flashinfer, Fake(versions=versions))
+    assert finding.verdict is Verdict.OK and "prebuilt" in finding.text
+
+
+def test_flashinfer_does_not_load():
+    machine = Fake(
+        versions={"flashinfer-python": "0.6.0"}, broken={"flashinfer": RuntimeError("no GPU")}
+    )
+    assert "no GPU" in the_failure(doctor.check_flashinfer, machine).text
+
+
+# The rest of the machine.
+
+
+@pytest.mark.parametrize("version", [(3, 9), (3, 15), (2, 7)])
+def test_a_python_that_nobody_tested_passes(version):
+    assert "3.10 to 3.14" in the_failure(doctor.check_python, Fake(python_version=version)).remedy
+
+
+def test_a_gpu_that_torch_does_not_see_is_served_on_the_cpu():
+    asked = wanted(device="cuda")
+    failure = the_failure(doctor.check_torch, Fake(torch=fake_torch()), asked)
+    assert "is a CPU build" in failure.text
+    failure = the_failure(doctor.check_torch, Fake(torch=fake_torch("12.8")), asked)
+    assert "sees no GPU, there is no nvidia-smi" in failure.text
+
+
+def test_a_model_larger_than_the_gpu_fails_at_the_first_request():
+    asked = wanted(device="cuda")
+    gpu = Fake(torch=fake_torch("12.8", gpu=True, free=1e9))
+    failure = the_failure(doctor.check_torch, gpu, asked)
+    assert failure.subject == "GPU memory" and "max_batch_size" in failure.remedy
+    roomy = Fake(torch=fake_torch("12.8", gpu=True))
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_torch, roomy, asked))
+
+
+def test_the_memory_that_moondream_3_needs_is_misjudged(monkeypatch):
+    monkeypatch.setattr(
+        "kestrel.moondream.checkpoint.Checkpoint.architecture", lambda self: MOONDREAM_3
+    )
+    config = RuntimeConfig(max_batch_size=4, max_context=4096, image_cache_bytes=10**9)
+    need = doctor.memory_need(config)
+    # 9.3 billion parameters in bfloat16, four slots of 0.8 GB, the images and the allowance.
+    assert need == pytest.approx(18.6e9 + 4 * 0.805e9 + 1e9 + doctor.ACTIVATIONS_BYTES, rel=0.02)
+
+
+def test_a_broken_opencv_or_an_old_ray_passes():
+    machine = Fake(broken={"cv2": ImportError("libGL.so.1: cannot open")})
+    assert "opencv-python-headless" in the_failure(doctor.check_opencv, machine).remedy
+    old = Fake(versions={"ray": "2.9.3"})
+    assert "ray[serve]>=2.54" in the_failure(doctor.check_ray, old).remedy
+    none = Fake(versions={"ray": None})
+    assert "[serve]" in the_failure(doctor.check_ray, none).remedy
+    alone = Wanted(RuntimeConfig(), None)
+    assert all(f.verdict is not Verdict.FAIL for f in found(doctor.check_ray, none, alone))
+
+
+def test_a_port_that_is_taken_is_called_free():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert not Machine().port_free("127.0.0.1", port)
+    assert Machine().port_free("127.0.0.1", port)
+    findings = found(doctor.check_ray, Fake(taken=(8000,)))
+    assert findings[1].verdict is Verdict.WARN and "http_options.port" in findings[1].remedy
+
+
+def test_a_check_that_breaks_hides_the_others(monkeypatch):
+    def breaks(machine: Machine, asked: Wanted) -> Any:
+        raise KeyError("what")
+        yield
+
+    monkeypatch.setattr(doctor, "CHECKS", (breaks, doctor.check_python))
+    first, second = examine(wanted(), Fake())
+    assert first.verdict is Verdict.FAIL and "KeyError" in first.text
+    assert second.subject == "Python"
+
+
+# The command
+
+
+def test_the_configs_of_the_repository_are_misread():
+    root = Path(__file__).parent.parent / "configs"
+    local = read_config(root / "local.yaml")
+    assert local.graph and local.runtime.device == "cpu" and local.http == ("127.0.0.1", 8000)
+    cluster = read_config(root / "cluster.yaml")
+    assert cluster.runtime.device == "cuda" and cluster.refiner == RefinerConfig(rasterizer="skia")
+
+
+@pytest.mark.parametrize("text", ["[", "3", "applications: []", "runtime: {modle: x}"])
+def test_a_config_that_is_none_is_a_traceback(text, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["doctor", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "kestrel: " in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        read_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("broken", "status"), [({}, 0), ({"cv2": ImportError("gone")}, 1)])
+def test_the_exit_status_does_not_tell(monkeypatch, capsys, broken, status):
+    checks = (doctor.check_python, doctor.check_opencv)
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    monkeypatch.setattr(doctor, "Machine", lambda: Fake(broken=broken))
+    assert main(["doctor"]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("  ok  Python: 3.11")
+    assert ("FAIL  OpenCV: does not load (gone) -> pip" in lines[1]) == bool(status)
