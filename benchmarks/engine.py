@@ -181,8 +181,9 @@ def decode_rate(folder: Path) -> dict[str, float]:
         for step in range(TOKENS):
             began = time.perf_counter()
             token = model.logits(hidden).argmax(-1)
-            hidden = model.decode(
-                model.embed_tokens(token), torch.tensor([90 + step]), cache, slots, 91 + step
+            position = torch.tensor([90 + step])
+            hidden = model.cached.decode(
+                model.embed_tokens(token), position, cache, None, 91 + step, level=True
             )
             times.append(time.perf_counter() - began)
     per_step = statistics.median(times)
