@@ -299,12 +299,12 @@ def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 def check_tracers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     if wanted.refiner is None:
         return
-    trace = machine.load("kestrel.seg_refiner.trace")
+    tracers = machine.load("kestrel.seg_refiner.tracers")
     chosen = wanted.refiner.tracer
     yield from _first_of(
         "tracer",
         ("libpotrace", "pypotrace", "potracer") if chosen == "auto" else (chosen,),
-        trace.load_tracer,
+        tracers.load_tracer,
         "there is no package named potrace: apt-get install libpotrace0, or pip install potracer",
     )
 

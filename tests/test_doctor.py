@@ -16,7 +16,7 @@ from kestrel.cli import main
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 from kestrel.doctor import Finding, Machine, Verdict, Wanted, examine, read_config
 from kestrel.moondream.config import MOONDREAM_3
-from kestrel.seg_refiner import raster, trace
+from kestrel.seg_refiner import raster, tracers
 
 
 class Fake(Machine):
@@ -93,9 +93,9 @@ def test_a_sound_machine_is_called_broken():
 
 def test_potrace_is_installed_by_a_name_that_does_not_exist(monkeypatch):
     def missing(name: str) -> Any:
-        raise trace.TracerMissing(f"{name} is not installed")
+        raise tracers.TracerMissing(f"{name} is not installed")
 
-    monkeypatch.setattr(trace, "load_tracer", missing)
+    monkeypatch.setattr(tracers, "load_tracer", missing)
     failure = the_failure(doctor.check_tracers, Fake())
     assert "no package named potrace" in failure.remedy
     assert "apt-get install libpotrace0" in failure.remedy
@@ -124,9 +124,9 @@ def test_nothing_that_paints_is_installed(monkeypatch):
 def test_a_slower_tracer_does_the_work_unnoticed(monkeypatch):
     def slow(name: str) -> Any:
         if name != "potracer":
-            raise trace.TracerMissing(f"{name} is not installed: apt-get install it")
+            raise tracers.TracerMissing(f"{name} is not installed: apt-get install it")
 
-    monkeypatch.setattr(trace, "load_tracer", slow)
+    monkeypatch.setattr(tracers, "load_tracer", slow)
     (finding,) = found(doctor.check_tracers, Fake())
     assert finding.verdict is Verdict.WARN and "libpotrace is not installed" in finding.remedy
 
