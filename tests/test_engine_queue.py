@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,6 +11,7 @@ from serving import picture
 
 from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.api import Overloaded
+from kestrel.batch import Batch
 
 PICTURE = picture(1200, 900)
 
@@ -32,8 +34,15 @@ async def ask(engine: InferenceEngine, image: bytes | None, timeout_s: float = 6
     return "answered"
 
 
-async def test_images_that_wait_are_bounded_together_by_bytes(engine: InferenceEngine) -> None:
-    said = await asyncio.gather(*(ask(engine, PICTURE) for _ in range(8)))
+async def test_images_that_wait_are_bounded_together_by_bytes(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_asked, step = threading.Event(), Batch.step
+    monkeypatch.setattr(Batch, "step", lambda *args: all_asked.wait(30) and step(*args))
+    asked = [asyncio.create_task(ask(engine, PICTURE)) for _ in range(8)]
+    await asyncio.sleep(0)
+    all_asked.set()
+    said = await asyncio.gather(*asked)
     assert said.count("answered") in (2, 3)
     assert all("bytes wait" in message for message in said if message != "answered")
     # What holds no image is not kept out by those that do.

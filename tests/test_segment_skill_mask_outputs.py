@@ -16,7 +16,7 @@ from kestrel.answers import segment_output
 from kestrel.api import BboxEvent, ModelMetrics, ModelResult, SegmentRequest
 from kestrel.image import decode as decode_image
 from kestrel.overlay import decode_mask
-from kestrel.seg_refiner import png, raster, trace
+from kestrel.seg_refiner import png, raster, trace, tracers
 from kestrel.svg import parse_path
 
 pytest_plugins = ["engines"]
@@ -179,7 +179,7 @@ async def test_a_refined_mask_that_is_none_is_left_out(
 
 
 async def test_a_missing_tracer_costs_the_path_and_no_mask(engine, ask, caplog, monkeypatch):
-    monkeypatch.setattr(trace, "load_tracer", failing(trace.TracerMissing("no tracer here")))
+    monkeypatch.setattr(trace, "load_tracer", failing(tracers.TracerMissing("no tracer here")))
     found, reason = await refined_again(engine, ask, caplog)
     assert reason == "trace_failed" and "no tracer here" in caplog.text
     assert pair(found) == (found["coarse_path"], found["coarse_bbox"])

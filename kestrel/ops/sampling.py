@@ -51,11 +51,9 @@ def _draw(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> T
     ranked, order = logits.sort(dim=-1, descending=True)
     # The maximum is taken off first: a small temperature then cannot overflow.
     probs = ((ranked - ranked[:, :1]) / temperature).softmax(dim=-1)
-    reached = probs.cumsum(dim=-1)
     # A candidate is in the nucleus if those before it do not reach top_p; the first always is.
-    inside = (reached - probs < top_p) & (probs > 0)
-    mass = (probs * inside).sum(dim=-1, keepdim=True)
-    place = (reached <= draw * mass).sum(dim=-1, keepdim=True)
-    # Rounding of the sums may point past the nucleus.
-    place = place.minimum(inside.sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
-    return order.gather(-1, place).squeeze(-1)
+    nucleus = probs * (probs.cumsum(dim=-1) - probs < top_p)
+    # The draw runs through the candidates by index, not by rank: neighbouring bins are about as
+    # likely as each other, and the last bit of a logit must not tell them apart.
+    reached = torch.zeros_like(probs).scatter_(-1, order, nucleus).cumsum(dim=-1)
+    return (reached <= draw * reached[:, -1:]).sum(dim=-1).clamp_(max=logits.shape[-1] - 1)
