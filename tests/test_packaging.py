@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,3 +117,10 @@ def test_the_refiner_loads_no_torch_when_it_is_imported() -> None:
 def test_an_optional_part_is_imported_by_one_module_at_most(package: str) -> None:
     assert len(importers(package)) <= 1
     assert importers(package, "serve_graph") == set()
+
+
+def test_no_page_shows_a_picture_or_links_a_file_that_is_not_there() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+        missing = [link for link in links if not (page.parent / link).exists()]
+        assert not missing, (page.name, missing)
