@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ pytest.importorskip("ray.serve")
 from running_graph import listening_beyond_loopback
 
 from serve_graph.__main__ import LOCAL, read_config
+from serve_graph.demo import load_samples
 from serve_graph.launch import LocalCluster, free_port
 from serve_graph.node import RayNode
 
@@ -70,7 +72,7 @@ def nodes() -> Iterator[Nodes]:
     }
     args["ingress_pool"].update(min_replicas=3, max_replicas=3, max_replicas_per_node=1)
     args["model_pool"].update(
-        quick, num_cpus=0.5, num_gpus=1, max_replicas=2, target_ongoing_requests=3
+        quick, num_cpus=0.5, num_gpus=1, max_replicas=2, target_ongoing_requests=1
     )
     args["refiner_pool"].update(
         quick, resources={"cpu_node": 0.001}, max_replicas=2, target_ongoing_requests=1
@@ -115,8 +117,14 @@ def flood(nodes: Nodes, ask: dict[str, Any], clients: int, grown: Callable[[], b
 
 
 def test_a_busy_model_grows_the_model_pool_alone(nodes: Nodes) -> None:
-    # Without a picture there is nothing to refine.
-    flood(nodes, {"object": "butterfly"}, 12, lambda: nodes.replicas("Model") == [0, 2, 0])
+    sample = load_samples()[0]
+    # A path that is cut off takes its time to decode and is not refined.
+    ask = {
+        "object": sample.noun,
+        "image_url": base64.b64encode(sample.image).decode(),
+        "settings": {"max_tokens": 45},
+    }
+    flood(nodes, ask, 12, lambda: nodes.replicas("Model") == [0, 2, 0])
     assert nodes.replicas("Refiner") == [0, 0, 1]
     until(lambda: nodes.replicas("Model") == [0, 1, 0])
 
