@@ -100,7 +100,7 @@ class InferenceEngine:
 
         engine = await asyncio.to_thread(build)
         try:
-            await engine.warmup()
+            await engine._check()  # and the first caller does not pay for first-time work
         except BaseException:
             await engine.shutdown()
             raise
@@ -270,13 +270,6 @@ class InferenceEngine:
     def _unrefined(self, reason: str) -> SegmentRefineBitmapsResult:
         self._reasons[reason] += 1
         return SegmentRefineBitmapsResult(reason=reason)
-
-    async def warmup(self) -> None:
-        """Run a request end to end, so that the first caller does not pay for first-time work.
-
-        Raises what ``health`` raises.
-        """
-        await self._check()
 
     async def health(self) -> None:
         """Returns when a built-in picture was segmented, or a request completed just now.

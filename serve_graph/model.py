@@ -28,7 +28,6 @@ class ModelDeployment:
         from kestrel.engine import InferenceEngine
 
         self._engine = await InferenceEngine.create(config)
-        await self._engine.warmup()
         metrics.log_with_serve()
         self._running = 0
         self._exported = {"steps": 0, "tokens": 0}

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import ConfigError
-from kestrel.seg_refiner.box import grown_box, mask_box
+from kestrel.seg_refiner.box import refined_in_box
 from kestrel.seg_refiner.cues import Cues
 from kestrel.seg_refiner.guided import apply_coefficients, coefficients, planes
 
@@ -85,17 +85,12 @@ class BoundaryRefiner:
         self.network = network or load_network()
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        refined = np.zeros_like(mask)
-        box = mask_box(mask)
-        if box is None:
-            return refined
-        height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height, GROW)
-        crop = np.ascontiguousarray(image[y0:y1, x0:x1])
-        small, coverage = _at_working_size(crop, mask[y0:y1, x0:x1])
-        soft = self._soft(small, coverage)
-        refined[y0:y1, x0:x1] = _at_full_size(crop, small, soft)
-        return refined
+        return refined_in_box(image, mask, GROW, self._refine_crop)
+
+    def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        crop = np.ascontiguousarray(image)
+        small, coverage = _at_working_size(crop, mask)
+        return _at_full_size(crop, small, self._soft(small, coverage))
 
     def _soft(self, small: np.ndarray, coverage: np.ndarray) -> np.ndarray:
         """Share of the object, float32 [h, w] in 0..1, at working size."""

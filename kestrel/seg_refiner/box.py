@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -27,6 +28,26 @@ def grown_box(box: PixelBox, width: int, height: int, grow: float) -> PixelBox:
     x0, y0, x1, y1 = box
     dx, dy = max(2, math.ceil((x1 - x0) * grow)), max(2, math.ceil((y1 - y0) * grow))
     return max(0, x0 - dx), max(0, y0 - dy), min(width, x1 + dx), min(height, y1 + dy)
+
+
+def refined_in_box(
+    image: np.ndarray,
+    mask: np.ndarray,
+    grow: float,
+    refine_crop: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """``refine_crop`` of image and mask within the mask's grown box; nothing is set outside.
+
+    ``image`` uint8 [H, W, 3], ``mask`` uint8 [H, W] 0/1; ``refine_crop`` gives a mask, uint8 0/1 of
+    the crop's size. Gives uint8 [H, W] 0/1.
+    """
+    refined = np.zeros_like(mask)
+    box = mask_box(mask)
+    if box is not None:
+        height, width = mask.shape
+        x0, y0, x1, y1 = grown_box(box, width, height, grow)
+        refined[y0:y1, x0:x1] = refine_crop(image[y0:y1, x0:x1], mask[y0:y1, x0:x1])
+    return refined
 
 
 def joined_box(a: PixelBox, b: PixelBox) -> PixelBox:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import RefinerConfig
-from kestrel.seg_refiner.box import grown_box, mask_box
+from kestrel.seg_refiner.box import refined_in_box
 
 GROW = 0.25
 """The box is grown by this fraction of its sides before it is cut out."""
@@ -37,14 +37,7 @@ class GuidedRefiner:
         self.eps = config.guided_eps
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        refined = np.zeros_like(mask)
-        box = mask_box(mask)
-        if box is None:
-            return refined
-        height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height, GROW)
-        refined[y0:y1, x0:x1] = self._refine_crop(image[y0:y1, x0:x1], mask[y0:y1, x0:x1])
-        return refined
+        return refined_in_box(image, mask, GROW, self._refine_crop)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         height, width = mask.shape

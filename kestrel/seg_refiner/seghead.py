@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import ConfigError, RefinerConfig
-from kestrel.seg_refiner.box import grown_box, mask_box
+from kestrel.seg_refiner.box import refined_in_box
 
 GROW = 0.25
 """The box is grown by this fraction of its sides before it is cut out."""
@@ -67,17 +67,11 @@ class SegHeadRefiner:
             )
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        refined = np.zeros_like(mask)
-        box = mask_box(mask)
-        if box is None:
-            return refined
-        height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height, GROW)
-        soft = self._refine_crop(image[y0:y1, x0:x1], mask[y0:y1, x0:x1])
-        np.greater(soft, 0.5, out=refined[y0:y1, x0:x1].view(np.bool_))
-        return refined
+        return refined_in_box(
+            image, mask, GROW, lambda *crops: (self._soft_crop(*crops) > 0.5).view(np.uint8)
+        )
 
-    def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _soft_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Soft mask float32 of the crop's size."""
         torch, side = self._torch, self._vision.config.crop_size
         small = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
