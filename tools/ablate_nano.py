@@ -57,7 +57,7 @@ def judge(model: Moondream, losses: Losses, batch: Batch) -> dict[str, float]:
     with torch.no_grad():
         features = model.vision.features(batch.images)
         image = model.vision.project(features, features)
-        dense, boxes = losses.dense_losses(image, batch)
+        dense, boxes, _ = losses.dense_losses(image, batch)
         nouns = torch.cat([model.text.wte[losses.noun_ids], losses.background[None]])
         named = (F.normalize(image, dim=-1) @ F.normalize(nouns, dim=-1).T).argmax(-1)
         most, truth = batch.patches.max(-1)

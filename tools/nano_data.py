@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from nano_training import QUANTUM, Batch, Question, lay_out, outline_tokens
 from nouns import KINDS, SYNONYMS
-from scene_store import GRID, SceneStore, mirrored
+from scene_store import GRID, VERTICES, SceneStore, mirrored
 from tokenizers import Tokenizer
 
 from kestrel.moondream.config import PromptConfig
@@ -94,7 +94,7 @@ class BatchMaker:
                 outlines, points = store.outlines[row], store.points[row]
             nouns = [n for n in store.nouns[row].tolist() if n >= 0]
             images.append(image)
-            labels.append(self._patch_labels(nouns, shares, boxes))
+            labels.append(self._patch_labels(nouns, shares, boxes, outlines))
             asked.append(self._ask(nouns, boxes, outlines, points))
         special = self.asker.prompt_ids
         length = 0 if not self.questions else BOX_LENGTH if self.boxes_only else LENGTH
@@ -106,17 +106,20 @@ class BatchMaker:
         )
 
     def _patch_labels(
-        self, nouns: list[int], shares: np.ndarray, boxes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Shares [81, nouns + 1] and boxes [81, 4] of ``Batch``, float32."""
+        self, nouns: list[int], shares: np.ndarray, boxes: np.ndarray, outlines: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shares [81, nouns + 1], boxes [81, 4] and outlines [81, 48] of ``Batch``, float32."""
         shown = np.zeros((GRID * GRID, len(self.asker.nouns) + 1), np.float32)
         of_object = np.full((GRID * GRID, 4), np.nan, np.float32)
+        shapes = np.zeros((GRID * GRID, 2 * VERTICES), np.float32)
         for slot, noun in enumerate(nouns):
             part = shares[slot] / np.float32(255)
             shown[:, noun] += part
             of_object[part > 0.5] = boxes[slot]
+            centre, size = boxes[slot, :2], boxes[slot, 2:]
+            shapes[part > 0.5] = ((outlines[slot] - centre + size / 2) / size).ravel()
         shown[:, -1] = np.clip(1 - shown.sum(1), 0, 1)
-        return shown / shown.sum(1, keepdims=True), of_object
+        return shown / shown.sum(1, keepdims=True), of_object, shapes
 
     def _ask(
         self, nouns: list[int], boxes: np.ndarray, outlines: np.ndarray, points: np.ndarray

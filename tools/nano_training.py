@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scene_store import VERTICES
 from torch import Tensor
 
 from kestrel.moondream.model import Moondream
@@ -45,7 +46,8 @@ class Batch:
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
     ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last;
     ``boxes`` float [B, 81, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none.
+    the picture, NaN where it shows none; ``outlines`` float [B, 81, 48] the 24 vertices (x, y) of
+    that object's outline, in sides of its box.
     """
 
     images: Tensor
@@ -56,6 +58,7 @@ class Batch:
     target_value: Tensor
     patches: Tensor
     boxes: Tensor
+    outlines: Tensor
 
 
 def outline_tokens(points: np.ndarray, box: tuple[float, float, float, float], ids: dict[str, int]):
@@ -107,10 +110,10 @@ def lay_out(questions: list[list[Question]], length: int, coord_id: int, size_id
     return tokens, kind, value, target, target_value
 
 
-def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
-    """Hidden states of the questions.
+def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states of the questions after the last block, and those that the last block reads.
 
-    ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; gives [B, Q, S, dim].
+    ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; each gives [B, Q, S, dim].
     """
     text = model.text
     p = prefix.shape[1]
@@ -121,7 +124,9 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
     table, logs = text.rotary[positions], text.log_positions[positions]
     x = torch.cat([prefix, asked.flatten(1, 2)], dim=1)
     causal = torch.ones(s, s, dtype=torch.bool).tril()
+    earlier = x
     for block in text.blocks:
+        earlier = x
         normed = block.ln(x)
         qs, ks, vs = block.attn.project(normed, table, logs)
         scale = 1.0 / math.sqrt(qs.shape[-1])
@@ -137,7 +142,7 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> Tensor:
         from_prefix = (weights[..., :p].flatten(2, 3) @ vp).unflatten(2, (q, s))
         second = (from_prefix + weights[..., p:] @ mine_v).flatten(2, 3)
         x = x + block.attn.merge(torch.cat([first, second], dim=2)) + block.mlp(normed)
-    return x[:, p:].unflatten(1, (q, s))
+    return x[:, p:].unflatten(1, (q, s)), earlier[:, p:].unflatten(1, (q, s))
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:
@@ -160,17 +165,20 @@ class Losses:
         self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 1.0)
         self.dense_weight = 1.0
         self.box_weight = 2.0
+        self.outline_weight = 2.0
         self.region_weight = 0.5
         dim = model.config.text.dim
         self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
         self.scale = torch.nn.Parameter(torch.tensor(10.0))
         self.box_head = torch.nn.Linear(dim, 4)
         self.answer_head = torch.nn.Linear(dim, 4)
+        self.outline_head = torch.nn.Linear(dim, 2 * VERTICES)
+        self.answer_outline_head = torch.nn.Linear(dim, 2 * VERTICES)
 
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the auxiliary loss, not part of the model."""
-        heads = [*self.box_head.parameters(), *self.answer_head.parameters()]
-        return [self.background, self.scale, *heads]
+        heads = (self.box_head, self.answer_head, self.outline_head, self.answer_outline_head)
+        return [self.background, self.scale, *(p for head in heads for p in head.parameters())]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures uint8 [B, 3, 126, 126] -> what the decoder reads, [B, 81, dim]."""
@@ -180,9 +188,9 @@ class Losses:
     def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
         image = self.encode_image(batch.images)
-        dense, boxes = self.dense_losses(image, batch)
-        total = self.dense_weight * dense + self.box_weight * boxes
-        return total, {"dense": dense.item(), "boxes": boxes.item()}
+        dense, boxes, shapes = self.dense_losses(image, batch)
+        total = self.dense_weight * dense + self.box_weight * boxes + self.outline_weight * shapes
+        return total, {"dense": dense.item(), "boxes": boxes.item(), "shapes": shapes.item()}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Total loss and its parts as floats."""
@@ -195,7 +203,7 @@ class Losses:
         asked = asked.clone()
         asked[is_coord] = model.encode_coord(batch.value[is_coord][:, 0]).to(asked.dtype)
         asked[is_size] = model.encode_size(batch.value[is_size]).to(asked.dtype)
-        hidden = decoder_pass(model, prefix, asked)
+        hidden, earlier = decoder_pass(model, prefix, asked)
         wanted = batch.target != IGNORE
         picked, target = hidden[wanted], batch.target[wanted]
         values = batch.target_value[wanted]
@@ -210,10 +218,12 @@ class Losses:
         )
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits, soft_bins(size_bins, 1024, 6.0))
-        dense, boxes = self.dense_losses(image, batch)
+        dense, boxes, shapes = self.dense_losses(image, batch)
         answer = self._answer_loss(hidden, batch)
+        outline = self._outline_loss(earlier, batch)
         total = tokens + self.region_weight * (coord + size)
         total = total + self.dense_weight * dense + self.box_weight * (boxes + answer)
+        total = total + self.outline_weight * (shapes + outline)
         parts = {
             "tokens": tokens,
             "coord": coord,
@@ -221,6 +231,8 @@ class Losses:
             "dense": dense,
             "boxes": boxes,
             "answer": answer,
+            "shapes": shapes,
+            "outline": outline,
         }
         return total, {name: part.item() for name, part in parts.items()}
 
@@ -248,8 +260,31 @@ class Losses:
         guess = self.answer_head(heard).float()
         return F.smooth_l1_loss(guess, torch.cat([box, box]), beta=0.05)
 
-    def dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each patch: cosine to the noun it shows, over all nouns and background; its object's box.
+    def _outline_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The whole outline, regressed where the box has been read and the path starts.
+
+        ``hidden`` is what the last block reads: it then finds the vertices there, to be copied one
+        after the other as the path is written.
+        """
+        following = F.pad(batch.target, (0, 1), value=IGNORE)[..., 1:]
+        # The size of a box that refers to an object is not followed by an outline.
+        start = (batch.kind == 2) & (self.level_of[following.clamp(min=0)] >= 0)
+        b, q, s = start.nonzero(as_tuple=True)
+        if not len(b):
+            return hidden.sum() * 0
+        # M x y L x y x y ...: the first vertex two positions on, the others from five on.
+        first = torch.arange(2)
+        rest = torch.arange(2 * VERTICES - 2) + 3
+        places = s[:, None] + 1 + torch.cat([first, rest])
+        levels = self.level_of[batch.target[b[:, None], q[:, None], places]]
+        heard = hidden[b, q, s]
+        guess = self.answer_outline_head(F.layer_norm(heard, heard.shape[-1:])).float()
+        wanted = levels * (QUANTUM / 960)
+        return F.smooth_l1_loss(guess, wanted, beta=0.05)
+
+    def dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Each patch: cosine to the noun it shows, over all nouns and background; its object's box
+        and outline.
 
         ``image`` float32 [B, patches, dim], the very vectors that the decoder reads.
         """
@@ -260,12 +295,15 @@ class Losses:
         with torch.autocast("cpu", enabled=False):
             image = image.float()
             scores = F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
-            boxes = F.smooth_l1_loss(self.box_head(image[shown]), batch.boxes[shown], beta=0.05)
+            seen = image[shown]
+            boxes = F.smooth_l1_loss(self.box_head(seen), batch.boxes[shown], beta=0.05)
+            guess = self.outline_head(seen)
+            shapes = F.smooth_l1_loss(guess, batch.outlines[shown], beta=0.05)
             surprise = -(batch.patches * scores.log_softmax(-1)).sum(-1)
             # Most patches show background, which is soon learned: objects count four times.
             weight = 1 - 0.75 * batch.patches[..., -1]
             dense = (weight * surprise).sum() / weight.sum()
-        return dense, boxes
+        return dense, boxes, shapes
 
 
 def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from scene_store import build_store
 
 from kestrel.moondream.model import Moondream
 
-LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer")
+LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer", "shapes", "outline")
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "phase", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 REPORT_STEPS = 50
@@ -49,7 +49,7 @@ class Phase:
     questions: int
 
 
-PHASES = (Phase("vision", 0.15, 0), Phase("boxes", 0.33, 5), Phase("paths", 1.0, 3))
+PHASES = (Phase("vision", 0.15, 0), Phase("boxes", 0.27, 5), Phase("paths", 1.0, 3))
 
 
 def learning_rate(progress: float, peak: float) -> float:
