@@ -141,7 +141,7 @@ def _trimap(coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def grabcut(image: np.ndarray, coarse: np.ndarray, held: bool) -> np.ndarray:
     """Rother et al. 2004 as OpenCV has it; ``held`` to the band around the coarse outline."""
-    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0], 0.25)
+    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0])
     crop, mask = np.ascontiguousarray(image[y0:y1, x0:x1]), coarse[y0:y1, x0:x1]
     labels = np.where(mask > 0, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     if held:
@@ -161,7 +161,7 @@ def matting(image: np.ndarray, coarse: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_matrix, diags
     from scipy.sparse.linalg import spsolve
 
-    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0], 0.25)
+    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0])
     crop, mask = image[y0:y1, x0:x1], coarse[y0:y1, x0:x1]
     scale = min(1.0, MATTING_SIDE / max(mask.shape))
     size = (max(3, round(mask.shape[1] * scale)), max(3, round(mask.shape[0] * scale)))

@@ -211,7 +211,8 @@ def memory_need(config: RuntimeConfig) -> float:
     import torch
 
     from kestrel.moondream.checkpoint import locate
-    from kestrel.moondream.model import Moondream, resolve_dtype
+    from kestrel.moondream.model import Moondream
+    from kestrel.ops.device import resolve_dtype
 
     architecture = locate(config.located).architecture()
     size = resolve_dtype(config.dtype, torch.device("cuda")).itemsize

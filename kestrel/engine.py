@@ -27,7 +27,8 @@ from kestrel.api import (
 )
 from kestrel.config import RuntimeConfig
 from kestrel.moondream.checkpoint import locate
-from kestrel.moondream.model import Moondream, load, resolve_device, resolve_dtype
+from kestrel.moondream.model import Moondream, load
+from kestrel.ops.device import resolve_device, resolve_dtype
 from kestrel.scheduler import EngineError, Job, Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.self_check import check_outcome, check_request

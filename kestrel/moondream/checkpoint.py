@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kestrel.config import ConfigError, ModelSource
+from kestrel.hub import NotThere, Snapshot
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
-from kestrel.moondream.hub import NotThere, Snapshot
 from kestrel.moondream.names import parameter_name
 from kestrel.moondream.weights import read_index
 

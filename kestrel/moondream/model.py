@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kestrel.config import ConfigError
 from kestrel.moondream.cached import CachedText, KVCache
 from kestrel.moondream.checkpoint import Checkpoint, local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
@@ -99,29 +98,6 @@ class Moondream(nn.Module):
     def size_logits(self, hidden: Tensor) -> Tensor:
         """[B, dim] -> [B, 2, size bins]."""
         return self.region.size_logits(hidden)
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` -> CUDA where torch sees a GPU, else CPU; ``ConfigError`` for a GPU that is not."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "device is cuda, but torch sees no GPU; install a CUDA build of torch "
-            "(pip install torch) and check nvidia-smi, or set device: cpu"
-        )
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` -> bfloat16 on CUDA, float32 on CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[dtype]
 
 
 def load_vision(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionEncoder:

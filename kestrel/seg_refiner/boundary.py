@@ -30,8 +30,6 @@ CHANNELS = 7
 """Planes that the network reads: see :func:`network_planes`."""
 STEP = 16
 """The network halves its maps four times: sides are multiples of this."""
-GROW = 0.25
-"""The box is grown by this fraction of its sides before it is cut out."""
 WORKING_SIDE = 192
 """Longest side at which the network looks, pixels."""
 LARGEST_ENLARGEMENT = 2.0
@@ -85,7 +83,7 @@ class BoundaryRefiner:
         self.network = network or load_network()
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return refined_in_box(image, mask, GROW, self._refine_crop)
+        return refined_in_box(image, mask, self._refine_crop)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         crop = np.ascontiguousarray(image)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 PixelBox = tuple[int, int, int, int]
+GROW = 0.25
+"""Refinement looks at the box grown by this fraction of its sides."""
 
 
 def mask_box(mask: np.ndarray) -> PixelBox | None:
@@ -23,7 +25,7 @@ def mask_box(mask: np.ndarray) -> PixelBox | None:
     return int(columns[0]), y0, int(columns[-1]) + 1, y1
 
 
-def grown_box(box: PixelBox, width: int, height: int, grow: float) -> PixelBox:
+def grown_box(box: PixelBox, width: int, height: int, grow: float = GROW) -> PixelBox:
     """The box with ``grow`` of its sides (at least 2 pixels) added all round, cut at the image."""
     x0, y0, x1, y1 = box
     dx, dy = max(2, math.ceil((x1 - x0) * grow)), max(2, math.ceil((y1 - y0) * grow))
@@ -33,7 +35,6 @@ def grown_box(box: PixelBox, width: int, height: int, grow: float) -> PixelBox:
 def refined_in_box(
     image: np.ndarray,
     mask: np.ndarray,
-    grow: float,
     refine_crop: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """``refine_crop`` of image and mask within the mask's grown box; nothing is set outside.
@@ -45,7 +46,7 @@ def refined_in_box(
     box = mask_box(mask)
     if box is not None:
         height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height, grow)
+        x0, y0, x1, y1 = grown_box(box, width, height)
         refined[y0:y1, x0:x1] = refine_crop(image[y0:y1, x0:x1], mask[y0:y1, x0:x1])
     return refined
 

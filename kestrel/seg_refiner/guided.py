@@ -15,8 +15,6 @@ import numpy as np
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner.box import refined_in_box
 
-GROW = 0.25
-"""The box is grown by this fraction of its sides before it is cut out."""
 WORKING_SIDE = 192
 """Longest side at which the filter's coefficients are found, pixels."""
 PASS_SCALES = (1.0, 0.7, 0.5)
@@ -37,7 +35,7 @@ class GuidedRefiner:
         self.eps = config.guided_eps
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return refined_in_box(image, mask, GROW, self._refine_crop)
+        return refined_in_box(image, mask, self._refine_crop)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         height, width = mask.shape

@@ -15,8 +15,6 @@ import numpy as np
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner.box import PixelBox, grown_box, mask_box
 
-GROW = 0.25
-"""The box is grown by this fraction of its sides before it is cut out."""
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 DEVIATION = np.array([58.395, 57.12, 57.375], np.float32)
 """Of ImageNet's RGB pixels, which SAM's input is normalised by."""
@@ -40,7 +38,7 @@ class HqSamRefiner:
                 "refiner hq-sam needs transformers of at least 4.57: "
                 f"pip install 'kestrel-segment-serve[hq-sam]' ({error})"
             ) from error
-        from kestrel.moondream.model import resolve_device, resolve_dtype
+        from kestrel.ops.device import resolve_device, resolve_dtype
 
         if config.hq_sam_model is None:
             raise ConfigError("refiner hq-sam needs hq_sam_model: a folder or owner/name@commit")
@@ -64,7 +62,7 @@ class HqSamRefiner:
         if box is None:
             return refined
         height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height, GROW)
+        x0, y0, x1, y1 = grown_box(box, width, height)
         within = (box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)
         logits = self._logits(image[y0:y1, x0:x1], mask[y0:y1, x0:x1], within)
         np.greater(logits, 0, out=refined[y0:y1, x0:x1].view(np.bool_))
@@ -110,7 +108,7 @@ def _source(named: str) -> tuple[str, dict[str, Any]]:
     repo, _, revision = named.rpartition("@")
     if not repo:
         raise ConfigError(f"hq_sam_model: there is no folder {named}, and it is no repo@commit")
-    from kestrel.moondream.hub import Snapshot
+    from kestrel.hub import Snapshot
 
     # Refuses what is no commit.
     snapshot = Snapshot(repo, revision)

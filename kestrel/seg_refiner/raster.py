@@ -17,6 +17,7 @@ import numpy as np
 
 from kestrel.config import Limits
 from kestrel.seg_refiner.box import PixelBox
+from kestrel.seg_refiner.libraries import first_that_loads
 from kestrel.svg import Command, Path, parse_path, path_to_string, place_path
 
 log = logging.getLogger(__name__)
@@ -42,17 +43,7 @@ def load_rasterizer(name: str = "auto") -> Painter:
 
 @functools.cache
 def _auto() -> Painter:
-    reasons = []
-    for name in ("skia", "resvg"):
-        try:
-            painter = _PAINTERS[name]()
-        except RasterizerMissing as error:
-            reasons.append(str(error))
-            continue
-        if reasons:
-            log.warning("rasterising with %s: %s", name, "; ".join(reasons))
-        return painter
-    raise RasterizerMissing("; ".join(reasons))
+    return first_that_loads(_PAINTERS, RasterizerMissing, "rasterising", log)
 
 
 def _skia() -> ModuleType:

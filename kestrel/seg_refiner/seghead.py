@@ -15,8 +15,6 @@ import numpy as np
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner.box import refined_in_box
 
-GROW = 0.25
-"""The box is grown by this fraction of its sides before it is cut out."""
 PUBLIC_HEAD = "moondream/SegHeadRefiner"
 PUBLIC_FILE = "model.pt"
 
@@ -36,8 +34,9 @@ class SegHeadRefiner:
                 f"refiner seghead needs torch: pip install torch ({error})"
             ) from error
         from kestrel.moondream.checkpoint import locate
-        from kestrel.moondream.model import load_vision, resolve_device, resolve_dtype
+        from kestrel.moondream.model import load_vision
         from kestrel.moondream.seg_head import EARLY_BLOCK, load_seg_head
+        from kestrel.ops.device import resolve_device, resolve_dtype
 
         if config.seghead_weights is None:
             raise ConfigError(
@@ -68,7 +67,7 @@ class SegHeadRefiner:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return refined_in_box(
-            image, mask, GROW, lambda *crops: (self._soft_crop(*crops) > 0.5).view(np.uint8)
+            image, mask, lambda *crops: (self._soft_crop(*crops) > 0.5).view(np.uint8)
         )
 
     def _soft_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -92,6 +91,6 @@ def _weights_file(named: str) -> Path:
     repo, _, revision = named.rpartition("@")
     if not repo:
         raise ConfigError(f"seghead_weights: there is no file {named}, and it is no repo@commit")
-    from kestrel.moondream.hub import Snapshot
+    from kestrel.hub import Snapshot
 
     return Snapshot(repo, revision).download(PUBLIC_FILE)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kestrel.seg_refiner.libraries import first_that_loads
 from kestrel.svg import Command
 
 log = logging.getLogger(__name__)
@@ -38,17 +39,7 @@ def load_tracer(name: str = "auto") -> Tracer:
 
 @functools.cache
 def _auto() -> Tracer:
-    reasons = []
-    for name in ("libpotrace", "pypotrace", "potracer"):
-        try:
-            tracer = _TRACERS[name]()
-        except TracerMissing as error:
-            reasons.append(str(error))
-            continue
-        if reasons:
-            log.warning("tracing with %s: %s", name, "; ".join(reasons))
-        return tracer
-    raise TracerMissing("; ".join(reasons))
+    return first_that_loads(_TRACERS, TracerMissing, "tracing", log)
 
 
 # --- libpotrace ------------------------------------------------------------------------------
