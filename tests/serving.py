@@ -37,8 +37,9 @@ def served(app: ASGIApp) -> Iterator[str]:
         listener.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    """Returns once ``condition()`` holds; AssertionError when it never does."""
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Returns once ``condition()`` holds; AssertionError when it never does. A machine that is busy
+    with something else may keep the server's thread waiting for seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "what was waited for did not happen"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
 
 import httpx
 import pytest
-from scripted import ASK, LIMITS, WELL, ScriptedBackend, refused
+from scripted import ASK, BOX, LIMITS, WELL, ScriptedBackend, refused
 from serving import base64_text, connected, picture, post_bytes, post_head, served, until
 
+from kestrel.server.compose import within
 from kestrel.server.routes import build_app
 
 pytest_plugins = ["scripted"]
@@ -59,6 +64,46 @@ def test_a_streaming_client_that_goes_away_frees_everything(address, backend, wh
             until(lambda: backend.begun == (2 if where == "in refinement" else 1))
     until(lambda: backend.held == 0, 3)
     assert backend.ended_by[-1] == "CancelledError"
+
+
+async def test_a_client_that_leaves_just_as_the_first_event_comes_keeps_its_slot(backend):
+    left, closed = asyncio.Event(), []
+
+    async def events(*_: Any) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            left.set()
+            # What asyncio.wait_for does when its work ends as it is cancelled (Python 3.11).
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            yield {"type": "bbox", "bbox": BOX}
+        finally:
+            closed.append(True)
+
+    backend.events = events
+    messages = iter([{"type": "http.request", "body": json.dumps(ASK | {"stream": True}).encode()}])
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody is there to be sent to")
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/segment", "headers": []}
+    await build_app(backend)(scope, receive, send)
+    assert closed == [True]
+
+
+async def test_work_that_ends_as_it_is_cancelled_makes_its_caller_forget_the_cancelling():
+    work = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(within(time.monotonic() + 30, work))
+    await asyncio.sleep(0)
+    work.set_result("an event")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 def test_a_client_that_went_away_leaves_no_error_in_the_log(address, backend, caplog):

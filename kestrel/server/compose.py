@@ -23,11 +23,28 @@ T = TypeVar("T")
 
 
 async def within(deadline: float, work: Awaitable[T]) -> T:
-    """``work``'s result; cancelled and ``DeadlineExceeded`` when ``time.monotonic()`` passes."""
+    """``work``'s result; cancelled and ``DeadlineExceeded`` when ``time.monotonic()`` passes.
+
+    Not ``asyncio.wait_for``, which until Python 3.12 forgets that it was cancelled when the work
+    ends at the same time: a stream would go on for a client that is gone.
+    """
+    task = asyncio.ensure_future(work)
     try:
-        return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
-    except asyncio.TimeoutError:
-        raise DeadlineExceeded() from None
+        await asyncio.wait({task}, timeout=max(0.0, deadline - time.monotonic()))
+        if not task.done():
+            raise DeadlineExceeded()
+        return task.result()
+    finally:
+        await cancelled(task)
+
+
+async def cancelled(task: asyncio.Future[Any]) -> None:
+    """Returns when the work is no longer under way, which is made so if need be."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()):
+            log.error("cancelled work raised", exc_info=error)
 
 
 async def model_result(events: AsyncGenerator[ModelEvent, None]) -> ModelResult:

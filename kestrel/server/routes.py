@@ -24,7 +24,7 @@ from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.openapi import docs_page, openapi_document
-from kestrel.server.compose import Refinement, server_timing, within
+from kestrel.server.compose import Refinement, cancelled, server_timing, within
 from kestrel.server.room import Place, Room
 
 log = logging.getLogger(__name__)
@@ -146,8 +146,13 @@ class _Routes:
         left = deadline - time.monotonic()
         if asked.stream:
             events = self.backend.events(asked, request_id, left)
-            # Awaited before the 200, so that an early refusal keeps its status.
-            first = await _unless_gone(request.receive, _first(events))
+            try:
+                # Awaited before the 200, so that an early refusal keeps its status.
+                first = await _unless_gone(request.receive, _first(events))
+            except BaseException:
+                # Not left to _first: cancelled just as its event came, it ends with that event.
+                await events.aclose()
+                raise
             return _EventStream(first, events, request_id)
         model, refined = await _unless_gone(
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
@@ -185,9 +190,6 @@ async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]
         return await anext(events)
     except StopAsyncIteration:
         raise RuntimeError("the backend gave no event") from None
-    except BaseException:
-        await events.aclose()
-        raise
 
 
 async def _read_body(request: Request, limit: int, place: Place) -> bytes:
@@ -246,16 +248,8 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         return task.result()
     finally:
         # Waited for, so that slot and refinement are free before anything else happens.
-        await _cancelled(gone)
-        await _cancelled(task)
-
-
-async def _cancelled(task: asyncio.Future[Any]) -> None:
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()):
-            log.error("cancelled work raised", exc_info=error)
+        await cancelled(gone)
+        await cancelled(task)
 
 
 class _EventStream(Response):
