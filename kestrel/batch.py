@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kestrel.api import SegmentSettings
+from kestrel.moondream.kv import PAGE, KVCache
 from kestrel.moondream.model import Moondream
-from kestrel.ops.sampling import is_greedy, sample
+from kestrel.moondream.steps import DecodeSteps
+from kestrel.ops import fast
+from kestrel.ops.sampling import Nucleus, is_greedy, sample
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
 
 
@@ -40,20 +43,45 @@ class Row:
         """Positions of the prompt's text that are left."""
         return len(self.prompt.tokens) - self.fed
 
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and answer at most."""
+        return self.prompt.length + self.decode.max_tokens
+
 
 class Batch:
     """The running rows and their KV slots. Used by one thread, under ``torch.inference_mode``.
 
     Row i holds slot i: a row that leaves gives its place to the last one, whose keys and values
-    move there, so that a decode step reads the cache as it lies and gathers nothing.
+    move there, so that a decode step on a CPU reads the cache as it lies and gathers nothing. On
+    CUDA, and where their bytes are bounded, keys and values are in pages.
     """
 
-    def __init__(self, model: Moondream, slots: int) -> None:
+    def __init__(
+        self,
+        model: Moondream,
+        slots: int,
+        *,
+        kv_bytes: int | None = None,
+        kernels: str = "auto",
+    ) -> None:
+        """``kv_bytes``, ``kernels``: ``kv_cache_bytes`` and ``kernels`` of ``RuntimeConfig``."""
         self.model = model
         self.rows: list[Row] = []
         self._text = model.cached
-        self.cache = self._text.new_cache(slots)
         config, device = model.config, model.device
+        self.cache: KVCache
+        self._steps: DecodeSteps | None = None
+        self._nucleus: Nucleus | None = None
+        if device.type == "cuda" or kv_bytes is not None or kernels == "flashinfer":
+            self.cache = pages = self._text.new_pages(slots, kv_bytes)
+            text = config.text
+            heads = (text.n_heads, text.n_kv_heads, text.head_dim)
+            flashinfer = fast.wanted(kernels, pages.kv, heads, PAGE)
+            self._steps = DecodeSteps(self._text, pages, flashinfer=flashinfer)
+            self._nucleus = fast.nucleus if flashinfer else None
+        else:
+            self.cache = self._text.new_cache(slots)
         self._device = device
         self._bos = model.embed_tokens(torch.tensor([config.prompt.bos_id], device=device))
         # What a request without an image begins with: BOS alone.
@@ -85,9 +113,11 @@ class Batch:
         return self._text.prefix(torch.cat([self._bos, image]))
 
     def join(self, row: Row, prefix: Tensor | None) -> None:
-        """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot."""
+        """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot, and
+        room for it in the cache."""
         prefix = self._bare if prefix is None else prefix
         row.slot = len(self.rows)
+        self.cache.reserve(row.slot, row.longest)
         self.cache.put(row.slot, prefix)
         row.position, row.fed, row.token = prefix.shape[1], 0, None
         self.rows.append(row)
@@ -95,6 +125,7 @@ class Batch:
     def release(self, row: Row) -> None:
         """Take a row out; the last row moves to its slot."""
         last = self.rows.pop()
+        self.cache.free(row.slot)
         if last is not row:
             self.cache.move(last.slot, row.slot, last.position)
             self.rows[row.slot] = last
@@ -106,7 +137,7 @@ class Batch:
         for row in self.rows:
             row.slot = -1
         self.rows = []
-        self.cache.kv.zero_()
+        self.cache.clear()
 
     def step(self, chunks: Sequence[tuple[Row, int]] = ()) -> list[Row]:
         """Feed the last token of every row that has one and, for each of ``chunks``, so many
@@ -125,19 +156,24 @@ class Batch:
 
     def _decode(self, rows: list[Row]) -> Tensor:
         """Feed every row's token; hidden states [rows, dim]."""
-        # Up to the last of them the slots are taken as they lie. What is written for a row whose
-        # prompt is not fed whole lies where its next token goes, which overwrites it.
-        stop = 1 + max(row.slot for row in rows)
+        # Up to the last of them the slots are taken as they lie, in a step of fixed size all that
+        # are held. What is written for a row whose prompt is not fed whole lies where its next
+        # token goes, which overwrites it.
+        stop = len(self.rows) if self._steps is not None else 1 + max(row.slot for row in rows)
         filled = [row.position for row in self.rows[:stop]]
         tokens: list[Token] = [0 if row.token is None else row.token for row in self.rows[:stop]]
-        hidden = self._text.decode(
-            self._embed(tokens),
-            torch.tensor(filled, device=self._device),
-            self.cache,
-            None,
-            1 + max(filled),
-            level=min(filled) == max(filled),
-        )
+        embeds = self._embed(tokens)
+        if self._steps is not None:
+            hidden = self._steps(embeds, filled)
+        else:
+            hidden = self._text.decode(
+                embeds,
+                torch.tensor(filled, device=self._device),
+                self.cache,
+                None,
+                1 + max(filled),
+                level=min(filled) == max(filled),
+            )
         for row in rows:
             row.position += 1
         return hidden if len(rows) == stop else hidden[[row.slot for row in rows]]
@@ -228,4 +264,5 @@ class Batch:
         if all(map(is_greedy, temperatures)):
             return logits.argmax(dim=-1)
         draws = [row.draws.random() for row in rows]
-        return sample(logits, temperatures, [row.settings.top_p for row in rows], draws)
+        top_ps = [row.settings.top_p for row in rows]
+        return sample(logits, temperatures, top_ps, draws, self._nucleus)

@@ -262,7 +262,16 @@ class RuntimeConfig:
     """Requests that decode together (KV slots)."""
     max_context: int = 4096
     """Positions that prompt and answer of a request share, at most the model's own. Every KV slot
-    holds this many: 0.8 GB of bfloat16 for Moondream 3 at 4096, 6.4 GB at its own 32768."""
+    holds this many: 0.8 GB of bfloat16 for Moondream 3 at 4096, 6.4 GB at its own 32768; see
+    ``kv_cache_bytes``."""
+    kv_cache_bytes: int | None = None
+    """Bytes of the keys and values of all running requests; null: what ``max_batch_size`` requests
+    of ``max_context`` take. With fewer, requests wait for memory as they wait for slots, and what
+    is left of it bounds ``max_context``. They are then in pages of 16 positions, as on CUDA always;
+    on a CPU, slots are faster."""
+    kernels: str = "auto"
+    """Attention and sampling of decode steps: ``torch``, ``flashinfer`` (CUDA), or ``auto``:
+    FlashInfer where it loads and agrees with torch."""
     prefill_tokens: int = 512
     """Most positions that one engine step prefills, patches of crops counted, beside one token for
     every running request: bounds how long those stall. A single crop or image may exceed it."""
@@ -319,6 +328,19 @@ class RuntimeConfig:
         ):
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, "must be a positive integer", value)
+        _check(
+            self.kv_cache_bytes is None
+            or (_is_int(self.kv_cache_bytes) and self.kv_cache_bytes > 0),
+            "kv_cache_bytes",
+            "must be a positive integer or null",
+            self.kv_cache_bytes,
+        )
+        _check(
+            self.kernels in ("auto", "torch", "flashinfer"),
+            "kernels",
+            "must be auto, torch or flashinfer",
+            self.kernels,
+        )
         _check(
             _is_int(self.image_cache_bytes) and self.image_cache_bytes >= 0,
             "image_cache_bytes",

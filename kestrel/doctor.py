@@ -199,7 +199,9 @@ def _gpu_memory(torch: Any, wanted: Wanted) -> Iterator[Finding]:
     if need <= free:
         yield ok("GPU memory", text)
     else:
-        remedy = "lower runtime.max_batch_size, max_context or image_cache_bytes, or free the GPU"
+        remedy = (
+            "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the GPU"
+        )
         yield bad("GPU memory", text, remedy)
 
 
@@ -221,7 +223,10 @@ def memory_need(config: RuntimeConfig) -> float:
     text = architecture.text
     positions = config.max_batch_size * min(config.max_context, text.max_context)
     per_position = 2 * text.n_layers * text.n_kv_heads * text.head_dim
-    cached = positions * per_position * size + config.image_cache_bytes
+    cached = positions * per_position * size
+    if config.kv_cache_bytes is not None:
+        cached = min(cached, config.kv_cache_bytes)
+    cached += config.image_cache_bytes
     return parameters * size + cached + ACTIVATIONS_BYTES
 
 

@@ -22,6 +22,7 @@ from kestrel.api import (
     ModelEvent,
     ModelMetrics,
     ModelResult,
+    PromptTooLong,
     SegmentRequest,
     validate_segment,
 )
@@ -116,7 +117,7 @@ class InferenceEngine:
     @property
     def max_context(self) -> int:
         """Positions that prompt and answer share."""
-        return self._model.config.text.max_context
+        return self._scheduler.longest
 
     # The Python door.
 
@@ -315,6 +316,11 @@ class InferenceEngine:
         seconds = longest if timeout_s is None else min(timeout_s, longest)
         request_id = request_id or uuid.uuid4().hex
         room = min(request.settings.max_tokens, self.max_context - prompt.length)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt takes {prompt.length} positions, and there is memory for "
+                f"{self.max_context} of a request with its answer (runtime.kv_cache_bytes)"
+            )
         job = Job(
             prompt,
             SegmentDecode(

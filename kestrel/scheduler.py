@@ -111,11 +111,21 @@ class Scheduler:
         self.last_success = 0.0
         """When a request last completed without an engine failure after it, monotonic seconds."""
         with torch.inference_mode():
-            self._batch = Batch(model, config.max_batch_size)
+            self._batch = Batch(
+                model,
+                config.max_batch_size,
+                kv_bytes=config.kv_cache_bytes,
+                kernels=config.kernels,
+            )
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
     # Called from any thread.
+
+    @property
+    def longest(self) -> int:
+        """Positions that a request may take: more than there is memory for could never run."""
+        return min(self._batch.cache.positions, self._batch.cache.room)
 
     def submit(self, job: Job, *, backlog: int = 0, always: bool = False) -> None:
         """Queue a job.
@@ -164,12 +174,13 @@ class Scheduler:
 
     def stats(self) -> dict[str, Any]:
         """Waiting and running requests, slots, the mean ``seconds`` of a request in its slot,
-        ``left_s``: how long the running ones are still expected to take on average; bytes that are
-        held for requests and for images; and counts of outcomes, steps, tokens and encoded
+        ``left_s``: how long the running ones are still expected to take on average; bytes of keys
+        and values that are written, that are set aside for running requests, and that there are;
+        bytes held for images; and counts of outcomes, steps, tokens and encoded
         images."""
         with self._wake:
             now = time.monotonic()
-            rows, admitted = self._batch.rows, self._admitted()
+            rows, admitted, cache = self._batch.rows, self._admitted(), self._batch.cache
             left = [max(0.0, self._seconds - (now - job.admitted)) for job in admitted]
             return {
                 "waiting": len(self._waiting),
@@ -177,7 +188,10 @@ class Scheduler:
                 "slots": self._config.max_batch_size,
                 "seconds": self._seconds,
                 "left_s": sum(left) / len(left) if left else self._seconds,
-                "kv_bytes": sum(row.position for row in rows) * self._batch.cache.position_bytes,
+                "kv_bytes": sum(row.position for row in rows) * cache.position_bytes,
+                "kv_reserved_bytes": sum(cache.cost(row.longest) for row in rows)
+                * cache.position_bytes,
+                "kv_room_bytes": cache.room * cache.position_bytes,
                 "image_cache_bytes": self._pictures.kept_bytes,
                 **self.counts,
             }
@@ -266,11 +280,16 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         """Promise the free slots to those that wait, in order; an image that is not decoded yet
         keeps nobody else waiting."""
-        free = self._config.max_batch_size - len(self._admitted())
+        cache, admitted = self._batch.cache, self._admitted()
+        free = self._config.max_batch_size - len(admitted)
+        room = cache.room - sum(cache.cost(job.longest) for job in admitted)
         for job in list(self._waiting):
             if free == 0:
                 break
             if job.ready:
+                room -= cache.cost(job.longest)
+                if room < 0:
+                    break  # those behind it are not to overtake it
                 free -= 1
                 job.admitted = now
                 self._waiting.remove(job)

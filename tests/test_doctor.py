@@ -247,6 +247,10 @@ def test_the_memory_that_moondream_3_needs_is_misjudged(monkeypatch):
     need = doctor.memory_need(config)
     # 9.3 billion parameters in bfloat16, four slots of 0.8 GB, the images and the allowance.
     assert need == pytest.approx(18.6e9 + 4 * 0.805e9 + 1e9 + doctor.ACTIVATIONS_BYTES, rel=0.02)
+    bounded = RuntimeConfig(
+        max_batch_size=4, max_context=4096, image_cache_bytes=10**9, kv_cache_bytes=10**9
+    )
+    assert need - doctor.memory_need(bounded) == pytest.approx(4 * 0.805e9 - 1e9, rel=0.02)
 
 
 def test_a_broken_opencv_or_an_old_ray_passes():

@@ -7,46 +7,19 @@ of a small model on a CPU is otherwise mostly the cost of calling operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 
-
-@dataclass
-class KVCache:
-    """Keys and values of every slot: [layers, slots, max_context, 2, kv_heads, head_dim].
-
-    A slot belongs to one running request; what lies beyond its position is never read, so a slot
-    needs no clearing before it is used again.
-    """
-
-    kv: Tensor
-
-    @property
-    def slots(self) -> int:
-        return self.kv.shape[1]
-
-    @property
-    def positions(self) -> int:
-        return self.kv.shape[2]
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position of one request."""
-        return self.kv[:, 0, 0].numel() * self.kv.element_size()
-
-    def put(self, slot: int, prefix: Tensor) -> None:
-        """Begin a slot with a prefix [layers, positions, 2, kv_heads, head_dim]."""
-        self.kv[:, slot, : prefix.shape[1]] = prefix
-
-    def move(self, source: int, target: int, positions: int) -> None:
-        """Copy the first ``positions`` of one slot to another."""
-        self.kv[:, target, :positions] = self.kv[:, source, :positions]
+Attention = Callable[[int, Tensor], Tensor]
+"""Attention of one layer's queries [B, heads, head_dim] over the cache, alike in shape."""
 
 
 @dataclass(slots=True)
@@ -123,11 +96,20 @@ class CachedText:
             scales.append(torch.cat([by_position, keys, by_position], dim=1))
         return torch.stack(scales)[..., None]
 
-    def new_cache(self, slots: int) -> KVCache:
+    def new_cache(self, slots: int) -> SlotKV:
         """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
         c = self.config
         shape = (c.n_layers, slots, c.max_context, 2, c.n_kv_heads, c.head_dim)
-        return KVCache(self.text.wte.new_zeros(shape))
+        return SlotKV(self.text.wte.new_zeros(shape))
+
+    def new_pages(self, slots: int, nbytes: int | None = None) -> PagedKV:
+        """The same in pages, of ``nbytes`` in all or enough for every slot to be full."""
+        c = self.config
+        page = (2, PAGE, c.n_kv_heads, c.head_dim)
+        each = c.n_layers * torch.Size(page).numel() * self.text.wte.element_size()
+        full = slots * -(-c.max_context // PAGE)
+        pages = 1 + (full if nbytes is None else min(full, nbytes // each))
+        return PagedKV(self.text.wte.new_zeros(c.n_layers, pages, *page), slots, c.max_context)
 
     def prefix(self, x: Tensor) -> Tensor:
         """Keys and values of positions that all see each other: BOS and image.
@@ -156,8 +138,8 @@ class CachedText:
         hidden states [B, T, dim].
         """
         batch, length, dim = x.shape
-        # Padding beyond the context is written to its last position, which nobody reads before it
-        # is written again.
+        # Padding is written where a request goes on, or to the context's last position: nobody
+        # reads it before it is written again.
         offsets = torch.arange(length, device=x.device)
         positions = (starts[:, None] + offsets).clamp_(max=cache.positions - 1)
         keys = torch.arange(span, device=x.device)
@@ -165,14 +147,16 @@ class CachedText:
         if prefix:
             seen |= (keys < prefix) & (positions[..., None] < prefix)
         mask = seen[:, None]
-        rows = (slots[:, None] * cache.positions + positions).flatten()
+        where = slots[:, None].expand_as(positions).flatten()
+        write = cache.writer(where, positions.flatten())
+        read = cache.reader(slots, span)
         step = self._step(positions.flatten())
         x = x.reshape(-1, dim)
         for number, layer in enumerate(self._layers):
             normed, heads, hidden = self._project(layer, number, x, step)
-            self._write(cache, number, rows, heads)
+            self._write(write, number, heads)
             q = heads[:, : self.config.n_heads].unflatten(0, (batch, length)).transpose(1, 2)
-            k, v = cache.kv[number, :, :span].index_select(0, slots).permute(2, 0, 3, 1, 4)
+            k, v = read(number)
             x = self._residual(layer, x, normed, attend(q, k, v, mask), hidden)
         return x.view(batch, length, dim)
 
@@ -185,33 +169,38 @@ class CachedText:
         span: int,
         *,
         level: bool = False,
+        attention: Attention | None = None,
     ) -> Tensor:
         """One step for several requests.
 
         ``x`` [B, dim] embeddings at ``positions`` int64 [B] of ``slots`` int64 [B], or of slots
         0..B-1 (None: nothing is gathered); ``span`` is at least the largest position + 1.
-        ``level``: every position is ``span - 1``, so that no mask is needed. Gives hidden states
-        [B, dim].
+        ``level``: every position is ``span - 1``, so that no mask is needed. ``attention`` takes
+        the place of reading the cache and ``attend``. Gives hidden states [B, dim].
         """
         batch = len(x)
         where = torch.arange(batch, device=x.device) if slots is None else slots
-        rows = where * cache.positions + positions
+        write = cache.writer(where, positions)
+        read = None
+        if attention is None:
+            read = cache.reader(batch if slots is None else slots, span)
         step = self._step(positions)
         mask = None
-        if not level:
+        if not level and read is not None:
             unseen = torch.arange(span, device=x.device) > positions[:, None]
             mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)
             mask = mask[:, None, None]
         for number, layer in enumerate(self._layers):
             normed, heads, hidden = self._project(layer, number, x, step)
-            self._write(cache, number, rows, heads)
-            if slots is None:
-                kv = cache.kv[number, :batch, :span]
+            self._write(write, number, heads)
+            q = heads[:, : self.config.n_heads]
+            if read is None:
+                assert attention is not None
+                seen = attention(number, q)[:, :, None]
             else:
-                kv = cache.kv[number, :, :span].index_select(0, slots)
-            k, v = kv.permute(2, 0, 3, 1, 4)
-            q = heads[:, : self.config.n_heads, None]
-            x = self._residual(layer, x, normed, attend(q, k, v, mask), hidden)
+                k, v = read(number)
+                seen = attend(q[:, :, None], k, v, mask)
+            x = self._residual(layer, x, normed, seen, hidden)
         return x
 
     # One layer.
@@ -252,10 +241,9 @@ class CachedText:
         q, k, v = heads.transpose(1, 2).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
         return q, k, v
 
-    def _write(self, cache: KVCache, number: int, rows: Tensor, heads: Tensor) -> None:
-        """Store keys and values of rows (slot * max_context + position) of one layer."""
-        kv = heads[:, self.config.n_heads :]
-        cache.kv[number].view(-1, *kv.shape[1:]).index_copy_(0, rows, kv)
+    def _write(self, write: Write, number: int, heads: Tensor) -> None:
+        """Store the keys and values among the heads of one layer."""
+        write(number, heads[:, self.config.n_heads :])
 
     def _residual(
         self, layer: _Layer, x: Tensor, normed: Tensor, seen: Tensor, hidden: Tensor | None

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kestrel.moondream.cached import CachedText, KVCache
+from kestrel.moondream.cached import CachedText
 from kestrel.moondream.checkpoint import Checkpoint, local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import UInt8Array
+from kestrel.moondream.kv import KVCache, SlotKV
 from kestrel.moondream.region import Region
 from kestrel.moondream.text import TextDecoder
 from kestrel.moondream.tokens import SegmentTokenizer
@@ -65,7 +66,7 @@ class Moondream(nn.Module):
         """Make the model ready to serve: faster, and its weights final."""
         self._cached = CachedText(self.text, fuse=True)
 
-    def new_cache(self, slots: int) -> KVCache:
+    def new_cache(self, slots: int) -> SlotKV:
         """KV cache with one slot per running request."""
         return self.cached.new_cache(slots)
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 GATHER_LIMIT = 32
 """Up to this many (token, expert) pairs, gathering expert weights beats visiting every expert."""
+EVERY_LIMIT = 64
+"""Up to this many tokens, CUDA runs every expert on every token: a decode step reads most experts'
+weights in any case, and nothing in it waits for the host, so that it can be captured."""
 
 
 class ExpertWeights(nn.Module):
@@ -39,6 +42,8 @@ class MixtureOfExperts(nn.Module):
         weights = scores.softmax(dim=-1)
         if chosen.numel() <= GATHER_LIMIT:
             mixed = self._gathered(tokens, chosen, weights)
+        elif tokens.is_cuda and len(tokens) <= EVERY_LIMIT:
+            mixed = self._every(tokens, chosen, weights)
         else:
             mixed = self._visited(tokens, chosen, weights)
         return mixed.view_as(x)
@@ -48,6 +53,15 @@ class MixtureOfExperts(nn.Module):
         h, g = hidden.chunk(2, dim=-1)
         out = torch.einsum("nkoi,nki->nko", self.fc2.weight[chosen], F.gelu(h) * (g + 1))
         return (out * weights[..., None]).sum(dim=1)
+
+    def _every(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # Experts that a token did not choose count 0.
+        share = torch.zeros(
+            len(tokens), len(self.fc1.weight), dtype=tokens.dtype, device=tokens.device
+        )
+        share = share.scatter_(1, chosen, weights.to(tokens.dtype)).T[..., None]
+        h, g = (tokens @ self.fc1.weight.transpose(1, 2)).chunk(2, dim=-1)
+        return ((F.gelu(h) * (g + 1)) @ self.fc2.weight.transpose(1, 2) * share).sum(dim=0)
 
     def _visited(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         mixed = torch.zeros_like(tokens)

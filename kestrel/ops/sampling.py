@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Nucleus = Callable[[Tensor, Tensor], Tensor]
 
 GREEDY_BELOW = 1e-4
 """Temperatures under it count as 0: dividing by them would leave one candidate anyway."""
@@ -23,6 +25,7 @@ def sample(
     temperatures: Sequence[float],
     top_ps: Sequence[float],
     draws: Sequence[float],
+    nucleus: Nucleus | None = None,
 ) -> Tensor:
     """One candidate per row.
 
@@ -30,7 +33,7 @@ def sample(
     ``top_p`` in 0..1 (the smallest set of most likely candidates that reaches this probability,
     Holtzman et al. 2020) and a uniform draw in 0..1. The draws come from the caller so that a
     row's outcome depends on its own request only, never on its neighbours in the batch.
-    Gives int64 [B] on the device of the logits.
+    ``nucleus``: a kernel in the place of ``by_rank``. Gives int64 [B] on the device of the logits.
     """
     best = logits.argmax(dim=-1)
     warm = [row for row, value in enumerate(temperatures) if not is_greedy(value)]
@@ -42,18 +45,27 @@ def sample(
         [draws[i] for i in warm],
     )
     settings = torch.tensor(columns, dtype=torch.float32, device=logits.device)
-    best[warm] = _draw(logits[warm].float(), *settings.unsqueeze(-1))
+    temperature, top_p, draw = settings.unsqueeze(-1)
+    best[warm] = _draw(logits[warm].float(), temperature, top_p, draw, nucleus or by_rank)
     return best
 
 
-def _draw(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
+def _draw(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor, nucleus: Nucleus
+) -> Tensor:
     """Inverse transform sampling within the nucleus; settings are [B, 1]. Gives [B]."""
-    ranked, order = logits.sort(dim=-1, descending=True)
     # The maximum is taken off first: a small temperature then cannot overflow.
-    probs = ((ranked - ranked[:, :1]) / temperature).softmax(dim=-1)
-    # A candidate is in the nucleus if those before it do not reach top_p; the first always is.
-    nucleus = probs * (probs.cumsum(dim=-1) - probs < top_p)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(dim=-1)
     # The draw runs through the candidates by index, not by rank: neighbouring bins are about as
     # likely as each other, and the last bit of a logit must not tell them apart.
-    reached = torch.zeros_like(probs).scatter_(-1, order, nucleus).cumsum(dim=-1)
+    reached = nucleus(probs, top_p).cumsum(dim=-1)
     return (reached <= draw * reached[:, -1:]).sum(dim=-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def by_rank(probs: Tensor, top_p: Tensor) -> Tensor:
+    """``probs`` [B, N] of the smallest set of most likely candidates that reaches ``top_p``
+    [B, 1], 0 elsewhere; the reference of what other kernels do."""
+    ranked, order = probs.sort(dim=-1, descending=True)
+    # A candidate is in the nucleus if those before it do not reach top_p; the first always is.
+    kept = ranked * (ranked.cumsum(dim=-1) - ranked < top_p)
+    return torch.zeros_like(probs).scatter_(-1, order, kept)
