@@ -1,7 +1,8 @@
-"""The segment contract: the types of a request and of what the model gives, and all validation.
+"""The segment contract: the types of a request, and all validation.
 
-Every door (Python, HTTP, Ray handle) validates here, raises the errors of ``kestrel.errors`` (this
-module gives them out too) and composes its answers in ``kestrel.answers``.
+Every door (Python, HTTP, Ray handle) validates here, raises the errors of ``kestrel.errors``, gets
+the events of ``kestrel.events`` (this module gives out both) and composes its answers in
+``kestrel.answers``.
 """
 
 from __future__ import annotations
@@ -31,12 +32,19 @@ from kestrel.errors import (  # noqa: F401 (callers find the whole contract here
     error_from_response,
     outcome,
 )
+from kestrel.events import (  # noqa: F401
+    Bbox,
+    BboxEvent,
+    ModelDone,
+    ModelEvent,
+    ModelMetrics,
+    ModelResult,
+    PathDelta,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-Bbox = dict[str, float]
-"""``{"x_min", "y_min", "x_max", "y_max"}``, normalised to the image, 0..1."""
 SpatialRef = tuple[float, ...]
 """A point (x, y) or a box (x_min, y_min, x_max, y_max), 0..1."""
 MAX_CONTEXT = 32_768
@@ -73,71 +81,6 @@ def image_size(image: bytes | np.ndarray | None) -> int:
     if image is None:
         return 0
     return len(image) if isinstance(image, bytes) else image.nbytes
-
-
-@dataclass
-class ModelMetrics:
-    """What the model half of one request cost."""
-
-    input_tokens: int = 0
-    """Prompt positions, image included."""
-    output_tokens: int = 0
-    prefill_time_ms: float = 0.0
-    decode_time_ms: float = 0.0
-    ttft_ms: float = 0.0
-    """From submission to the first token."""
-
-
-@dataclass
-class ModelResult:
-    """What the model half gives: the path before refinement, and the tokens behind it."""
-
-    request_id: str
-    finish_reason: str
-    """``stop`` or ``length``."""
-    object: str
-    path: str
-    """SVG path data in 0..1 relative to ``bbox``: what could be read, empty when nothing was."""
-    bbox: Bbox | None
-    metrics: ModelMetrics
-    parse_error: str | None = None
-    text: str = ""
-    """The path as the model spelled it, on its own grid."""
-    token_ids: list[int] = field(default_factory=list)
-    path_tokens: list[str] = field(default_factory=list)
-    points: list[tuple[float, float]] = field(default_factory=list)
-    sizes: list[tuple[float, float]] = field(default_factory=list)
-
-    @property
-    def refinable(self) -> bool:
-        """Whether there is a whole path to refine."""
-        return bool(self.path) and self.bbox is not None and self.parse_error is None
-
-
-@dataclass
-class BboxEvent:
-    """The model's own box."""
-
-    bbox: Bbox
-
-
-@dataclass
-class PathDelta:
-    """One whole path command; the chunks of a request joined are the model's path."""
-
-    chunk: str
-    token_index: int
-    """Number of generated tokens up to and including the chunk's last."""
-
-
-@dataclass
-class ModelDone:
-    """The end of the model half."""
-
-    result: ModelResult
-
-
-ModelEvent = BboxEvent | PathDelta | ModelDone
 
 
 # Validation: one function a field, each names the field and the rule.
@@ -348,6 +291,34 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return payload
 
 
+def validate_call(
+    fields: Mapping[str, Any],
+    *,
+    limits: Limits,
+    served_model: str,
+    max_context: int | None = None,
+    refiners: Sequence[str] | None = None,
+    image_field: str = "image",
+) -> SegmentRequest:
+    """A call by the names of the contract's fields, of the handle door or of a JSON body, to a
+    validated request. Unknown fields are ignored; ``image`` is as ``validate_segment`` takes it."""
+    if "object" not in fields:
+        raise InvalidRequest("object is required", "object")
+    check_model(fields.get("model"), served_model)
+    return validate_segment(
+        object=fields["object"],
+        image=fields.get("image"),
+        spatial_refs=fields.get("spatial_refs"),
+        stream=fields.get("stream", False),
+        return_base64=fields.get("return_base64", False),
+        settings=fields.get("settings"),
+        limits=limits,
+        max_context=max_context,
+        refiners=refiners,
+        image_field=image_field,
+    )
+
+
 def parse_segment_json(
     body: bytes,
     *,
@@ -356,20 +327,13 @@ def parse_segment_json(
     max_context: int | None = None,
     refiners: Sequence[str] | None = None,
 ) -> SegmentRequest:
-    """The HTTP door: a JSON body to a validated request. Unknown top-level fields are ignored."""
+    """The HTTP door: a JSON body to a validated request; see ``validate_call``."""
     payload = parse_json(body)
-    if "object" not in payload:
-        raise InvalidRequest("object is required", "object")
-    check_model(payload.get("model"), served_model)
     raw = payload.get("image_url")
-    return validate_segment(
-        object=payload["object"],
-        image=None if raw is None else image_bytes(raw),
-        spatial_refs=payload.get("spatial_refs"),
-        stream=payload.get("stream", False),
-        return_base64=payload.get("return_base64", False),
-        settings=payload.get("settings"),
+    return validate_call(
+        payload | {"image": None if raw is None else image_bytes(raw)},
         limits=limits,
+        served_model=served_model,
         max_context=max_context,
         refiners=refiners,
         image_field="image_url",
@@ -414,3 +378,13 @@ def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
     if not value.isascii() or not value.isdigit() or int(value[:12]) < 1:
         raise InvalidRequest(f"{name} must be a positive whole number of milliseconds", name)
     return min(longest_s, int(value[:12]) / 1e3)
+
+
+def timeout_of_call(value: Any, longest_s: float) -> float:
+    """Seconds from the ``timeout_s`` of a call by handle, at most ``longest_s``; that for None."""
+    if value is None:
+        return longest_s
+    seconds = _number(value, "timeout_s")
+    if seconds <= 0:
+        raise InvalidRequest("timeout_s must be over 0 seconds", "timeout_s")
+    return min(longest_s, seconds)

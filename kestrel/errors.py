@@ -152,4 +152,7 @@ def error_from_response(
     by_status = {kind.status: kind for kind in kinds}
     after = float(retry_after) if retry_after and retry_after.isdigit() else None
     kind = by_status.get(status, ServiceFault)
-    return kind(str(body.get("error", f"HTTP {status}")), body.get("field"), after)
+    message = str(body.get("error", f"HTTP {status}"))
+    if "request_id" in body:
+        message += f" (request {body['request_id']})"
+    return kind(message, body.get("field"), after)

@@ -22,27 +22,21 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 import PIL.Image
 
-from kestrel.api import SegmentRequest, SegmentSettings, validate_segment
+from kestrel.api import SegmentSettings, validate_segment
 from kestrel.config import Limits
 
 Image = bytes | np.ndarray | str | os.PathLike[str]
 Answer = dict[str, Any]
 
 
-def chosen_settings(request: SegmentRequest) -> dict[str, Any]:
-    """The settings that differ from the defaults; the rest is for the service to choose, whose
-    model may have room for fewer tokens than the default."""
-    given, default = asdict(request.settings), asdict(SegmentSettings())
-    return {key: value for key, value in given.items() if value != default[key]}
-
-
 class Door(Protocol):
-    """One way to the service. Requests are validated; images are encoded bytes."""
+    """One way to the service. A call is the contract's fields, validated and without those that
+    are not given; its image is encoded bytes."""
 
-    def call(self, request: SegmentRequest) -> Answer: ...
-    def events(self, request: SegmentRequest) -> Iterator[Answer]: ...
-    async def acall(self, request: SegmentRequest) -> Answer: ...
-    def aevents(self, request: SegmentRequest) -> AsyncIterator[Answer]: ...
+    def call(self, fields: dict[str, Any]) -> Answer: ...
+    def events(self, fields: dict[str, Any]) -> Iterator[Answer]: ...
+    async def acall(self, fields: dict[str, Any]) -> Answer: ...
+    def aevents(self, fields: dict[str, Any]) -> AsyncIterator[Answer]: ...
     def close(self) -> None: ...
     async def aclose(self) -> None: ...
 
@@ -51,8 +45,9 @@ class SegmentClient:
     """Calls the segmentation service; usable from threads and from asyncio.
 
     ``address``: ``http(s)://...``; ``ray://host:port``; or None, ``"auto"`` or ``host:port`` of a
-    Ray cluster that this machine is part of. ``api_key`` is for HTTP only. ``timeout_s`` bounds a
-    whole call, seconds. ``app`` names the Serve application for the two Ray doors.
+    Ray cluster that this machine is part of. ``api_key`` is for HTTP only. ``timeout_s`` is the
+    deadline of each request, seconds, where the service's own is not shorter. ``app`` names the
+    Serve application for the two Ray doors.
     """
 
     def __init__(
@@ -85,6 +80,7 @@ class SegmentClient:
         return_base64: bool = False,
         stream: Literal[False] = False,
         settings: Mapping[str, Any] | SegmentSettings | None = None,
+        model: str | None = None,
     ) -> Answer: ...
 
     @overload
@@ -97,6 +93,7 @@ class SegmentClient:
         return_base64: bool = False,
         stream: Literal[True],
         settings: Mapping[str, Any] | SegmentSettings | None = None,
+        model: str | None = None,
     ) -> Iterator[Answer]: ...
 
     def segment(
@@ -108,26 +105,29 @@ class SegmentClient:
         return_base64: bool = False,
         stream: bool = False,
         settings: Mapping[str, Any] | SegmentSettings | None = None,
+        model: str | None = None,
     ) -> Answer | Iterator[Answer]:
         """Outline the named object.
 
         ``image`` is encoded bytes (JPEG, PNG, WebP), a path to such a file, or an HxWx3 uint8 RGB
         array. Gives the fields of the plain HTTP response; with ``stream=True`` an iterator of the
         events that SSE sends, the last one of type ``final`` (or ``error``, when the request failed
-        after its first event). Closing the iterator cancels the request.
+        after its first event). Closing the iterator cancels the request. ``model``: the name that
+        must be served, else ``UnknownModel``; None: whatever is.
 
         Raises ``kestrel.api.RequestError`` subclasses, OSError for an unreadable file, and
         ConnectionError when the service cannot be reached.
         """
-        request = self._request(
+        fields = self._fields(
             object=object,
             image=image,
             spatial_refs=spatial_refs,
             return_base64=return_base64,
             stream=stream,
             settings=settings,
+            model=model,
         )
-        return self._door.events(request) if stream else self._door.call(request)
+        return self._door.events(fields) if stream else self._door.call(fields)
 
     async def asegment(
         self,
@@ -137,16 +137,18 @@ class SegmentClient:
         spatial_refs: Sequence[Sequence[float]] | None = None,
         return_base64: bool = False,
         settings: Mapping[str, Any] | SegmentSettings | None = None,
+        model: str | None = None,
     ) -> Answer:
         """``segment`` for asyncio; cancelling the task cancels the request."""
         return await self._door.acall(
-            self._request(
+            self._fields(
                 object=object,
                 image=image,
                 spatial_refs=spatial_refs,
                 return_base64=return_base64,
                 stream=False,
                 settings=settings,
+                model=model,
             )
         )
 
@@ -158,29 +160,41 @@ class SegmentClient:
         spatial_refs: Sequence[Sequence[float]] | None = None,
         return_base64: bool = False,
         settings: Mapping[str, Any] | SegmentSettings | None = None,
+        model: str | None = None,
     ) -> AsyncIterator[Answer]:
         """``segment(stream=True)`` for asyncio."""
         return self._door.aevents(
-            self._request(
+            self._fields(
                 object=object,
                 image=image,
                 spatial_refs=spatial_refs,
                 return_base64=return_base64,
                 stream=True,
                 settings=settings,
+                model=model,
             )
         )
 
-    def _request(self, *, image: Image | None, **fields: Any) -> SegmentRequest:
+    def _fields(self, *, image: Image | None, model: str | None, **given: Any) -> dict[str, Any]:
+        """The call as the doors take it."""
         if isinstance(image, (str, os.PathLike)):
             image = Path(image).read_bytes()
-        request = validate_segment(image=image, limits=self._limits, **fields)
-        if isinstance(request.image, np.ndarray):
-            # Lossless, and the doors carry one kind of image.
-            encoded = io.BytesIO()
-            PIL.Image.fromarray(request.image).save(encoded, "PNG", compress_level=1)
-            request.image = encoded.getvalue()
-        return request
+        request = validate_segment(image=image, limits=self._limits, **given)
+        # What is left at its default is for the service to choose, whose model may have room for
+        # fewer tokens.
+        settings, default = asdict(request.settings), asdict(SegmentSettings())
+        fields: dict[str, Any] = {
+            "object": request.object,
+            "return_base64": request.return_base64,
+            "settings": {key: settings[key] for key in settings if settings[key] != default[key]},
+        }
+        if request.image is not None:
+            fields["image"] = _encoded(request.image)
+        if request.spatial_refs is not None:
+            fields["spatial_refs"] = [list(ref) for ref in request.spatial_refs]
+        if model is not None:
+            fields["model"] = model
+        return fields
 
     def close(self) -> None:
         """Close connections; disconnects from Ray when this client connected to it."""
@@ -197,3 +211,12 @@ class SegmentClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self._door.aclose()
+
+
+def _encoded(image: bytes | np.ndarray) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    # Lossless, and the doors carry one kind of image.
+    encoded = io.BytesIO()
+    PIL.Image.fromarray(image).save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()

@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Generator, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from typing import Any, TypeVar
 
-from kestrel.api import DeadlineExceeded, Overloaded, RequestError, SegmentRequest
-from serve_graph.client import chosen_settings
+from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from serve_graph.launch import LOOPBACK
 
 # Both are read when Ray is imported. A driver on the loopback address of a local cluster needs the
@@ -19,9 +18,30 @@ if os.environ.get("RAY_ADDRESS", "").startswith("127."):
     os.environ.update(LOOPBACK)
 os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
 
+T = TypeVar("T")
+
+
+async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
+    """What a generator that blocks gives, each item waited for in a thread. Left early, it is
+    closed once the item that it is at has come."""
+    waiting: asyncio.Future[T | None] | None = None
+    try:
+        while True:
+            waiting = asyncio.ensure_future(asyncio.to_thread(next, items, None))
+            item = await asyncio.shield(waiting)
+            if item is None:
+                return
+            yield item
+    finally:
+        # A generator that runs cannot be closed, and a thread cannot be cancelled.
+        if waiting is not None and not waiting.done():
+            await asyncio.wait({waiting})
+        await asyncio.to_thread(items.close)
+
 
 class HandleDoor:
-    """Calls the ingress deployment's methods; the same composing happens as for HTTP."""
+    """Calls the ingress deployment's methods; the same composing happens as for HTTP. Calls are
+    the contract's fields."""
 
     def __init__(self, address: str | None, *, app: str, timeout_s: float) -> None:
         if address and address.startswith(("127.", "localhost:")):
@@ -40,7 +60,7 @@ class HandleDoor:
         self._ray = ray
         self._timeout_s = timeout_s
         self._task_error = RayTaskError
-        self._late = (GetTimeoutError, TimeoutError)
+        self._late = (GetTimeoutError, TimeoutError, asyncio.TimeoutError)
         self._busy = BackPressureError
         self._lost = (RayActorError,)
         try:
@@ -65,11 +85,11 @@ class HandleDoor:
         except self._task_error as error:
             if isinstance(error.cause, RequestError):
                 raise error.cause from None
-            raise
+            raise ServiceFault("internal error") from error
 
-    def call(self, request: SegmentRequest) -> dict[str, Any]:
+    def call(self, fields: dict[str, Any]) -> dict[str, Any]:
         with self._plain_errors():
-            response = self._handle.segment.remote(**fields(request))
+            response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
             try:
                 answer: dict[str, Any] = response.result(timeout_s=self._timeout_s)
                 return answer
@@ -77,37 +97,38 @@ class HandleDoor:
                 response.cancel()
                 raise
 
-    async def acall(self, request: SegmentRequest) -> dict[str, Any]:
+    async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with self._plain_errors():
-            response = self._handle.segment.remote(**fields(request))
+            response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
             try:
-                answer: dict[str, Any] = await response
+                answer: dict[str, Any] = await asyncio.wait_for(response, self._timeout_s)
                 return answer
             except BaseException:
                 response.cancel()
                 raise
 
-    def events(self, request: SegmentRequest) -> Iterator[dict[str, Any]]:
+    def events(self, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if self._through_queue:
-            yield from self._queued_events(request)
+            yield from self._queued_events(fields)
             return
-        response: Any = self._handle.options(stream=True).stream.remote(**fields(request))
+        response: Any = self._handle.options(stream=True).stream.remote(
+            timeout_s=self._timeout_s, **fields
+        )
         try:
             with self._plain_errors():
                 yield from response
         finally:
             response.cancel()
 
-    async def aevents(self, request: SegmentRequest) -> AsyncIterator[dict[str, Any]]:
+    async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         if self._through_queue:
-            events = self._queued_events(request)
-            try:
-                while (event := await asyncio.to_thread(next, events, None)) is not None:
+            async with contextlib.aclosing(in_threads(self._queued_events(fields))) as events:
+                async for event in events:
                     yield event
-            finally:
-                await asyncio.to_thread(events.close)
             return
-        response: Any = self._handle.options(stream=True).stream.remote(**fields(request))
+        response: Any = self._handle.options(stream=True).stream.remote(
+            timeout_s=self._timeout_s, **fields
+        )
         try:
             with self._plain_errors():
                 async for event in response:
@@ -115,11 +136,11 @@ class HandleDoor:
         finally:
             response.cancel()
 
-    def _queued_events(self, request: SegmentRequest) -> Generator[dict[str, Any], None, None]:
+    def _queued_events(self, fields: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         from ray.util.queue import Empty, Queue
 
         queue = Queue(actor_options={"num_cpus": 0})
-        response = self._handle.stream_into.remote(queue, **fields(request))
+        response = self._handle.stream_into.remote(queue, timeout_s=self._timeout_s, **fields)
         try:
             with self._plain_errors():
                 while True:
@@ -145,14 +166,3 @@ class HandleDoor:
 
     async def aclose(self) -> None:
         self.close()
-
-
-def fields(request: SegmentRequest) -> dict[str, Any]:
-    """A request as the keyword arguments of the ingress's methods."""
-    return {
-        "object": request.object,
-        "image": request.image,
-        "spatial_refs": request.spatial_refs,
-        "return_base64": request.return_base64,
-        "settings": chosen_settings(request),
-    }

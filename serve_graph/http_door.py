@@ -10,43 +10,43 @@ from typing import Any
 
 import httpx
 
-from kestrel.api import DeadlineExceeded, SegmentRequest, error_from_response
-from serve_graph.client import chosen_settings
+from kestrel.api import DeadlineExceeded, error_from_response
 
 
 class HttpDoor:
-    """POST /v1/segment, plain and SSE."""
+    """POST /v1/segment, plain and SSE. Calls are the contract's fields."""
 
     def __init__(self, address: str, *, api_key: str | None, timeout_s: float) -> None:
+        headers = {"X-Request-Timeout-Ms": str(max(1, round(timeout_s * 1e3)))}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
         options: dict[str, Any] = {
             "base_url": address.rstrip("/"),
             "timeout": timeout_s,
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "headers": headers,
         }
         self._options = options
         self._client = httpx.Client(**options)
         self._async_client: httpx.AsyncClient | None = None
 
-    def call(self, request: SegmentRequest) -> dict[str, Any]:
+    def call(self, fields: dict[str, Any]) -> dict[str, Any]:
         with _plain_errors():
-            response = self._client.post("/v1/segment", json=_body(request, stream=False))
+            response = self._client.post("/v1/segment", json=_body(fields, stream=False))
             _check(response)
             answer: dict[str, Any] = response.json()
             return answer
 
-    async def acall(self, request: SegmentRequest) -> dict[str, Any]:
+    async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with _plain_errors():
-            response = await self._aclient().post("/v1/segment", json=_body(request, stream=False))
+            response = await self._aclient().post("/v1/segment", json=_body(fields, stream=False))
             _check(response)
             answer: dict[str, Any] = response.json()
             return answer
 
-    def events(self, request: SegmentRequest) -> Iterator[dict[str, Any]]:
+    def events(self, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with (
             _plain_errors(),
-            self._client.stream(
-                "POST", "/v1/segment", json=_body(request, stream=True)
-            ) as response,
+            self._client.stream("POST", "/v1/segment", json=_body(fields, stream=True)) as response,
         ):
             if response.is_error:
                 response.read()
@@ -55,10 +55,10 @@ class HttpDoor:
                 if line.startswith("data:"):
                     yield json.loads(line[5:])
 
-    async def aevents(self, request: SegmentRequest) -> AsyncIterator[dict[str, Any]]:
+    async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         with _plain_errors():
             async with self._aclient().stream(
-                "POST", "/v1/segment", json=_body(request, stream=True)
+                "POST", "/v1/segment", json=_body(fields, stream=True)
             ) as response:
                 if response.is_error:
                     await response.aread()
@@ -91,18 +91,10 @@ def _plain_errors() -> Iterator[None]:
         raise ConnectionError(str(error)) from error
 
 
-def _body(request: SegmentRequest, *, stream: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "object": request.object,
-        "stream": stream,
-        "return_base64": request.return_base64,
-        "settings": chosen_settings(request),
-    }
-    if request.image is not None:
-        assert isinstance(request.image, bytes)
-        body["image_url"] = base64.b64encode(request.image).decode()
-    if request.spatial_refs is not None:
-        body["spatial_refs"] = [list(ref) for ref in request.spatial_refs]
+def _body(fields: dict[str, Any], *, stream: bool) -> dict[str, Any]:
+    body = {name: value for name, value in fields.items() if name != "image"} | {"stream": stream}
+    if "image" in fields:
+        body["image_url"] = base64.b64encode(fields["image"]).decode()
     return body
 
 

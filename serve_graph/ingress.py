@@ -85,23 +85,23 @@ class IngressDeployment:
         self._backend.change(settings.refine_timeout_s, settings.api_keys)
         self._backend.draining = settings.draining
 
-    async def segment(self, **fields: Any) -> dict[str, Any]:
-        """The arguments of ``kestrel.api.validate_segment`` in, the plain HTTP answer's fields out;
-        raises RequestError."""
+    async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
+        """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer
+        out; raises RequestError. ``timeout_s``: the call's own deadline, seconds."""
         with _counted(), self._backend.room.enter() as place:
+            seconds = api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s)
             request = await self._taken(fields, place)
-            model, refined = await self._backend.complete(
-                request, _request_id(), self._backend.config.request_timeout_s
-            )
+            model, refined = await self._backend.complete(request, _request_id(), seconds)
             return segment_response(model, refined, return_base64=request.return_base64)
 
-    async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
-        """The events that SSE sends; raises RequestError before the first one only."""
+    async def stream(
+        self, *, timeout_s: Any = None, **fields: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """``segment`` as the events that SSE sends; raises RequestError before the first only."""
         with _counted() as ended, self._backend.room.enter() as place:
+            seconds = api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s)
             request = await self._taken(fields, place)
-            events = self._backend.events(
-                request, _request_id(), self._backend.config.request_timeout_s
-            )
+            events = self._backend.events(request, _request_id(), seconds)
             async with contextlib.aclosing(events):
                 async for event in events:
                     if event["type"] == "error":
@@ -118,9 +118,10 @@ class IngressDeployment:
 
     async def _taken(self, fields: dict[str, Any], place: Place) -> SegmentRequest:
         config = self._backend.config
-        request = api.validate_segment(
-            **fields,
+        request = api.validate_call(
+            fields,
             limits=config.limits,
+            served_model=config.model,
             max_context=self._backend.max_context,
             refiners=config.refiners,
         )

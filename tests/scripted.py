@@ -45,6 +45,7 @@ class ScriptedBackend:
         self.held = 0
         self.begun = 0
         self.asked: list[SegmentRequest] = []
+        self.timeouts: list[float] = []
         self.ended_by: list[str] = []
 
     async def ready(self) -> str | None:
@@ -56,12 +57,14 @@ class ScriptedBackend:
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> tuple[ModelResult, Refinement]:
+        self.timeouts.append(timeout_s)
         model = await model_result(self._generate(request, request_id))
         return model, await self._refine(model)
 
     def events(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> AsyncGenerator[dict[str, Any], None]:
+        self.timeouts.append(timeout_s)
         return compose_events(
             self._generate(request, request_id),
             self._refine,

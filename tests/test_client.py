@@ -1,0 +1,217 @@
+"""The Python client: what it sends, what it makes of answers, what is left when it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import BOX, WELL, ScriptedBackend
+from serving import picture, served, until
+
+from kestrel.api import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    ServiceFault,
+    UnknownModel,
+    timeout_of_call,
+    validate_call,
+)
+from kestrel.config import Limits
+from kestrel.image import decode
+from kestrel.server.routes import build_app
+from serve_graph.client import SegmentClient
+
+pytest_plugins = ["scripted"]
+
+
+@pytest.fixture
+def address(backend: ScriptedBackend) -> Iterator[str]:
+    with served(build_app(backend)) as url:
+        yield url
+
+
+def everyhow(address: str, **options: Any) -> list[Any]:
+    """A call in each way of the client; what it gave last, or the error that it raised."""
+
+    def streamed(**fields: Any) -> Any:
+        with SegmentClient(address, **options) as client:
+            return list(client.segment(**fields, stream=True))[-1]
+
+    def plain(**fields: Any) -> Any:
+        with SegmentClient(address, **options) as client:
+            return client.segment(**fields)
+
+    async def aplain(**fields: Any) -> Any:
+        async with SegmentClient(address, **options) as client:
+            return await client.asegment(**fields)
+
+    async def astreamed(**fields: Any) -> Any:
+        async with SegmentClient(address, **options) as client:
+            return [event async for event in client.astream(**fields)][-1]
+
+    return [
+        plain,
+        streamed,
+        lambda **fields: asyncio.run(aplain(**fields)),
+        lambda **fields: asyncio.run(astreamed(**fields)),
+    ]
+
+
+# Over HTTP
+
+
+def test_every_field_arrives_as_it_was_given(address, backend):
+    settings = {"temperature": 0.5, "max_tokens": 40, "refiner": "none"}
+    refs = [[0.5, 0.5], [0.1, 0.2, 0.3, 0.4]]
+    for call in everyhow(address):
+        call(object=" disc ", image=picture(), spatial_refs=refs, return_base64=True,
+             settings=settings, model="nano")  # fmt: skip
+    assert [asked.stream for asked in backend.asked] == [False, True, False, True]
+    for asked in backend.asked:
+        assert (asked.object, asked.image, asked.return_base64) == ("disc", picture(), True)
+        assert [list(ref) for ref in asked.spatial_refs or []] == refs
+        chosen = asked.settings
+        assert (chosen.temperature, chosen.top_p, chosen.max_tokens) == (0.5, 1.0, 40)
+        assert chosen.refiner == "none"
+
+
+def test_an_array_arrives_with_its_pixels_and_a_file_with_its_bytes(address, backend, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    file = tmp_path / "picture"
+    file.write_bytes(picture())
+    with SegmentClient(address) as client:
+        client.segment(object="disc", image=pixels)
+        client.segment(object="disc", image=file)
+        client.segment(object="disc")
+    first, second, third = (asked.image for asked in backend.asked)
+    assert np.array_equal(decode(first), pixels)
+    assert second == picture() and third is None
+
+
+def test_defaults_are_left_to_a_service_with_a_smaller_context(address, backend):
+    backend.max_context = 100
+    with SegmentClient(address) as client:
+        client.segment(object="disc", image=picture())
+    assert backend.asked[0].settings.max_tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (Overloaded("full", retry_after_s=3), Overloaded),
+        (InvalidRequest("image cannot be decoded", "image"), InvalidRequest),
+        (RuntimeError("a bug"), ServiceFault),
+    ],
+)
+def test_a_refusal_is_raised_as_what_it_is_in_every_way(address, backend, error, kind):
+    backend.script = [error]
+    for call in everyhow(address):
+        with pytest.raises(RequestError) as caught:
+            call(object="disc", image=picture())
+        assert type(caught.value) is kind
+        if kind is Overloaded:
+            assert caught.value.retry_after_s == 3
+        if kind is ServiceFault:
+            assert "internal error (request " in caught.value.message
+
+
+def test_another_model_is_refused_in_every_way(address, backend):
+    for call in everyhow(address):
+        with pytest.raises(UnknownModel, match="nano"):
+            call(object="disc", model="other")
+    assert backend.begun == 0
+
+
+def test_the_client_s_deadline_is_kept_by_the_service_in_every_way(address, backend):
+    backend.script = [30.0]
+    for call in everyhow(address, timeout_s=0.3):
+        with pytest.raises(DeadlineExceeded):
+            call(object="disc", image=picture())
+    until(lambda: backend.held == 0)
+    assert backend.begun == 4 and backend.ended_by == ["CancelledError"] * 4
+    assert all(0 < seconds <= 0.3 for seconds in backend.timeouts)
+
+
+def test_a_failure_after_the_first_event_is_the_last_event(address, backend):
+    backend.script = [*WELL, RuntimeError("late bug")]
+    with SegmentClient(address) as client:
+        events = list(client.segment(object="disc", image=picture(), stream=True))
+    assert events[0] == {"type": "bbox", "bbox": BOX}
+    assert [event["type"] for event in events[1:]] == ["path_delta", "path_delta", "error"]
+
+
+def test_a_stream_that_is_left_frees_the_slot(address, backend):
+    backend.script = [*WELL, 30.0]
+    with SegmentClient(address) as client:
+        stream = client.segment(object="disc", image=picture(), stream=True)
+        assert next(iter(stream))["type"] == "bbox"
+        stream.close()
+        until(lambda: backend.held == 0)
+
+
+def test_a_service_that_is_not_there_is_a_connection_error():
+    with SegmentClient("http://127.0.0.1:9") as client, pytest.raises(ConnectionError):
+        client.segment(object="disc")
+
+
+# By handle
+
+
+def taken(**fields: Any) -> Any:
+    return validate_call(fields, limits=Limits(), served_model="nano", max_context=900)
+
+
+def test_a_call_by_handle_is_read_like_the_body_of_a_post():
+    request = taken(object=" disc ", image=picture(), model="nano", stream=False, user="me")
+    assert request.object == "disc" and request.image == picture()
+    with pytest.raises(UnknownModel, match="nano") as caught:
+        taken(object="disc", model="other")
+    assert caught.value.field == "model"
+    with pytest.raises(InvalidRequest, match="object is required"):
+        taken(image=picture())
+
+
+def test_the_deadline_of_a_call_by_handle_shortens_and_never_lengthens():
+    assert timeout_of_call(None, 60.0) == 60.0
+    assert timeout_of_call(2, 60.0) == 2.0
+    assert timeout_of_call(600, 60.0) == 60.0
+    for wrong in (0, -1, "5", True, float("nan"), float("inf")):
+        with pytest.raises(InvalidRequest) as caught:
+            timeout_of_call(wrong, 60.0)
+        assert caught.value.field == "timeout_s"
+
+
+async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_closed():
+    pytest.importorskip("ray")
+    from serve_graph.handle_door import in_threads
+
+    at_second, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def blocking() -> Generator[int, None, None]:
+        try:
+            yield 1
+            at_second.set()
+            go_on.wait(30)
+            yield 2
+        finally:
+            closed.set()
+
+    async def read() -> None:
+        async for item in in_threads(blocking()):
+            assert item == 1
+
+    reading = asyncio.create_task(read())
+    await asyncio.to_thread(at_second.wait, 30)
+    reading.cancel()
+    await asyncio.sleep(0)
+    assert not closed.is_set()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert closed.is_set()
