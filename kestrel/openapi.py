@@ -1,9 +1,7 @@
-"""The OpenAPI 3.1 document of the HTTP door, and a page that shows it."""
+"""The OpenAPI 3.1 document of the HTTP door."""
 
 from __future__ import annotations
 
-import html
-import json
 from typing import Any
 
 from kestrel.api import MAX_CONTEXT, SegmentSettings
@@ -61,8 +59,18 @@ _REQUEST_ID = {
 }
 
 
-def _error(description: str, *, retry: bool = False, body: str = "Error") -> Schema:
+_UNAUTHORIZED = "An API key is configured and the request's is not it."
+
+
+def _error(
+    description: str, *, retry: bool = False, challenge: bool = False, body: str = "Error"
+) -> Schema:
     headers: Schema = dict(_REQUEST_ID)
+    if challenge:
+        headers["WWW-Authenticate"] = {
+            "description": "How to bring a key.",
+            "schema": {"type": "string", "const": "Bearer"},
+        }
     if retry:
         headers["Retry-After"] = {
             "description": "Seconds after which to come back.",
@@ -106,13 +114,19 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                         "description": "Plain answers only: the refiner could not be reached, "
                         "and the path is the model's own.",
                         "schema": {"type": "string", "enum": ["unavailable"]},
-                    }
+                    },
+                    "Server-Timing": {
+                        "description": "Plain answers only: where the time went, milliseconds: "
+                        "`prepare` (wait and picture), `prefill`, `decode`, and `refine` where "
+                        "the path was refined.",
+                        "schema": {"type": "string"},
+                    },
                 },
                 "content": _json("SegmentResponse")
                 | {"text/event-stream": {"schema": _ref("SegmentEvent")}},
             },
             "400": _error("The body is no JSON object, a field is wrong, or the image is broken."),
-            "401": _error("An API key is configured and the request's is not it."),
+            "401": _error(_UNAUTHORIZED, challenge=True),
             "404": _error("The named model is not served here."),
             "413": _error(
                 f"The body is over {limits.max_body_bytes} bytes, or the image over "
@@ -137,8 +151,12 @@ def _models_operation(config: RuntimeConfig) -> Schema:
         "summary": "The served model",
         "security": _security(config),
         "responses": {
-            "200": {"description": "A list of one.", "content": _json("ModelList")},
-            "401": _error("An API key is configured and the request's is not it."),
+            "200": {
+                "description": "A list of one.",
+                "headers": _REQUEST_ID,
+                "content": _json("ModelList"),
+            },
+            "401": _error(_UNAUTHORIZED, challenge=True),
         },
     }
 
@@ -148,7 +166,11 @@ def _health_operation() -> Schema:
         "operationId": "health",
         "summary": "Whether requests can be served",
         "responses": {
-            "200": {"description": "Ready.", "content": _json("Health")},
+            "200": {
+                "description": "Ready.",
+                "headers": _REQUEST_ID,
+                "content": _json("Health"),
+            },
             "503": _error("Still starting, or broken.", retry=True),
         },
     }
@@ -290,11 +312,11 @@ def _metrics_schema() -> Schema:
     count, time_ms = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
     return _object(
         {
-            "input_tokens": count,
-            "output_tokens": count,
+            "input_tokens": count | {"description": "Positions of the prompt, image included."},
+            "output_tokens": count | {"description": "Generated tokens, box and path together."},
             "prefill_time_ms": time_ms,
             "decode_time_ms": time_ms,
-            "ttft_ms": time_ms,
+            "ttft_ms": time_ms | {"description": "From the request to its first token."},
         }
     )
 
@@ -349,7 +371,11 @@ def _event_schemas() -> Schema:
                 "type": {"const": "path_delta"},
                 "chunk": text | {"description": "One whole path command of the model's path."},
                 "completed": {"const": False},
-                "token_index": {"type": "integer", "minimum": 1},
+                "token_index": {
+                    "type": "integer",
+                    "minimum": 1,
+                    "description": "Tokens generated up to and including the chunk's last.",
+                },
             }
         ),
         "FinalEvent": {"allOf": [_object(head), _ref("SegmentResponse")]},
@@ -357,55 +383,3 @@ def _event_schemas() -> Schema:
             {"type": {"const": "error"}, "error": text, "request_id": text, "completed": done}
         ),
     }
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem }
-tr { border-bottom: 1px solid #8886 }
-code, pre { font: 14px/1.4 ui-monospace, monospace }
-pre { background: #8881; padding: .8rem; overflow: auto }
-"""
-
-
-def docs_page(document: Schema) -> str:
-    """The document as one HTML page that loads nothing."""
-    parts = [f"<h1>{html.escape(document['info']['title'])}</h1>"]
-    parts.append(f"<p>{html.escape(document['info']['description'])} ")
-    parts.append('The same as <a href="openapi.json">OpenAPI 3.1</a>.</p>')
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
-            parts.append(f"<p>{html.escape(operation['summary'])}.</p>")
-            parts.append(_table(_operation_rows(operation)))
-    parts.append("<h1>Types</h1>")
-    for name, schema in document["components"]["schemas"].items():
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        text = json.dumps(schema, indent=2, ensure_ascii=False)
-        parts.append(f"<pre>{html.escape(text)}</pre>")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(document['info']['title'])}</title><style>{_STYLE}</style></head>"
-        f"<body>{body}</body></html>"
-    )
-
-
-def _operation_rows(operation: Schema) -> list[tuple[str, str]]:
-    rows = [(p["name"], p["description"]) for p in operation.get("parameters", ())]
-    content = operation.get("requestBody", {}).get("content", {})
-    rows += [("body", f"{kind}: {_type_name(media)}") for kind, media in content.items()]
-    for status, response in operation["responses"].items():
-        types = ", ".join(_type_name(media) for media in response["content"].values())
-        rows.append((status, f"{response['description']} ({types})"))
-    return rows
-
-
-def _type_name(media: Schema) -> str:
-    return str(media["schema"]["$ref"]).rsplit("/", 1)[-1]
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
-    return f"<table>{''.join(cells)}</table>"

@@ -10,9 +10,11 @@ import jsonschema
 from scripted import ASK, ScriptedBackend
 from serving import served, sse_events
 
-from kestrel.api import RequestError
+from kestrel.api import Overloaded, RateLimited, RequestError
+from kestrel.api_keys import parse_keys
 from kestrel.config import Limits, RuntimeConfig
 from kestrel.openapi import openapi_document
+from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.routes import build_app
 
 pytest_plugins = ["scripted"]
@@ -89,6 +91,41 @@ async def test_the_document_names_every_header_that_is_read(client):
     assert {"type": "http", "scheme": "bearer"} in schemes
 
 
+def own_headers(response: httpx.Response) -> set[str]:
+    """Headers of an answer, without those that frame any HTTP message."""
+    framing = {"content-length", "content-type", "cache-control", "x-accel-buffering"}
+    return set(response.headers) - framing
+
+
+async def test_the_document_describes_every_header_that_is_given(client, backend):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+
+    def described(response: httpx.Response) -> set[str]:
+        operation = paths[response.request.url.path][response.request.method.lower()]
+        return {
+            name.lower() for name in operation["responses"][str(response.status_code)]["headers"]
+        }
+
+    backend.refinement = SegmentRefineBitmapsResult(reason="unavailable")
+    plain = await client.post("/v1/segment", json=ASK)
+    assert own_headers(plain) == described(plain)
+    backend.refinement = None
+    answers = [await client.post("/v1/segment", json=ASK | {"stream": True})]
+    answers += [await client.get(path) for path in ("/v1/models", "/healthz")]
+    for error in (Overloaded("full"), RateLimited("too often"), KeyError("a bug")):
+        backend.script = [error]
+        answers.append(await client.post("/v1/segment", json=ASK))
+    backend.not_ready = "starting"
+    answers.append(await client.get("/healthz"))
+    object.__setattr__(backend.config, "api_keys", parse_keys(["a-key-for-this-test"]))
+    answers += [await client.post("/v1/segment", json=ASK), await client.get("/v1/models")]
+    assert [a.status_code for a in answers] == [200, 200, 200, 503, 429, 500, 503, 401, 401]
+    for answer in answers:
+        assert own_headers(answer) <= described(answer)
+        missing = described(answer) - own_headers(answer)
+        assert missing <= {"server-timing", "x-refinement"}, answer.request.url
+
+
 def test_the_document_gives_the_bounds_of_its_own_server():
     limits = Limits(max_image_pixels=123_456, max_object_chars=77, max_spatial_refs=5)
     document = openapi_document(RuntimeConfig(limits=limits, max_context=640))
@@ -112,7 +149,8 @@ async def test_every_reference_of_the_document_leads_somewhere(client):
 async def test_the_docs_page_loads_nothing_from_elsewhere(client):
     response = await client.get("/docs")
     assert response.headers["content-type"].startswith("text/html")
-    assert "/v1/segment" in response.text and "return_base64" in response.text
+    for said in ("/v1/segment", "return_base64", "Retry-After", "X-Request-Timeout-Ms"):
+        assert said in response.text
     for loader in ("<script", "<link", "<img", "src=", "//", "@import", "url("):
         assert loader not in response.text, loader
 

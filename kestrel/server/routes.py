@@ -23,7 +23,8 @@ from kestrel import answers, api
 from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
-from kestrel.openapi import docs_page, openapi_document
+from kestrel.docs_page import docs_page
+from kestrel.openapi import openapi_document
 from kestrel.server.compose import Refinement, cancelled, server_timing, within
 from kestrel.server.room import Place, Room
 
