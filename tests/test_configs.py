@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 from kestrel.config import Limits, ModelSource, RefinerConfig, RuntimeConfig
-from serve_graph.args import ELSEWHERE, GraphArgs, Pool
+from serve_graph.args import ELSEWHERE, GraphArgs, LookAhead, Pool, RefinerPool
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -63,17 +63,32 @@ def test_every_key_of_the_library_is_there_to_be_edited(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
-def test_every_key_has_its_meaning_beside_it_once(name: str) -> None:
-    said: dict[str, str] = {}
+def test_every_value_has_its_meaning_beside_it_with_its_unit(name: str) -> None:
+    units = {"_s": "seconds", "_bytes": "bytes"}
     for line in (CONFIGS / name).read_text().splitlines():
         key = re.match(r"\s*(?:- )?(\w+): *[^\s#]", line)
         if key:
-            said[key[1]] = said.get(key[1], "") + line.partition("#")[2]
-    assert not {key for key, comment in said.items() if not comment}
-    units = {"_s": "seconds", "_bytes": "bytes"}
-    for key, comment in said.items():
-        for ending, unit in units.items():
-            assert not key.endswith(ending) or unit in comment, key
+            comment = line.partition("#")[2]
+            assert comment.strip(), line
+            for ending, unit in units.items():
+                assert not key[1].endswith(ending) or unit in comment, line
+
+
+def test_the_cluster_s_config_shows_every_key_of_a_pool() -> None:
+    args = load("cluster.yaml")["applications"][0]["args"]
+    pools = [args[f"{name}_pool"] for name in ("ingress", "model", "refiner")]
+    shown = {key for pool in pools for key in pool}
+    assert shown == set(RefinerPool.model_fields)
+    assert set(args["refiner_pool"]["lookahead"]) == set(LookAhead.model_fields)
+
+
+def test_the_readme_s_table_names_every_key() -> None:
+    table = (CONFIGS.parent / "README.md").read_text().partition("## Configuration")[2]
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
+    for key in (names(RuntimeConfig) - set(ELSEWHERE)) | names(RefinerConfig):
+        assert re.search(rf"[`.]{key}`", rows), key
+    for key in set(GraphArgs.model_fields) - {"runtime", "refiner"}:
+        assert f"`{key}`" in rows or (key.endswith("_pool") and "`*_pool`" in rows), key
 
 
 def test_settings_that_the_readme_shows_are_taken() -> None:
