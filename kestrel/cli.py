@@ -157,7 +157,6 @@ async def _answer(
     config: RuntimeConfig, request: SegmentRequest
 ) -> tuple[ModelResult, SegmentRefineBitmapsResult | None, float]:
     from kestrel.engine import InferenceEngine
-    from kestrel.server.compose import model_result
 
     started = time.perf_counter()
     try:
@@ -166,8 +165,8 @@ async def _answer(
         raise InputError(f"the model cannot be loaded: {_one_line(error)}") from error
     load_ms = (time.perf_counter() - started) * 1e3
     try:
-        model = await model_result(engine.generate(request))
-        return model, await engine.refine(request, model), load_ms
+        model, refined = await engine.complete(request)
+        return model, refined, load_ms
     finally:
         await engine.shutdown()
 

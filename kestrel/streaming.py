@@ -134,7 +134,7 @@ class SegmentStream:
         return event
 
     async def outcome(self) -> Outcome:
-        """The model's result and its refinement, for the functions of ``kestrel.api``.
+        """The model's result and its refinement, for the functions of ``kestrel.answers``.
 
         The updates need not be read first. Raises ``RequestError``, ``EngineError`` or
         ``StreamClosed``; cancelling the call cancels the refinement.

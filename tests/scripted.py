@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from kestrel.api import (
     SegmentRequest,
 )
 from kestrel.config import Limits, RuntimeConfig
-from kestrel.server.compose import Refinement, compose_events, model_result
+from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
 
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -58,8 +59,11 @@ class ScriptedBackend:
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> tuple[ModelResult, Refinement]:
         self.timeouts.append(timeout_s)
-        model = await model_result(self._generate(request, request_id))
-        return model, await self._refine(model)
+        async with contextlib.aclosing(self._generate(request, request_id)) as events:
+            done = [event.result async for event in events if isinstance(event, ModelDone)]
+        if not done:
+            raise RuntimeError("the model ended without a result")
+        return done[0], await self._refine(done[0])
 
     def events(
         self, request: SegmentRequest, request_id: str, timeout_s: float

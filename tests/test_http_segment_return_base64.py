@@ -254,6 +254,24 @@ def test_neighbours_in_a_batch_get_their_own_answers(client, ask):
         assert payload == expected
 
 
+def test_a_picture_is_decoded_once_for_model_and_refiner(client, ask, monkeypatch):
+    from kestrel import image, pictures
+
+    decoded: list[int] = []
+    decode = image.decode
+
+    def counted(content: Any, *rest: Any) -> np.ndarray:
+        decoded.append(len(content))
+        return decode(content, *rest)
+
+    monkeypatch.setattr(image, "decode", counted)
+    monkeypatch.setattr(pictures, "decode_image", counted)
+    with Image.open(io.BytesIO(base64.b64decode(ask["image_url"]))) as opened:
+        new = encoded(opened, "JPEG", quality=97)  # one that the engine does not remember
+    assert answer(client, ask | {"image_url": base64_text(new), "return_base64": True})["path"]
+    assert decoded.count(len(new)) == 1
+
+
 # The published schema
 
 

@@ -47,15 +47,6 @@ async def cancelled(task: asyncio.Future[Any]) -> None:
             log.error("cancelled work raised", exc_info=error)
 
 
-async def model_result(events: AsyncGenerator[ModelEvent, None]) -> ModelResult:
-    """The end of the model half; the other events are dropped. Closes ``events``."""
-    async with contextlib.aclosing(events):
-        async for event in events:
-            if isinstance(event, ModelDone):
-                return event.result
-    raise RuntimeError("the model half ended without a result")
-
-
 def server_timing(model: ModelResult, refined: Refinement) -> str:
     """Where a request's time went, as the value of a ``Server-Timing`` header, milliseconds:
     ``prepare`` (wait and picture), ``prefill``, ``decode``, ``refine``."""

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
-from kestrel.server.compose import Refinement, compose_events, model_result
+from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ class EngineBackend:
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> tuple[ModelResult, Refinement]:
         """The model's path and what refinement made of it."""
-        engine = self._running()
-        events = engine.generate(request, request_id=request_id, timeout_s=timeout_s)
-        model = await model_result(events)
-        return model, await engine.refine(request, model)
+        return await self._running().complete(request, request_id=request_id, timeout_s=timeout_s)
 
     def events(
         self, request: SegmentRequest, request_id: str, timeout_s: float
