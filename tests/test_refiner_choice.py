@@ -108,6 +108,29 @@ def test_every_loaded_backend_is_checked_at_start(monkeypatch):
     assert not refiner.outcomes
 
 
+def test_a_backend_without_its_libraries_gives_no_mask_and_one_that_fails_the_coarse_one(
+    monkeypatch, caplog
+):
+    def missing(config):
+        raise ImportError("no module named cv2")
+
+    def late(image, mask):
+        raise ImportError("a plugin is missing")
+
+    monkeypatch.setitem(BACKENDS, "missing", missing)
+    monkeypatch.setitem(BACKENDS, "late", lambda config: late)
+    refiner = SegmentRefiner(RefinerConfig(selectable=("missing", "late")))
+    image = np.zeros((50, 50, 3), np.uint8)
+    masks = {}
+    for name in ("missing", "late"):
+        result = refiner.refine_with_bitmaps(image, SQUARE, BOX, return_base64=True, refiner=name)
+        assert result.refined_svg_path is result.refined_mask_base64 is None
+        masks[result.reason] = result.coarse_mask_base64
+    assert set(masks) == {"unavailable", "refine_failed"}
+    assert masks["unavailable"] is None and masks["refine_failed"] is not None
+    assert "no module named cv2" in caplog.text and "a plugin is missing" in caplog.text
+
+
 @pytest.mark.parametrize("key", ["refiner", "selectable"])
 def test_an_unknown_backend_is_refused_when_the_refiner_is_built(key):
     value = "magic" if key == "refiner" else ("none", "magic")

@@ -156,6 +156,9 @@ class SegmentRefiner:
         height, width = image.shape[:2]
         timings = result.timings_ms
 
+        # First of all: without its libraries there is to be no mask either.
+        with _stage("refine", "refine_failed", timings):
+            backend = self._backend(name)
         with _stage("raster", "raster_failed", timings):
             coarse = self._rasterize(svg_path, bbox, width, height)
         if return_base64:
@@ -165,8 +168,8 @@ class SegmentRefiner:
         if coarse_box is None:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
-        with _stage("refine", "refine_failed", timings):
-            refined = self._refine(image, coarse, name)
+        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+            refined = _mask_of(backend, image, coarse, name)
         if name != "none":
             with _stage("clean", "refine_failed", timings):
                 from kestrel.seg_refiner.clean import clean_mask
@@ -214,14 +217,6 @@ class SegmentRefiner:
                 self._backends[name] = BACKENDS[name](self.config)
             return self._backends[name]
 
-    def _refine(self, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
-        refined = self._backend(name)(image, coarse)
-        if refined.shape != coarse.shape or refined.dtype != np.uint8:
-            raise ValueError(
-                f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"
-            )
-        return refined
-
     def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:
         config = self.config
         return trace.bitmap_to_path(
@@ -256,6 +251,15 @@ class SegmentRefiner:
                 raise RuntimeError(
                     f"the refiner {name} does not work: {result.reason} (see the log)"
                 )
+
+
+def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
+    refined = backend(image, coarse)
+    if refined.shape != coarse.shape or refined.dtype != np.uint8:
+        raise ValueError(
+            f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"
+        )
+    return refined
 
 
 def check_image(image: Any) -> None:
