@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -247,6 +248,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON of the table")
     parser.add_argument("--pictures", type=Path, help="PNG of the last refiner's wins and losses")
     args = parser.parse_args()
+    if find_spec("scipy") is None:
+        parser.error("scipy is missing: pip install scipy")
     cv2.setNumThreads(1)
     chosen = {n: r for n, r in refiners().items() if not args.only or n in args.only}
     scores = {name: Scores() for name in chosen}
