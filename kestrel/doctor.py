@@ -368,8 +368,8 @@ def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     if version is None:
         remedy = "pip install -c constraints.txt '.[serve]'"
         yield bad("Ray", "not installed", remedy, needed=wanted.graph)
-    elif tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 54):
-        yield bad("Ray", f"{version} is too old", "pip install 'ray[serve]>=2.54'")
+    elif tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 58):
+        yield bad("Ray", f"{version} is too old", "pip install 'ray[serve]>=2.58'")
     else:
         yield ok("Ray", version)
     host, port = wanted.http

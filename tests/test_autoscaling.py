@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -37,7 +38,11 @@ def context(
         key: {replica: [TimeStampedValue(1.0, value)] for replica in ids}
         for key, value in (reports or {}).items()
     }
+    # Releases before 2.60 want this one too.
+    asynchronous = {"total_pending_async_requests": 0}
+    known = inspect.signature(AutoscalingContext).parameters
     return AutoscalingContext(
+        **{name: value for name, value in asynchronous.items() if name in known},
         deployment_id=deployment,
         deployment_name=deployment.name,
         app_name="segment",

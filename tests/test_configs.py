@@ -13,10 +13,12 @@ from pydantic import ValidationError
 
 pytest.importorskip("ray.serve")
 
+from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 from kestrel.config import Limits, ModelSource, RefinerConfig, RuntimeConfig
+from serve_graph.app import build
 from serve_graph.args import ELSEWHERE, GraphArgs, LookAhead, Pool, RefinerPool
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -36,6 +38,12 @@ def test_config_is_what_serve_and_the_graph_accept(name: str) -> None:
     args = GraphArgs.model_validate(application["args"])
     assert application["import_path"] == "serve_graph.app:build"
     assert args.runtime.refiner is None
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
+def test_every_option_of_the_three_deployments_is_one_that_serve_knows(name: str) -> None:
+    args = GraphArgs.model_validate(load(name)["applications"][0]["args"])
+    assert isinstance(build(args), Application)
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])

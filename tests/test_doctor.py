@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from project import PROJECT
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
 from kestrel import doctor
@@ -257,7 +259,13 @@ def test_a_broken_opencv_or_an_old_ray_passes():
     machine = Fake(broken={"cv2": ImportError("libGL.so.1: cannot open")})
     assert "opencv-python-headless" in the_failure(doctor.check_opencv, machine).remedy
     old = Fake(versions={"ray": "2.9.3"})
-    assert "ray[serve]>=2.54" in the_failure(doctor.check_ray, old).remedy
+    (needed,) = (r for r in PROJECT["optional-dependencies"]["serve"] if r.startswith("ray"))
+    assert needed in the_failure(doctor.check_ray, old).remedy
+    least = re.findall(r"\d+", needed)
+    just = Fake(versions={"ray": f"{least[0]}.{least[1]}.0"})
+    assert all(f.verdict is not Verdict.FAIL for f in found(doctor.check_ray, just))
+    before = Fake(versions={"ray": f"{least[0]}.{int(least[1]) - 1}.9"})
+    assert the_failure(doctor.check_ray, before)
     none = Fake(versions={"ray": None})
     assert "[serve]" in the_failure(doctor.check_ray, none).remedy
     alone = Wanted(RuntimeConfig(), None)
