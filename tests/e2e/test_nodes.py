@@ -1,8 +1,9 @@
-"""Three nodes: where each pool's replicas are, and that the model pool grows and shrinks alone."""
+"""Three nodes: where each pool's replicas are, and that each pool grows and shrinks alone."""
 
 from __future__ import annotations
 
 import base64
+import io
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
+from PIL import Image
 from running_graph import listening_beyond_loopback
 
 from serve_graph.__main__ import LOCAL, read_config
@@ -72,7 +74,7 @@ def nodes() -> Iterator[Nodes]:
     }
     args["ingress_pool"].update(min_replicas=3, max_replicas=3, max_replicas_per_node=1)
     args["model_pool"].update(
-        quick, num_cpus=0.5, num_gpus=1, max_replicas=2, target_ongoing_requests=1
+        quick, num_cpus=0.5, num_gpus=1, max_replicas=2, target_ongoing_requests=3
     )
     args["refiner_pool"].update(
         quick, resources={"cpu_node": 0.001}, max_replicas=2, target_ongoing_requests=1
@@ -105,6 +107,8 @@ def flood(nodes: Nodes, ask: dict[str, Any], clients: int, grown: Callable[[], b
 
     def client(number: int) -> set[int]:
         statuses = set()
+        # One after the other: all at once, they would be a queue of the model's at first.
+        time.sleep(number * 0.3)
         with httpx.Client(base_url=nodes.doors[number % 3], timeout=120) as http:
             while not grown() and time.monotonic() < end:
                 statuses.add(http.post("/v1/segment", json=ask).status_code)
@@ -127,6 +131,23 @@ def test_a_busy_model_grows_the_model_pool_alone(nodes: Nodes) -> None:
     flood(nodes, ask, 12, lambda: nodes.replicas("Model") == [0, 2, 0])
     assert nodes.replicas("Refiner") == [0, 0, 1]
     until(lambda: nodes.replicas("Model") == [0, 1, 0])
+
+
+def test_a_flood_of_plain_requests_that_cost_the_model_little_grows_the_refiners_alone(
+    nodes: Nodes,
+) -> None:
+    sample = load_samples()[0]
+    # The model keeps what it has seen of a picture; each refinement goes over all of its pixels.
+    picture = io.BytesIO()
+    Image.open(io.BytesIO(sample.image)).convert("RGB").resize((6000, 4500)).save(picture, "JPEG")
+    ask = {
+        "object": sample.noun,
+        "image_url": base64.b64encode(picture.getvalue()).decode(),
+    }
+    flood(nodes, ask, 6, lambda: nodes.replicas("Refiner") == [0, 0, 2])
+    assert nodes.replicas("Model") == [0, 1, 0]
+    until(lambda: nodes.replicas("Refiner") == [0, 0, 1])
+    assert nodes.replicas("Model") == [0, 1, 0]
 
 
 def test_no_node_listens_beyond_this_machine_but_for_replicas_that_ask_for_the_token(
