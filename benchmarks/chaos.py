@@ -1,10 +1,11 @@
-"""Mixed faults on a cluster of five nodes under steady load: nothing may be lost.
+"""Mixed faults on a cluster of six nodes under steady load: nothing may be lost.
 
     python -m benchmarks.chaos --minutes 10 --out chaos.json
 
-A head, two nodes with a (logical) GPU for the model, two without for the refiner, all on this
-machine; requests go to the doors of the nodes that are never killed, one of whose proxies is. Every
-answer is compared with the undisturbed one. Exit status 1 when a request was lost.
+A head, one more node with nothing but a door, two nodes with a (logical) GPU for the model and two
+without for the refiner, all on this machine. Requests go to the first two nodes' doors, which are
+killed in turn; those nodes are not. Every answer is compared with the undisturbed one, and after
+each fault the time is taken until every part is there again. Exit status 1 when a request was lost.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.traffic import KINDS, LEFT, REFUSED, RIGHT, UNREFINED, Traffic, learn
+from benchmarks.traffic import GRACE_S, KINDS, LEFT, REFUSED, RIGHT, UNREFINED, Traffic, learn
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LaunchError, LocalCluster, free_port
 from serve_graph.node import RayNode, kill
 
 CPU_NODE = {"cpu_node": 1.0}
+TIMES_WHOLE = 4
+"""Looks, half a second apart, at which all must be well for a fault to be over."""
 REPLICA = "ray::ServeReplica:segment:"
 
 
@@ -48,17 +51,37 @@ class Bench:
     cpu: list[RayNode] = field(default_factory=list)
     chance: random.Random = field(default_factory=random.Random)
     stopped: list[int] = field(default_factory=list)
+    door_nodes: list[RayNode] = field(default_factory=list)
+    """Those of ``doors``."""
 
-    def _one(self, title: str) -> int | None:
+    def pids(self, title: str) -> list[int]:
+        """Processes of that title that run, those that were stopped left out."""
         assert self.cluster.head is not None
-        nodes = [self.cluster.head, *self.cluster.nodes]
+        nodes = [self.cluster.head, *(node for node in self.cluster.nodes if node.running)]
         found = [pid for node in nodes for pid in node.pids(title)]
-        return self.chance.choice(found) if found else None
+        return [pid for pid in found if pid not in self.stopped]
 
-    def _kill(self, title: str, number: signal.Signals = signal.SIGKILL) -> str:
-        pid = self._one(title)
-        if pid is None:
+    def whole(self) -> bool:
+        """Whether every part is there, each pool at its size, and both doors answer."""
+        args = self.config["applications"][0]["args"]
+        for name, pool in (("Model", "model_pool"), ("Refiner", "refiner_pool")):
+            if len(self.pids(f"{REPLICA}{name}")) != args[pool]["min_replicas"]:
+                return False
+        try:
+            applications = self.cluster.status()["applications"].values()
+            healthy = all(one["status"] == "RUNNING" for one in applications)
+            doors = [httpx.get(f"{door}/healthz", timeout=5).status_code for door in self.doors]
+        except (OSError, ValueError, httpx.TransportError):
+            return False
+        return bool(applications) and healthy and doors == [200] * len(doors)
+
+    def _kill(
+        self, title: str, number: signal.Signals = signal.SIGKILL, among: list[int] | None = None
+    ) -> str:
+        found = self.pids(title) if among is None else among
+        if not found:
             return "nothing there to be killed"
+        pid = self.chance.choice(found)
         kill(pid, number)
         if number == signal.SIGSTOP:
             self.stopped.append(pid)
@@ -80,7 +103,9 @@ class Bench:
         return self._kill("ray::ServeController")
 
     def proxy_killed(self) -> str:
-        return self._kill("ray::ProxyActor")
+        # Only a door that is asked can be missed; in turn, as a rolling failure would.
+        self.door_nodes.append(self.door_nodes.pop(0))
+        return self._kill("ray::ProxyActor", among=self.door_nodes[-1].pids("ray::ProxyActor"))
 
     def cpu_node_killed(self) -> str:
         self.cpu.pop(0).kill()
@@ -107,28 +132,32 @@ class Bench:
         return f"every replica replaced, max_queue {args['runtime']['max_queue']}"
 
 
-FAULTS: dict[str, tuple[Callable[[Bench], str], float]] = {
-    "refiner killed": (Bench.refiner_killed, 10),
-    "model killed": (Bench.model_killed, 20),
-    "refiner hangs": (Bench.refiner_hangs, 45),
-    "model hangs": (Bench.model_hangs, 60),
-    "controller killed": (Bench.controller_killed, 20),
-    "proxy killed": (Bench.proxy_killed, 20),
-    "CPU node killed": (Bench.cpu_node_killed, 60),
-    "GPU node killed": (Bench.gpu_node_killed, 60),
-    "user_config changed": (Bench.user_config_changed, 15),
-    "redeployed": (Bench.redeployed, 90),
+FAULTS: dict[str, Callable[[Bench], str]] = {
+    "refiner killed": Bench.refiner_killed,
+    "model killed": Bench.model_killed,
+    "refiner hangs": Bench.refiner_hangs,
+    "model hangs": Bench.model_hangs,
+    "controller killed": Bench.controller_killed,
+    "proxy killed": Bench.proxy_killed,
+    "CPU node killed": Bench.cpu_node_killed,
+    "GPU node killed": Bench.gpu_node_killed,
+    "user_config changed": Bench.user_config_changed,
+    "redeployed": Bench.redeployed,
 }
-"""Each fault and the seconds that follow it before the next."""
+
+CALM_S = 5.0
+"""Between the moment at which every part is there again and the next fault, seconds."""
+GIVE_UP_S = 120.0
+"""The next fault comes after this long, whole or not, seconds."""
 
 
 def graph_config(port: int) -> dict[str, Any]:
-    """The local config spread over the five nodes."""
+    """The local config spread over the nodes."""
     config = copy.deepcopy(read_config(LOCAL, port))
     config["proxy_location"] = "EveryNode"
     args = config["applications"][0]["args"]
     args["runtime"].update(max_queue=64)
-    args["ingress_pool"].update(num_cpus=0, min_replicas=5, max_replicas=5, max_replicas_per_node=1)
+    args["ingress_pool"].update(num_cpus=0, min_replicas=6, max_replicas=6, max_replicas_per_node=1)
     args["model_pool"].update(num_gpus=1, min_replicas=2, max_replicas=2, num_cpus=0.5)
     args["refiner_pool"].update(
         min_replicas=2, max_replicas=2, max_replicas_per_node=1, resources={"cpu_node": 0.001}
@@ -138,17 +167,10 @@ def graph_config(port: int) -> dict[str, Any]:
     return config
 
 
-def plan(minutes: float, names: list[str], chance: random.Random) -> list[tuple[float, str]]:
-    """When each fault happens, seconds from the start: all in turn, shuffled anew each round."""
-    at, planned, round_ = 10.0, [], list[str]()
+def turns(names: list[str], chance: random.Random) -> Iterator[str]:
+    """Faults without end: all in turn, shuffled anew each round."""
     while True:
-        if not round_:
-            round_ = chance.sample(names, len(names))
-        name = round_.pop()
-        if at + FAULTS[name][1] > minutes * 60 and planned:
-            return planned
-        planned.append((at, name))
-        at += FAULTS[name][1]
+        yield from chance.sample(names, len(names))
 
 
 async def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
@@ -158,19 +180,44 @@ async def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     seconds = options.minutes * 60
     load = asyncio.create_task(traffic.run(seconds))
     began, happened = time.monotonic(), list[dict[str, Any]]()
-    for at, name in plan(options.minutes, options.faults or list(FAULTS), bench.chance):
-        await asyncio.sleep(max(0.0, began + at - time.monotonic()))
+    names = options.faults or [n for n in FAULTS if not (options.one_node and "node" in n)]
+    for name in turns(names, bench.chance):
+        await asyncio.sleep(CALM_S)
         now = time.monotonic()
+        if now > began + seconds - CALM_S:
+            break
         try:
-            said = await asyncio.to_thread(FAULTS[name][0], bench)
-        except OSError as error:
+            said = await asyncio.to_thread(FAULTS[name], bench)
+        except (OSError, LaunchError) as error:
             said = f"not done: {error}"
-        happened.append({"fault": name, "at_s": round(now - began, 1), "what": said, "t": now})
-        print(f"{now - began:6.1f} s  {name}: {said}", flush=True)
+        fault = {"fault": name, "at_s": round(now - began, 1), "what": said, "t": now}
+        happened.append(fault)
+        end = min(now + GIVE_UP_S, began + seconds + GRACE_S)
+        back = await asyncio.to_thread(until_whole, bench, end)
+        fault["whole_after_s"] = None if back is None else round(back - now, 1)
+        print(
+            f"{fault['at_s']:6.1f} s  {name}: {said}; whole again after {fault['whole_after_s']} s",
+            flush=True,
+        )
     await load
     for pid in bench.stopped:
         kill(pid)
     return report(traffic, happened, began, options)
+
+
+def until_whole(bench: Bench, end: float) -> float | None:
+    """When every part was there again, on the monotonic clock; None: not before ``end``."""
+    # What was killed is noticed only in a moment: whole once is not yet whole again.
+    times_whole = 0
+    while time.monotonic() < end:
+        now = time.monotonic()
+        times_whole = times_whole + 1 if bench.whole() else 0
+        if times_whole == 1:
+            since = now
+        if times_whole == TIMES_WHOLE:
+            return since
+        time.sleep(0.5)
+    return None
 
 
 def report(
@@ -222,6 +269,7 @@ def report(
 
 def start(options: argparse.Namespace, cluster: LocalCluster) -> Bench:
     """Returns when the graph is up, on a head and the five nodes that join it or on one node."""
+    assert cluster.head is not None
     port, other = free_port(), free_port()
     if options.one_node:
         config = graph_config(port)
@@ -232,6 +280,7 @@ def start(options: argparse.Namespace, cluster: LocalCluster) -> Bench:
         config["applications"][0]["args"]["ingress_pool"].update(min_replicas=1, max_replicas=1)
         bench = Bench(cluster, config, [f"http://127.0.0.1:{port}"])
         bench.chance.seed(options.seed)
+        bench.door_nodes = [cluster.head]
         cluster.deploy(config)
         cluster.wait_ready(f"{bench.doors[0]}/healthz")
         return bench
@@ -240,8 +289,7 @@ def start(options: argparse.Namespace, cluster: LocalCluster) -> Bench:
     # The first CPU node to be killed is the one without a door of ours.
     bench.cpu = [cluster.add_node(resources=CPU_NODE) for _ in range(2)]
     bench.gpu = [cluster.add_node(num_gpus=1) for _ in range(2)]
-    cluster.add_node(num_cpus=1, http_port=other)
-    bench.config["applications"][0]["args"]["ingress_pool"].update(min_replicas=6, max_replicas=6)
+    bench.door_nodes = [cluster.head, cluster.add_node(num_cpus=1, http_port=other)]
     cluster.deploy(bench.config)
     for door in bench.doors:
         cluster.wait_ready(f"{door}/healthz")

@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace) -> RuntimeConfig:
-    from kestrel.seg_refiner.backends import check_backend
+    from kestrel.seg_refiner.backends import find_backend
 
-    check_backend(arguments.refiner)
+    find_backend(arguments.refiner)
     config = RuntimeConfig(
         model_path=arguments.model_path,
         device=arguments.device,

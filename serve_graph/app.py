@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 
 from serve_graph.args import GraphArgs
+from serve_graph.hedge import Hedge
 from serve_graph.ingress import IngressDeployment
 from serve_graph.model import ModelDeployment
 from serve_graph.refiner import RefinerDeployment
@@ -45,10 +46,13 @@ def build(args: GraphArgs) -> Application:
         # What requests may choose from; the ingress itself refines nothing.
         replace(args.runtime, refiner=args.refiner),
         args.refine_timeout_s,
+        # Second calls at once: as many as one refiner that hangs can hold.
+        Hedge(args.refine_silence_s, args.refiner_pool.max_ongoing_requests),
         model.bind(args.runtime),
         refiner.bind(
             args.refiner.served_with(args.runtime),
             args.runtime.limits,
             args.refiner_pool.max_ongoing_requests,
+            args.refiner_pool.stuck_s,
         ),
     )

@@ -119,6 +119,9 @@ class RefinerPool(Pool):
 
     max_ongoing_requests: int = Field(default=2, ge=1)
     """Requests that one replica runs at once: its threads."""
+    stuck_s: float = Field(default=30.0, gt=0)
+    """A refinement that runs for longer fails the health check of its replica, seconds; after the
+    third in a row the replica is replaced. Over ``refine_timeout_s``, after which nobody waits."""
     lookahead: LookAhead = LookAhead()
     """Used where the application's ``autoscaling_policy`` is ``serve_graph.autoscaling:Policy``."""
 
@@ -173,6 +176,9 @@ class GraphArgs(BaseModel):
     """The CPU half."""
     refine_timeout_s: float = Field(default=10.0, gt=0)
     """Seconds that a request waits for its refinement before it goes on without one."""
+    refine_silence_s: float | None = Field(default=3.0, gt=0)
+    """A refinement without an answer for this long is asked of another replica too, and the first
+    answer taken, seconds; null: never. Well over what a refinement takes."""
     ingress_pool: Pool = Pool(num_cpus=0.5, max_ongoing_requests=256, max_queued_requests=512)
     model_pool: Pool = Pool()
     refiner_pool: RefinerPool = RefinerPool()

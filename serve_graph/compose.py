@@ -15,6 +15,7 @@ from kestrel.server.compose import compose_events
 from kestrel.server.room import Room
 from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
+from serve_graph.hedge import Hedge
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -36,6 +37,7 @@ class GraphBackend:
         self,
         config: RuntimeConfig,
         refine_timeout_s: float,
+        hedge: Hedge,
         model: DeploymentHandle,
         refiner: DeploymentHandle,
     ) -> None:
@@ -50,7 +52,7 @@ class GraphBackend:
         self._starting = ["model", "refiner"]
         self._model_there = asyncio.Event()
         self._model = ModelHalf(model)
-        self._refiner = RefinerHalf(refiner, refine_timeout_s)
+        self._refiner = RefinerHalf(refiner, refine_timeout_s, hedge)
 
     async def wait_for_halves(self) -> None:
         """Returns once a replica of each half has answered. A replica of either exists only after

@@ -1,4 +1,5 @@
-"""Calls to the two halves: deadlines, queue-full answers, a second try when a replica dies."""
+"""Calls to the two halves: deadlines, queue-full answers, a second try when a replica dies, or
+when a refiner is silent."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ from kestrel.api import (
 )
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from serve_graph import metrics
+from serve_graph.hedge import Hedge
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,6 +47,9 @@ learn of a death and would pick the same replica again."""
 
 HEALTH_TIMEOUT_S = 10.0
 """How long a half may take to say that it is there, seconds."""
+
+UNAVAILABLE = (*LOST, BackPressureError, DeploymentUnavailableError)
+"""No replica took the request, or those that did are gone."""
 
 T = TypeVar("T")
 
@@ -182,9 +187,10 @@ class ModelHalf:
 class RefinerHalf:
     """The refiner pool as one call."""
 
-    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
+    def __init__(self, handle: DeploymentHandle, timeout_s: float, hedge: Hedge) -> None:
         self._refine = handle.options(method_name="refine")
         self._health = handle.options(method_name="health")
+        self._hedge = hedge
         self.timeout_s = timeout_s
         """Seconds that a request waits for its refinement."""
 
@@ -196,8 +202,32 @@ class RefinerHalf:
         self, request: SegmentRequest, model: ModelResult, deadline: Deadline
     ) -> SegmentRefineBitmapsResult:
         """Refined path and masks; RefinerUnavailable after five lost replicas, a full queue or
-        ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first."""
-        patience = Deadline(min(self.timeout_s, deadline.left()))
+        ``refine_timeout_s``, DeadlineExceeded when the request's own time is up first.
+
+        Another replica is asked too when none has answered for ``refine_silence_s``.
+        """
+        left = deadline.left()
+        patience = Deadline(min(self.timeout_s, left))
+        try:
+            return await self._hedge.first(
+                lambda: self._answer(request, model, patience), patience.left, UNAVAILABLE
+            )
+        except DeadlineExceeded:
+            # Not asked of the clock: timers of uvloop are up to a millisecond early.
+            if left <= self.timeout_s:
+                raise
+            raise RefinerUnavailable(f"no answer in {self.timeout_s:g} s") from None
+        except UNAVAILABLE as error:
+            raise RefinerUnavailable(str(error)) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RequestError):
+                raise error.cause from None
+            raise
+
+    async def _answer(
+        self, request: SegmentRequest, model: ModelResult, patience: Deadline
+    ) -> SegmentRefineBitmapsResult:
+        """One replica's answer, or another's where that one is lost."""
         lost = 0
         while True:
             response = self._refine.remote(
@@ -208,19 +238,9 @@ class RefinerHalf:
                 request.settings.refiner,
             )
             try:
-                try:
-                    return await _finish(response, patience)
-                except Exception as error:
-                    lost = _lost_again("refiner", model.request_id, error, lost)
-                    if not lost:
-                        raise
-                    await _pause(lost, patience)
-            except DeadlineExceeded:
-                deadline.left()
-                raise RefinerUnavailable(f"no answer in {self.timeout_s:g} s") from None
-            except (*LOST, BackPressureError, DeploymentUnavailableError) as error:
-                raise RefinerUnavailable(str(error)) from error
-            except RayTaskError as error:
-                if isinstance(error.cause, RequestError):
-                    raise error.cause from None
-                raise
+                return await _finish(response, patience)
+            except Exception as error:
+                lost = _lost_again("refiner", model.request_id, error, lost)
+                if not lost:
+                    raise
+                await _pause(lost, patience)

@@ -24,6 +24,7 @@ from kestrel.server.room import Place
 from serve_graph import metrics
 from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
+from serve_graph.hedge import Hedge
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -43,11 +44,12 @@ class IngressDeployment:
         self,
         config: RuntimeConfig,
         refine_timeout_s: float,
+        hedge: Hedge,
         model: DeploymentHandle,
         refiner: DeploymentHandle,
     ) -> None:
         metrics.log_with_serve()
-        self._backend = GraphBackend(config, refine_timeout_s, model, refiner)
+        self._backend = GraphBackend(config, refine_timeout_s, hedge, model, refiner)
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
         self._tasks.append(asyncio.create_task(self._count_replicas()))

@@ -53,6 +53,11 @@ LOST_REPLICAS = Spec(
     "a stream that has begun.",
     ("half",),
 )
+HEDGED_REFINEMENTS = Spec(
+    "segment_hedged_refinements_total",
+    Counter,
+    "Refinements that were asked of another replica too, because none had answered for long.",
+)
 MODEL_REQUESTS = Spec(
     "segment_model_requests_total",
     Counter,
@@ -104,6 +109,7 @@ METRICS = (
     REQUEST_MS,
     REFINEMENTS,
     LOST_REPLICAS,
+    HEDGED_REFINEMENTS,
     MODEL_REQUESTS,
     MODEL_STAGE_MS,
     MODEL_STEPS,

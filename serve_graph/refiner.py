@@ -7,7 +7,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -28,35 +30,45 @@ class Busy:
     """How long one refinement takes of a replica's full attention.
 
     Refinements that run together share a replica's CPUs, so each counts the time that passes
-    divided by how many there were. A context manager; entered from several threads.
+    divided by how many there were. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
         self.mean_s: float | None = None
         """Running mean, seconds; None before the first."""
         self._lock = threading.Lock()
-        self._running = 0
+        self._began: list[float] = []
         self._since = time.monotonic()
         self._spent = 0.0
 
-    def __enter__(self) -> None:
-        self._change(1)
-
-    def __exit__(self, *error: object) -> None:
-        self._change(-1)
-
-    def _change(self, more: int) -> None:
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Around one refinement, in its thread."""
         with self._lock:
-            now = time.monotonic()
-            if self._running:
-                self._spent += now - self._since
-            self._since = now
-            self._running += more
-            if more < 0:
+            began = self._pass()
+            self._began.append(began)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pass()
+                self._began.remove(began)
                 # All the time in which anything ran, over all that finished.
                 spent, self._spent = self._spent, 0.0
                 mean = spent if self.mean_s is None else self.mean_s
                 self.mean_s = mean + MEAN_WEIGHT * (spent - mean)
+
+    def _pass(self) -> float:
+        now = time.monotonic()
+        if self._began:
+            self._spent += now - self._since
+        self._since = now
+        return now
+
+    def longest_s(self) -> float:
+        """For how long the oldest refinement that runs has run, seconds; 0: none does."""
+        with self._lock:
+            return time.monotonic() - min(self._began) if self._began else 0.0
 
 
 class RefinerDeployment:
@@ -66,7 +78,7 @@ class RefinerDeployment:
     is missing, where it cannot.
     """
 
-    def __init__(self, config: RefinerConfig, limits: Limits, threads: int) -> None:
+    def __init__(self, config: RefinerConfig, limits: Limits, threads: int, stuck_s: float) -> None:
         import cv2
 
         from kestrel.seg_refiner import SegmentRefiner
@@ -79,6 +91,7 @@ class RefinerDeployment:
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
         self._room = threads
+        self._stuck_s = stuck_s
         self._busy = Busy()
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
@@ -116,19 +129,24 @@ class RefinerDeployment:
         )
 
         def timed() -> SegmentRefineBitmapsResult:
-            with self._busy:
+            with self._busy.one():
                 return refine(image, path, bbox, return_base64=return_base64, refiner=refiner)
 
         self._held(1)
         failure: BaseException | None = None
+        # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
+        work = self._threads.submit(timed)
+        done = asyncio.wrap_future(work)
         try:
-            # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
-            result: SegmentRefineBitmapsResult = await asyncio.get_running_loop().run_in_executor(
-                self._threads, timed
-            )
+            result = await asyncio.shield(done)
         except BaseException as error:
             failure = error
-            self._counts["cancelled"] += isinstance(error, asyncio.CancelledError)
+            if isinstance(error, asyncio.CancelledError):
+                self._counts["cancelled"] += 1
+                # A thread in native code goes on, and until it ends the request counts for Serve,
+                # which would else send new ones to a busy replica.
+                if not work.cancel():
+                    await asyncio.wait([done])
             raise
         finally:
             self._held(-1)
@@ -149,6 +167,11 @@ class RefinerDeployment:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve's autoscaler: ``busy_s`` of ``serve_graph.lookahead.RefinerLoad``."""
         return {} if self._busy.mean_s is None else {"busy_s": self._busy.mean_s}
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises: a thread that hangs never comes back."""
+        if self._busy.longest_s() > self._stuck_s:
+            raise RuntimeError(f"a refinement has run for over {self._stuck_s:g} s")
 
     async def health(self) -> None:
         """Returns: a replica exists only after it has refined a picture."""

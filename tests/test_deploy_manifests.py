@@ -394,7 +394,7 @@ REFINER = """
 import serve_graph.app
 from kestrel.config import Limits, RefinerConfig
 from serve_graph.refiner import RefinerDeployment
-RefinerDeployment(RefinerConfig(), Limits(), 1)
+RefinerDeployment(RefinerConfig(), Limits(), 1, 30.0)
 """
 
 

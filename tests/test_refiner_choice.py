@@ -138,6 +138,28 @@ def test_an_unknown_backend_is_refused_when_the_refiner_is_built(key):
         SegmentRefiner(RefinerConfig(**{key: value}))
 
 
+def inside(config: RefinerConfig):
+    return lambda image, mask: mask
+
+
+def test_a_backend_of_ones_own_is_named_by_where_it_is():
+    place = f"{__name__}:inside"
+    refiner = SegmentRefiner(RefinerConfig(refiner=place))
+    image = np.zeros((50, 50, 3), np.uint8)
+    assert refiner.refine_with_bitmaps(image, SQUARE, BOX).reason == "refined"
+
+
+def test_a_request_names_no_place_that_is_not_loaded():
+    with pytest.raises(InvalidRequest, match="not loaded"):
+        parse('{"refiner": "os:system"}')
+
+
+@pytest.mark.parametrize("place", ["no_such_module:build", "math:no_such_function", ":build", "m:"])
+def test_a_place_without_a_backend_is_refused_when_the_refiner_is_built(place):
+    with pytest.raises(ConfigError, match="is not there"):
+        SegmentRefiner(RefinerConfig(selectable=(place,)))
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -10,6 +10,9 @@ It raises ``ConfigError`` that says what to install or to set where a part of it
 
     BACKENDS["mine"] = _mine  # then RefinerConfig(refiner="mine")
 
+Where the configuration is all that reaches the process, as in a Serve config, such a function is
+named by where it is, ``package.module:function``: ``RefinerConfig(refiner="mine.refiner:build")``.
+
 It gets the whole picture (uint8 [H, W, 3] RGB) and the coarse mask (uint8 [H, W], 0/1), must not
 change either, and gives the refined mask (uint8 [H, W], 0/1). It may raise: the caller then keeps
 the model's own path. Calls may come from several threads at once.
@@ -18,6 +21,7 @@ the model's own path. Calls may come from several threads at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 
@@ -63,8 +67,23 @@ BACKENDS: dict[str, Callable[[RefinerConfig], Refine]] = {
 }
 
 
-def check_backend(name: str) -> None:
-    """Raises :class:`ConfigError`, listing the known names, for a name that is not registered."""
-    if name not in BACKENDS:
-        known = ", ".join(sorted(BACKENDS))
-        raise ConfigError(f"refiner {name!r} is not known; known refiners are {known}")
+def find_backend(name: str) -> Callable[[RefinerConfig], Refine]:
+    """The function that builds the backend of that name.
+
+    Raises :class:`ConfigError` for a name that is not registered, listing those that are, and for
+    a place where there is no function.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in BACKENDS:
+            known = ", ".join(sorted(BACKENDS))
+            raise ConfigError(
+                f"refiner {name!r} is not known; known refiners are {known}, and yours as "
+                "package.module:function"
+            )
+        return BACKENDS[name]
+    try:
+        build: Callable[[RefinerConfig], Refine] = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"refiner {name!r} is not there: {error}") from error
+    return build

@@ -15,7 +15,7 @@ import numpy as np
 
 from kestrel.config import ConfigError, Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
-from kestrel.seg_refiner.backends import BACKENDS, Refine, check_backend
+from kestrel.seg_refiner.backends import Refine, find_backend
 from kestrel.seg_refiner.box import joined_box, mask_box, mask_iou
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
@@ -49,7 +49,7 @@ class SegmentRefiner:
         self.config = config or RefinerConfig()
         self.limits = limits or Limits()
         for name in self.config.loaded:
-            check_backend(name)
+            find_backend(name)
         if self.config.rasterizer != "auto":
             try:
                 raster.load_rasterizer(self.config.rasterizer)
@@ -214,7 +214,7 @@ class SegmentRefiner:
     def _backend(self, name: str) -> Refine:
         with self._lock:
             if name not in self._backends:
-                self._backends[name] = BACKENDS[name](self.config)
+                self._backends[name] = find_backend(name)(self.config)
             return self._backends[name]
 
     def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:

@@ -16,6 +16,7 @@ pytest.importorskip("ray.serve")
 
 from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph
 
+from kestrel.api_keys import hash_key
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample, load_samples
 from serve_graph.launch import LocalCluster, free_port
@@ -49,7 +50,8 @@ def graph() -> Iterator[Graph]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     config = read_config(LOCAL, free_port())
     args = config["applications"][0]["args"]
-    args["runtime"]["api_keys"] = [KEY]
+    # Serve writes the config as it stands into its own log.
+    args["runtime"]["api_keys"] = [hash_key(KEY)]
     args["refine_timeout_s"] = REFINE_TIMEOUT_S
     args["runtime"]["request_timeout_s"] = 180  # a busy machine starts replicas slowly
     # Two refiners, so that one can die; short queues, so that they can be filled.

@@ -16,10 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+from hanging import ALWAYS, HANGING, ONCE, marked
 from running_graph import KEY, Graph
-from test_graph import body, enlarged, wait_for
+from test_graph import body, enlarged, wait_for, without_times
 
 from benchmarks.traffic import RIGHT, Expected, Traffic, learn
+from kestrel.api_keys import hash_key
 from serve_graph.demo import Sample
 
 pytestmark = pytest.mark.timeout(600)
@@ -41,14 +43,22 @@ def expected(graph: Graph, samples: list[Sample]) -> list[Expected]:
 
 
 def traffic_while(
-    graph: Graph,
+    graph: Graph, expected: list[Expected], *deeds: Callable[[], Any], **options: Any
+) -> Traffic:
+    """Requests to the graph before, while and after the deeds are done, one after the other."""
+    return load_while([graph.url], expected, *deeds, headers=HEADERS, **options)
+
+
+def load_while(
+    doors: list[str],
     expected: list[Expected],
     *deeds: Callable[[], Any],
-    rate: float = 1.5,
     pause_s: float = 3.0,
+    **options: Any,
 ) -> Traffic:
-    """Requests before, while and after the deeds are done, one after the other."""
-    traffic = Traffic([graph.url], expected, headers=HEADERS, rate=rate, timeout_s=PATIENCE_S)
+    """``traffic_while`` for any graph; ``options`` are ``Traffic``'s."""
+    options = {"rate": 1.5, "timeout_s": PATIENCE_S} | options
+    traffic = Traffic(doors, expected, **options)
 
     async def run() -> None:
         load = asyncio.create_task(traffic.run())
@@ -82,6 +92,9 @@ def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
     config = copy.deepcopy(graph.config)
     args = config["applications"][0]["args"]
     args["refine_timeout_s"] = PATIENCE_S / 2
+    args["refine_silence_s"] = 3
+    args["refiner_pool"].update(stuck_s=10, graceful_shutdown_timeout_s=8)
+    args["refiner"]["selectable"] = ["none", HANGING]
     args["model_pool"].update(max_ongoing_requests=16, max_queued_requests=64)
     for pool in ("model_pool", "refiner_pool"):
         args[pool].update(health_check_period_s=1, health_check_timeout_s=3)
@@ -127,6 +140,39 @@ def test_a_replica_that_hangs_is_replaced_and_its_requests_answered(
     assert not wrong(traffic)
 
 
+def test_a_refinement_that_hangs_is_answered_by_another_replica_and_its_own_is_replaced(
+    graph: Graph, updated: Traffic, samples: list[Sample]
+) -> None:
+    ask = body(replace(samples[0], image=marked(samples[0].image, ONCE)), return_base64=True)
+    right = graph.http.post("/v1/segment", json=ask | {"settings": {"refiner": "none"}})
+    before = set(graph.pids(REFINER))
+    reply = graph.http.post("/v1/segment", json=ask | {"settings": {"refiner": HANGING}})
+    assert reply.status_code == 200
+    assert without_times(reply.json()) == without_times(right.json())
+    assert wait_for(lambda: not before <= set(graph.pids(REFINER)), 90)
+
+
+def test_a_refinement_that_hangs_wherever_it_is_tried_is_a_504(
+    graph: Graph, updated: Traffic, samples: list[Sample]
+) -> None:
+    ask = body(replace(samples[0], image=marked(samples[0].image, ALWAYS)), return_base64=True)
+    ask["settings"] = {"refiner": HANGING}
+    headers = {"X-Request-Timeout-Ms": "12000"}
+    reply = graph.http.post("/v1/segment", json=ask, headers=headers)
+    assert reply.status_code == 504, reply.text
+    # Given up, what hangs keeps its place, so that others are not sent there.
+    hung = {refiner["pid"] for refiner in graph.stats()["Refiner"] if refiner["running"]}
+    assert hung
+    after = graph.http.post("/v1/segment", json=body(samples[0], return_base64=True))
+    assert after.status_code == 200 and "refined_mask_base64" in after.json()
+
+    def replaced() -> bool:
+        pids = set(graph.pids(REFINER))
+        return len(pids) == 2 and not hung & pids
+
+    assert wait_for(replaced, 120)
+
+
 def test_the_death_of_the_controller_is_not_noticed(
     graph: Graph, updated: Traffic, expected: list[Expected]
 ) -> None:
@@ -160,8 +206,9 @@ def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expe
     before = {title: set(graph.pids(title)) for title in (MODEL, REFINER)}
     config = copy.deepcopy(graph.config)
     other = "another-key-for-the-tests"
+    keys = [hash_key(KEY), hash_key(other)]
     config["applications"][0]["deployments"] = [
-        {"name": "Ingress", "user_config": {"api_keys": [KEY, other], "refine_timeout_s": 30}},
+        {"name": "Ingress", "user_config": {"api_keys": keys, "refine_timeout_s": 30}},
         {"name": "Refiner", "user_config": {"refiner": "none"}},
     ]
     ask = body(expected[0].sample)

@@ -1,7 +1,9 @@
-"""Three nodes: where each pool's replicas are, and that each pool grows and shrinks alone."""
+"""Three nodes: where each pool's replicas are, that each grows and shrinks alone, and the death of
+a whole node."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import secrets
@@ -18,7 +20,9 @@ pytest.importorskip("ray.serve")
 
 from PIL import Image
 from running_graph import listening_beyond_loopback
+from test_faults import load_while, wrong
 
+from benchmarks.traffic import Expected, learn
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
 from serve_graph.launch import LocalCluster, free_port
@@ -27,6 +31,8 @@ from serve_graph.node import RayNode
 pytestmark = pytest.mark.timeout(600)
 
 CPU_NODE = {"cpu_node": 1.0}
+PATIENCE_S = 150.0
+"""Deadline of the requests: a busy machine starts nodes and replicas slowly."""
 
 
 @dataclass
@@ -52,6 +58,10 @@ def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
         time.sleep(0.3)
 
 
+def port_of(door: str) -> int:
+    return int(door.rpartition(":")[2])
+
+
 def answers(door: str) -> bool:
     try:
         return httpx.get(f"{door}/healthz", timeout=5).status_code == 200
@@ -65,7 +75,8 @@ def nodes() -> Iterator[Nodes]:
     config = read_config(LOCAL, ports[0])
     config["proxy_location"] = "EveryNode"
     args = config["applications"][0]["args"]
-    args["refine_timeout_s"] = 60
+    args["refine_timeout_s"] = PATIENCE_S
+    args["runtime"]["request_timeout_s"] = PATIENCE_S
     quick = {
         "upscale_delay_s": 0.5,
         "downscale_delay_s": 2,
@@ -156,3 +167,45 @@ def test_no_node_listens_beyond_this_machine_but_for_replicas_that_ask_for_the_t
     for node in (nodes.head, nodes.gpu, nodes.cpu):
         beyond = listening_beyond_loopback(node)
         assert set(beyond) <= set(node.pids("ray::ServeReplica:")), beyond
+
+
+def death_of(nodes: Nodes, door: str, die: Callable[[], None]) -> None:
+    """A node dies under traffic and another takes its place: every request is answered right."""
+
+    async def undisturbed() -> list[Expected]:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+            return await learn(client, nodes.doors[0], load_samples()[:2])
+
+    began: list[float] = []
+
+    def die_and_come_back() -> None:
+        began.append(time.monotonic())
+        die()
+        until(lambda: answers(door))
+        until(lambda: nodes.replicas("Model") == [0, 1, 0])
+        until(lambda: nodes.replicas("Refiner") == [0, 0, 1])
+        print(f"all parts are back after {time.monotonic() - began[0]:.1f} s")
+
+    expected = asyncio.run(undisturbed())
+    traffic = load_while(nodes.doors[:1], expected, die_and_come_back, timeout_s=PATIENCE_S)
+    assert not wrong(traffic)
+
+
+def test_the_death_of_the_node_with_all_refiners_costs_no_request(nodes: Nodes) -> None:
+    door = nodes.doors[2]
+
+    def die() -> None:
+        nodes.cpu.kill()
+        nodes.cpu = nodes.cluster.add_node(resources=CPU_NODE, http_port=port_of(door))
+
+    death_of(nodes, door, die)
+
+
+def test_the_death_of_the_node_with_all_models_costs_no_request(nodes: Nodes) -> None:
+    door = nodes.doors[1]
+
+    def die() -> None:
+        nodes.gpu.kill()
+        nodes.gpu = nodes.cluster.add_node(num_gpus=2, http_port=port_of(door))
+
+    death_of(nodes, door, die)
