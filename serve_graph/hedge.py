@@ -47,7 +47,8 @@ class Hedge:
                 done, out = await asyncio.wait(
                     out, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
                 )
-                for ended in done:
+                # Of those that end together, one that has an answer first.
+                for ended in sorted(done, key=lambda one: isinstance(one.exception(), gone)):
                     if not (out and isinstance(ended.exception(), gone)):
                         return ended.result()
                 if not done and self._silence_s is not None and left() and self._room > 0:
