@@ -249,10 +249,9 @@ class InferenceEngine:
         if self.config.refiner is None:
             return None
         if request.image is None or not model.refinable:
-            return self._unrefined("no_image" if request.image is None else "no_path")
+            return self._unrefined(model, "no_image" if request.image is None else "no_path")
         if self._refiner is None:
-            log.warning("request %s: no refiner, the model's path is given", model.request_id)
-            return self._unrefined("unavailable")
+            return self._unrefined(model, "unavailable")
         image = request.image if picture is None else picture
         work = asyncio.get_running_loop().run_in_executor(
             self._refine_pool, _refined, self._refiner, image, model, request
@@ -269,8 +268,19 @@ class InferenceEngine:
         self._reasons[refined.reason] += 1
         return refined
 
-    def _unrefined(self, reason: str) -> SegmentRefineBitmapsResult:
+    def _unrefined(self, model: ModelResult, reason: str) -> SegmentRefineBitmapsResult:
+        """The model's own path is the answer; ``reason`` is counted and logged."""
         self._reasons[reason] += 1
+        # A noun that is not in the picture is a right answer, nothing to be warned of.
+        expected = reason != "unavailable" and model.parse_error is None
+        detail = f": {model.parse_error}" if model.parse_error else ""
+        log.log(
+            logging.INFO if expected else logging.WARNING,
+            "request %s: not refined (%s)%s",
+            model.request_id,
+            reason,
+            detail,
+        )
         return SegmentRefineBitmapsResult(reason=reason)
 
     async def health(self) -> None:

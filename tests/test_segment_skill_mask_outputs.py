@@ -83,6 +83,17 @@ async def test_a_noun_without_an_image_is_answered_without_masks(engine, encodin
     assert encodings == []
 
 
+async def test_an_answer_that_is_not_refined_says_so_once_in_the_log(engine, ask, caplog):
+    with caplog.at_level("INFO", logger="kestrel.engine"):
+        await engine.segment(**ask, settings={"max_tokens": 5}, request_id="cut-short")
+        await engine.segment(object="cat", request_id="no-picture")
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if "not refined" in r.message]
+    assert lines == [
+        ("WARNING", "request cut-short: not refined (no_path): cut off after 5 tokens"),
+        ("INFO", "request no-picture: not refined (no_image)"),
+    ]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 9])
 async def test_a_cut_answer_is_the_beginning_of_the_whole(engine, ask, encodings, max_tokens):
     whole = segment(await engine.segment(**ask))

@@ -40,8 +40,6 @@ class SceneObject:
     mask: np.ndarray
     style: str
     name: str = ""
-    full_mask: np.ndarray | None = None
-    """bool [H, W], with the parts that others hide."""
 
 
 @dataclass
@@ -587,8 +585,7 @@ def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
     even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
     box is a square: where the contour is farthest out along them. Only the distances are to be
     learnt, and each says by itself where the object ends: vertices at even steps along the contour
-    follow it more closely but slide along it with every
-    detail. An empty mask gives [0, 2].
+    follow it more closely but slide along it with every detail. An empty mask gives [0, 2].
     """
     points = contour(mask)
     if not len(points):
