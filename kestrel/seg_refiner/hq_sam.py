@@ -1,7 +1,7 @@
 """Refine a mask with SAM-HQ (Ke et al., "Segment Anything in High Quality", 2023).
 
 The only module that knows ``transformers``; it and torch are imported when a refiner is built.
-Pictures are prepared here, so that torchvision is not needed.
+Pictures are prepared here, as masks come and go as arrays.
 """
 
 from __future__ import annotations
