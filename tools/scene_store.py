@@ -106,10 +106,10 @@ def _fill(job: tuple[Path, int, tuple[str, ...], tuple[str, ...], int, int]) -> 
         for slot, found in enumerate(scene.objects[:OBJECTS]):
             side = SIDE // GRID
             cells = found.mask.reshape(GRID, side, GRID, side).mean((1, 3))
-            points = (outline(found.mask, VERTICES) / SIDE).astype(np.float32)
+            around = contour(found.mask)
+            points = (outline(around, VERTICES) / SIDE).astype(np.float32)
+            low, high = around.min(0) / SIDE, around.max(0) / SIDE
             rows, columns = np.nonzero(found.mask)
-            around = contour(found.mask) / SIDE
-            low, high = around.min(0), around.max(0)
             pick = rng.integers(len(rows), size=POINTS)
             arrays["nouns"][row, slot] = index[found.noun]
             arrays["shares"][row, slot] = np.rint(cells.ravel() * 255)

@@ -316,11 +316,8 @@ class SceneGenerator:
             placement = scene.placements[number]
             if placement.noun is None:
                 continue
-            pixels, (x0, y0), _ = warped[number]
-            full = np.zeros((height, width), bool)
-            full[y0 : y0 + pixels.shape[0], x0 : x0 + pixels.shape[1]] = pixels[..., 3] >= 0.5
             objects.append(
-                SceneObject(placement.noun, owner == number, placement.style, placement.name, full)
+                SceneObject(placement.noun, owner == number, placement.style, placement.name)
             )
         return Scene(_finish(canvas, scene.effects, rng), objects, scene)
 
@@ -578,16 +575,15 @@ def contour(mask: np.ndarray) -> np.ndarray:
     return points if turn > 0 else points[::-1]
 
 
-def outline(mask: np.ndarray, vertices: int = 24) -> np.ndarray:
-    """Polygon of the largest piece of a bool [H, W] mask: float64 [vertices, 2] (x, y) px.
+def outline(points: np.ndarray, vertices: int = 24) -> np.ndarray:
+    """Polygon that follows a ``contour`` [n, 2]: float64 [vertices, 2] (x, y) px.
 
     Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices lie on
     even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
     box is a square: where the contour is farthest out along them. Only the distances are to be
     learnt, and each says by itself where the object ends: vertices at even steps along the contour
-    follow it more closely but slide along it with every detail. An empty mask gives [0, 2].
+    follow it more closely but slide along it with every detail. An empty contour gives [0, 2].
     """
-    points = contour(mask)
     if not len(points):
         return points
     low, high = points.min(0), points.max(0)
@@ -632,7 +628,7 @@ def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom:
         for number, found in enumerate(scene.objects):
             hue = np.array([[[(number * 47) % 180, 255, 255]]], np.uint8)
             colour = tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
-            points = np.round(outline(found.mask) * zoom).astype(np.int32)
+            points = np.round(outline(contour(found.mask)) * zoom).astype(np.int32)
             cv2.polylines(tile, [points], True, colour, 1, cv2.LINE_AA)
             for point in points[1:]:
                 cv2.circle(tile, point.tolist(), 2, colour, -1)
