@@ -1,4 +1,4 @@
-# make demo | test | serve | lint ; the first call sets the machine up.
+# make demo | test | serve | lint | types | clean ; the first call sets the machine up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -102,6 +102,8 @@ def run(url: str, output: Path) -> None:
 def _write(sample: Sample, answer: dict[str, Any], times_ms: dict[str, float], folder: Path) -> str:
     """Files of one answer, and its row of the table."""
     folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("coarse", "refined"):  # an earlier run's, where there is none this time
+        (folder / f"{kind}.png").unlink(missing_ok=True)
     (folder / "response.json").write_text(json.dumps(answer, indent=1))
     masks: dict[str, np.ndarray] = {}
     for kind in ("coarse", "refined"):

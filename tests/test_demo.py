@@ -60,3 +60,16 @@ def test_a_request_that_fails_or_two_answers_that_differ_end_the_demo(
     said = pytest.raises(LaunchError, match="differ" if stream_only else "503")
     with served(build_app(backend)) as url, said:
         demo.run(url, tmp_path)
+
+
+def test_masks_of_an_earlier_run_do_not_stay_where_there_are_none_now(tmp_path: Path):
+    backend = ScriptedBackend()
+    object.__setattr__(backend.config, "limits", Limits())
+    backend.script = [*WELL]
+    stale = tmp_path / demo.load_samples()[0].folder / "refined.png"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another model")
+    with served(build_app(backend)) as url:
+        demo.run(url, tmp_path)
+    answer = json.loads((stale.parent / "response.json").read_text())
+    assert ("refined_mask_base64" in answer) is stale.exists() is False

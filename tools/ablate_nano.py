@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from nano_checkpoint import build_tokenizer, nano_config
-from nano_data import BatchMaker, SceneQuestions
+from nano_questions import BatchMaker, SceneQuestions
 from nano_training import Batch, Losses, initialise, picture_patches
 from nouns import CORE, CORE_STYLES, vocabulary_words
 from scene_store import SceneStore, build_store

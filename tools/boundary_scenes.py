@@ -20,8 +20,8 @@ from assets import Pack, held_out
 from boundary_coarse import coarsened
 from boundary_outlines import random_outline
 from boundary_photos import photographs
+from grounds import octaves
 from nouns import wanted_names
-from scenes import _octaves
 
 STYLES = ("noto", "fluent", "emojione")
 KINDS = ("stamp", "drawing", "fill", "same")
@@ -155,7 +155,7 @@ class BoundaryScenes:
             source = photo if rng.random() < 0.5 else self.photo()
             other = _tinted(rng, _patch(rng, source, h, w), rng.uniform(0, 0.4))
             share = np.clip(
-                (_octaves(rng, w, h) - rng.uniform(0.35, 0.6)) * rng.uniform(4, 40), 0, 1
+                (octaves(rng, w, h) - rng.uniform(0.35, 0.6)) * rng.uniform(4, 40), 0, 1
             )
             if rng.random() < 0.5:
                 share = self._silhouette(h, w, box)
@@ -182,7 +182,7 @@ class BoundaryScenes:
         for _ in range(int(rng.choice([0, 0, 1, 2]))):
             other = _tinted(rng, _patch(rng, self.photo(), h, w), 0.2)
             sharp = rng.uniform(3, 60)
-            share = np.clip((_octaves(rng, w, h) - rng.uniform(0.4, 0.6)) * sharp + 0.5, 0, 1)
+            share = np.clip((octaves(rng, w, h) - rng.uniform(0.4, 0.6)) * sharp + 0.5, 0, 1)
             canvas += share[..., None] * (other - canvas)
         return _tinted(rng, canvas, 0.2)
 
@@ -270,7 +270,7 @@ class BoundaryScenes:
         turn = rng.uniform(0, 2 * np.pi)
         light = rng.uniform(0, 0.6) * (math.cos(turn) * x + math.sin(turn) * y)
         if rng.random() < 0.5:
-            light = light + rng.uniform(0, 0.8) * (_octaves(rng, w, h) - 0.5)
+            light = light + rng.uniform(0, 0.8) * (octaves(rng, w, h) - 0.5)
         if rng.random() < 0.25:
             edge = np.clip((light - rng.uniform(-0.2, 0.2)) * rng.uniform(5, 40), 0, 1)
             light = light - rng.uniform(0.1, 0.8) * edge
@@ -325,7 +325,7 @@ def _finished(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     """What a camera and a codec do; to uint8."""
     h, w = canvas.shape[:2]
     if rng.random() < 0.4:
-        canvas = canvas * np.exp(0.8 * (_octaves(rng, w, h) - 0.5))[..., None]
+        canvas = canvas * np.exp(0.8 * (octaves(rng, w, h) - 0.5))[..., None]
     canvas = np.clip(canvas, 0, 1)
     if rng.random() < 0.4:
         canvas = canvas ** np.float32(math.exp(rng.normal(0, 0.35)))

@@ -2,8 +2,10 @@
 
     python tools/eval_nano.py --scenes 500 --out runs/eval
 
-Prints a table, writes ``figures.json``, ``nouns.csv`` and ``sheet.png`` (best, median and worst
-answers; truth in white, coarse in orange, refined in cyan). Masks are those of ``return_base64``.
+Prints a table, writes ``figures.json``, ``nouns.csv`` and ``sizes.csv`` (the table by noun and by
+size), ``confusions.csv`` (what was outlined in place of what was asked for) and
+``sheet.png`` (best, median and worst answers; truth in white, coarse in orange, refined in cyan).
+Masks are those of ``return_base64``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import csv
 import json
 import platform
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,12 @@ from kestrel.config import RefinerConfig, RuntimeConfig
 from kestrel.engine import InferenceEngine
 
 SEED = 30_000
+SIZES = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
+"""Limits of the groups of sizes, shares of the picture that an object covers."""
+GROUP = 8
+"""Answers in each row of the sheet."""
+TILE = 200
+"""Side of an answer in the sheet, px."""
 
 
 @dataclass
@@ -42,6 +51,8 @@ class Answer:
     boundary: float
     index: int
     masks: tuple[np.ndarray, np.ndarray, np.ndarray]
+    instead: str | None
+    """Noun of another object of the scene that the coarse mask fits by more than half."""
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,6 +90,7 @@ async def ask(engine: InferenceEngine, scene: Scene, found: SceneObject, index: 
     refined = decoded(segment, "refined_mask_base64", found.mask)
     if not refined.any():
         refined = coarse
+    others = [o.noun for o in scene.objects if o is not found and iou(coarse, o.mask) > 0.5]
     return Answer(
         found.noun,
         found.style,
@@ -88,6 +100,7 @@ async def ask(engine: InferenceEngine, scene: Scene, found: SceneObject, index: 
         boundary_iou(coarse, found.mask),
         index,
         (found.mask, coarse, refined),
+        others[0] if others else None,
     )
 
 
@@ -162,11 +175,11 @@ def summary(answers: list[Answer]) -> dict[str, float]:
 
 
 def contact_sheet(answers: list[Answer], generator: SceneGenerator, file: Path) -> None:
-    """Best, median and worst eight answers with their outlines."""
+    """Best, median and worst answers with their outlines, a row each."""
     ranked = sorted(answers, key=lambda a: -a.coarse)
-    middle = len(ranked) // 2
+    middle = max(0, len(ranked) // 2 - GROUP // 2)
     rows = []
-    for group in (ranked[:8], ranked[middle - 4 : middle + 4], ranked[-8:]):
+    for group in (ranked[:GROUP], ranked[middle : middle + GROUP], ranked[-GROUP:]):
         tiles = []
         for answer in group:
             truth, coarse, refined = answer.masks
@@ -179,28 +192,45 @@ def contact_sheet(answers: list[Answer], generator: SceneGenerator, file: Path) 
                     mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE
                 )
                 cv2.drawContours(picture, lines, -1, colour, 2)
-            tile = cv2.resize(picture, (200, 200), interpolation=cv2.INTER_AREA)
+            tile = cv2.resize(picture, (TILE, TILE), interpolation=cv2.INTER_AREA)
             label = f"{answer.noun} {answer.coarse:.2f} {answer.refined:.2f}"
-            cv2.putText(tile, label, (4, 194), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3)
-            cv2.putText(tile, label, (4, 194), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255,) * 3, 1)
+            cv2.putText(tile, label, (4, TILE - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3)
+            cv2.putText(tile, label, (4, TILE - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255,) * 3, 1)
             tiles.append(tile)
+        tiles += [np.zeros((TILE, TILE, 3), np.uint8)] * (GROUP - len(tiles))
         rows.append(np.hstack(tiles))
     cv2.imwrite(str(file), np.vstack(rows)[..., ::-1])
 
 
-def by_noun(answers: list[Answer], file: Path) -> None:
+def write_groups(answers: list[Answer], group_of: Callable[[Answer], str], file: Path) -> None:
+    """A row of figures for each group of answers."""
     groups: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
-        groups[answer.noun].append(answer)
+        groups[group_of(answer)].append(answer)
     with file.open("w", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["noun", "questions", "coarse_iou", "refined_iou", "right_object"])
-        for noun, group in sorted(groups.items()):
+        writer.writerow([file.stem, "questions", "coarse_iou", "refined_iou", "right_object"])
+        for name, group in sorted(groups.items()):
             s = summary(group)
             writer.writerow(
-                [noun, len(group)]
+                [name, len(group)]
                 + [round(s[k], 3) for k in ("coarse_iou", "refined_iou", "right_object")]
             )
+
+
+def size_group(answer: Answer) -> str:
+    """The group of ``SIZES`` that the object belongs to, in words."""
+    number = int(np.searchsorted(SIZES[1:-1], answer.share, side="right"))
+    return f"{SIZES[number]:4.0%} to {SIZES[number + 1]:.0%}"
+
+
+def write_confusions(answers: list[Answer], file: Path) -> None:
+    """How often which noun was outlined where another was asked for; the most frequent first."""
+    pairs = Counter((a.noun, a.instead) for a in answers if a.instead is not None)
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["asked", "outlined", "times"])
+        writer.writerows([*pair, times] for pair, times in pairs.most_common())
 
 
 async def latency(engine: InferenceEngine, generator: SceneGenerator, count: int = 60) -> float:
@@ -234,7 +264,9 @@ async def run(args: argparse.Namespace) -> dict:
     if referred:
         figures["referred"] = summary(referred)
     contact_sheet(answers, usual, args.out / "sheet.png")
-    by_noun(answers, args.out / "nouns.csv")
+    write_groups(answers, lambda a: a.noun, args.out / "nouns.csv")
+    write_groups(answers, size_group, args.out / "sizes.csv")
+    write_confusions(answers, args.out / "confusions.csv")
     few = max(40, args.scenes // 4)
     for name, styles, photos in (
         ("style never trained on", (HELD_OUT_STYLE,), 0.3),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from nano_data import SceneQuestions
+from nano_questions import SceneQuestions
 from nouns import CORE_STYLES
-from scenes import SceneGenerator, polygon_mask
+from outlines import polygon_mask
+from scenes import SceneGenerator
 
 from kestrel.moondream.model import Moondream
 
@@ -92,8 +93,10 @@ def evaluate(
         for found in [o for o in scene.objects if nouns.count(o.noun) == 1][:2]:
             cases.append((found.noun, found.mask))
             embeddings.append(embedding)
-        cases.append((asker.absent(set(nouns), rng), None))
-        embeddings.append(embedding)
+        unseen = asker.absent(set(nouns), rng)
+        if unseen is not None:
+            cases.append((unseen, None))
+            embeddings.append(embedding)
     ious, boxes, silent = [], [], []
     for start in range(0, len(cases), 64):
         group = cases[start : start + 64]

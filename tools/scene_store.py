@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scenes import SceneGenerator, contour, outline
+from outlines import contour, outline
+from scenes import SceneGenerator
 
 SIDE = 126
 GRID = 9

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from assets import LEVELS, SIDE, SOURCES, Pack, backgrounds, held_out
+from assets import LEVELS, SIDE, SOURCES, Pack, held_out
+from grounds import background, photos
 from nouns import LOOKALIKES, NOUNS, wanted_names
+from outlines import contour, outline
 
 TRAIN_SIZE = 126
 """Side of the model's input, px."""
@@ -92,11 +94,6 @@ class Description:
 @lru_cache(maxsize=1)
 def _packs() -> dict[str, Pack]:
     return {style: Pack(style, wanted_names(style)) for style in SOURCES}
-
-
-@lru_cache(maxsize=1)
-def _photos() -> list[np.ndarray]:
-    return backgrounds()
 
 
 def _is_clutter(style: str, name: str) -> bool:
@@ -296,7 +293,7 @@ class SceneGenerator:
         rng = np.random.default_rng((*scene.seed, 1))
         warped = [self._warp(p, scene.canvas, width, height) for p in scene.placements]
         kept = self._kept(scene.placements, warped, width, height)
-        canvas = _background(rng, width, height, scene.photo and bool(_photos()))
+        canvas = background(rng, width, height, scene.photo and bool(photos()))
         owner = np.full((height, width), -1, np.int16)
         for number in kept:
             placement = scene.placements[number]
@@ -432,191 +429,6 @@ def _finish(canvas: np.ndarray, effects: dict[str, float], rng: np.random.Genera
         _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(effects["jpeg"])])
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     return image
-
-
-def _tint(rng: np.random.Generator) -> np.ndarray:
-    """A random colour, float32 [3] in 0..1, greyish more often than vivid."""
-    grey = rng.uniform(0.08, 0.98)
-    return np.clip(grey + rng.normal(0, 1, 3) * rng.uniform(0.02, 0.3), 0, 1).astype(np.float32)
-
-
-def _grid(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of pixel centres in 0..1: float32 x [1, W] and y [H, 1]."""
-    x = (np.arange(width, dtype=np.float32) + 0.5) / width
-    y = (np.arange(height, dtype=np.float32) + 0.5) / height
-    return x[None, :], y[:, None]
-
-
-def _octaves(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Smooth noise of several scales, float32 [H, W] in 0..1."""
-    total = np.zeros((height, width), np.float32)
-    cells, strength, weight = int(rng.integers(2, 6)), 1.0, 0.0
-    for _ in range(int(rng.integers(1, 5))):
-        grid = rng.random((cells + 1, cells + 1), dtype=np.float32)
-        total += strength * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
-        weight += strength
-        cells, strength = cells * 2, strength * rng.uniform(0.4, 0.8)
-    return np.clip(total / weight, 0, 1)
-
-
-def _mix(share: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """float32 [H, W, 3] between two colours."""
-    return first + share[..., None] * (second - first)
-
-
-def _background(rng: np.random.Generator, width: int, height: int, photo: bool) -> np.ndarray:
-    """float32 [H, W, 3] in 0..1; the same pattern at every size."""
-    if photo:
-        photos = _photos()
-        source = photos[rng.integers(len(photos))]
-        h, w = source.shape[:2]
-        side = rng.uniform(0.3, 1.0) * min(h, w)
-        cut_w, cut_h = side, side * rng.uniform(0.7, 1.0)
-        left, top = rng.uniform(0, w - cut_w), rng.uniform(0, h - cut_h)
-        cut = source[int(top) : int(top + cut_h), int(left) : int(left + cut_w)]
-        if rng.random() < 0.5:
-            cut = cut[:, ::-1]
-        kind = cv2.INTER_AREA if cut.shape[1] > width else cv2.INTER_CUBIC
-        canvas = cv2.resize(np.ascontiguousarray(cut), (width, height), interpolation=kind)
-        canvas = canvas.astype(np.float32) / 255
-        gain = np.exp(rng.normal(0, 0.15, 3) + rng.normal(0, 0.2)).astype(np.float32)
-        return np.clip(canvas * gain, 0, 1)
-    x, y = _grid(width, height)
-    first, second = _tint(rng), _tint(rng)
-    pick = rng.random()
-    angle = rng.uniform(0, np.pi)
-    along = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)
-    share: np.ndarray
-    if pick < 0.14:
-        share = np.zeros((height, width), np.float32)
-    elif pick < 0.32:
-        share = along + 0.5
-    elif pick < 0.4:
-        cx, cy = rng.uniform(0, 1, 2)
-        share = np.sqrt((x - cx) ** 2 + (y - cy) ** 2)
-    elif pick < 0.62:
-        share = _octaves(rng, width, height)
-    elif pick < 0.7:
-        period = rng.uniform(0.05, 0.4)
-        share = (np.mod(along / period, 1) < rng.uniform(0.2, 0.8)).astype(np.float32)
-    elif pick < 0.76:
-        period = rng.uniform(0.08, 0.35)
-        cells = np.floor(x / period) + np.floor(y / period)
-        share = np.mod(cells, 2).astype(np.float32)
-    elif pick < 0.9:
-        # A horizon: ground and sky, each with a slope of its own.
-        line = rng.uniform(0.3, 0.8) + 0.06 * np.sin(x * rng.uniform(2, 9) + rng.uniform(0, 6))
-        share = (y > line).astype(np.float32) + 0.25 * (y - 0.5)
-    else:
-        share = np.clip((_octaves(rng, width, height) - 0.5) * rng.uniform(4, 16) + 0.5, 0, 1)
-    canvas = _mix(np.broadcast_to(share, (height, width)).astype(np.float32), first, second)
-    if rng.random() < 0.35:
-        for _ in range(int(rng.integers(1, 7))):
-            _blob(canvas, rng)
-    if rng.random() < 0.3:
-        texture = _octaves(rng, width, height) - 0.5
-        canvas += np.float32(rng.uniform(0.05, 0.35)) * texture[..., None]
-    return np.clip(canvas, 0, 1, out=canvas)
-
-
-def _blob(canvas: np.ndarray, rng: np.random.Generator) -> None:
-    """An ellipse, rectangle or line of one colour, in place."""
-    height, width = canvas.shape[:2]
-    scale = min(width, height)
-    colour = tuple(float(v) for v in _tint(rng))
-    x, y = int(rng.uniform(0, width)), int(rng.uniform(0, height))
-    a, b = (int(v) for v in rng.uniform(0.03, 0.35, 2) * scale)
-    pick = rng.random()
-    if pick < 0.45:
-        turn = float(rng.uniform(0, 180))
-        cv2.ellipse(canvas, (x, y), (a, b), turn, 0, 360, colour, -1, cv2.LINE_AA)
-    elif pick < 0.75:
-        cv2.rectangle(canvas, (x - a, y - b), (x + a, y + b), colour, -1)
-    else:
-        end = (int(rng.uniform(0, width)), int(rng.uniform(0, height)))
-        thick = max(1, int(rng.uniform(0.008, 0.05) * scale))
-        cv2.line(canvas, (x, y), end, colour, thick, cv2.LINE_AA)
-
-
-# ---- outlines -----------------------------------------------------------------------------------
-
-_DENSE = 8
-"""Rays that are looked along for each vertex of the polygon fitted to them."""
-_NOTHING = 0.02
-"""Radius where a ray from the middle of the box meets no object, half sides of the box."""
-
-
-@lru_cache(maxsize=8)
-def _spline(vertices: int) -> np.ndarray:
-    """float64 [vertices, 8 · vertices]: samples round a circle to a least-squares linear spline."""
-    count = vertices * _DENSE
-    knots = np.arange(count) / _DENSE
-    low = np.floor(knots).astype(int)
-    share = knots - low
-    basis = np.zeros((count, vertices))
-    basis[np.arange(count), low] = 1 - share
-    basis[np.arange(count), (low + 1) % vertices] += share
-    return np.linalg.pinv(basis)
-
-
-def contour(mask: np.ndarray) -> np.ndarray:
-    """float64 [n, 2] (x, y) px: outer contour of the largest piece along pixel edges, clockwise."""
-    height, width = mask.shape
-    # Every second element is a pixel edge or corner, set where a pixel that touches it is set.
-    cracks = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
-    cracks[1::2, 1::2] = mask
-    cracks = cv2.dilate(cracks, np.ones((3, 3), np.uint8))
-    found, _ = cv2.findContours(cracks, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    if not found:
-        return np.zeros((0, 2))
-    points = max(found, key=cv2.contourArea)[:, 0].astype(np.float64) / 2
-    x, y = points.T
-    turn = np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))
-    return points if turn > 0 else points[::-1]
-
-
-def outline(points: np.ndarray, vertices: int = 24) -> np.ndarray:
-    """Polygon that follows a ``contour`` [n, 2]: float64 [vertices, 2] (x, y) px.
-
-    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices lie on
-    even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
-    box is a square: where the contour is farthest out along them. Only the distances are to be
-    learnt, and each says by itself where the object ends: vertices at even steps along the contour
-    follow it more closely but slide along it with every detail. An empty contour gives [0, 2].
-    """
-    if not len(points):
-        return points
-    low, high = points.min(0), points.max(0)
-    middle, half = (low + high) / 2, (high - low) / 2
-    radii = _spline(vertices) @ _farthest((points - middle) / half, vertices * _DENSE)
-    polygon = middle + half * radii.clip(_NOTHING)[:, None] * _directions(vertices)
-    return np.clip(polygon, low, high)
-
-
-def _directions(count: int) -> np.ndarray:
-    """Unit vectors float64 [count, 2] (x, y), y down, clockwise from straight up."""
-    turn = np.arange(count) * (2 * np.pi / count)
-    return np.column_stack([np.sin(turn), -np.cos(turn)])
-
-
-def _farthest(loop: np.ndarray, count: int) -> np.ndarray:
-    """How far out ``count`` rays from the origin meet a closed loop [n, 2]: float64 [count]."""
-    edges = np.roll(loop, -1, axis=0) - loop
-    rays = _directions(count)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        across = rays[..., 0] * edges[:, 1] - rays[..., 1] * edges[:, 0]
-        along = (loop[:, 0] * edges[:, 1] - loop[:, 1] * edges[:, 0]) / across
-        share = (loop[:, 0] * rays[..., 1] - loop[:, 1] * rays[..., 0]) / across
-    met = (share >= 0) & (share <= 1) & (along > 0)
-    return np.where(met, along, _NOTHING).max(axis=1)
-
-
-def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """bool [height, width]: pixels whose centre lies in the polygon (px, pixel edges)."""
-    scale = 8
-    big = np.zeros((height * scale, width * scale), np.uint8)
-    cv2.fillPoly(big, [np.round(points * scale - 0.5).astype(np.int32)], 1)
-    return cv2.resize(big * 255, (width, height), interpolation=cv2.INTER_AREA) >= 128
 
 
 def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom: int) -> np.ndarray:

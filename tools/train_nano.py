@@ -25,8 +25,8 @@ import nano_training
 import numpy as np
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
-from nano_data import BatchMaker, SceneQuestions
 from nano_eval import evaluate
+from nano_questions import BatchMaker, SceneQuestions
 from nano_training import Batch, Losses, initialise, picture_patches
 from nouns import CORE, CORE_STYLES, vocabulary_words
 from safetensors.torch import load_file
@@ -38,6 +38,8 @@ LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer", "shapes", "outl
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "phase", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 REPORT_STEPS = 50
+LONGEST_STEP_S = 5.0
+"""A step counts as no more: a process that was stopped for a while has not trained."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def main() -> None:
             phase, parts_seen = run.phase, []
             batches = run.batches(phase)
         parts_seen.append(run.train_step(next(batches)))
-        run.spent += time.monotonic() - start
+        run.spent += min(time.monotonic() - start, LONGEST_STEP_S)
         if run.step % REPORT_STEPS:
             continue
         row: dict[str, object] = {

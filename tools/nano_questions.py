@@ -44,13 +44,11 @@ class SceneQuestions:
         ids = self.tokenizer.encode(words, add_special_tokens=False).ids
         return [*prompt.segment_prefix, *ids, prompt.answer_id]
 
-    def absent(self, present: set[str], rng: np.random.Generator) -> str:
-        """A noun that is not to be seen, not even as the kind of something seen."""
+    def absent(self, present: set[str], rng: np.random.Generator) -> str | None:
+        """A noun that is not to be seen, not even as the kind of something seen; None without."""
         kinds = present.union(*(KINDS.get(noun, ()) for noun in present))
-        while True:
-            noun = self.nouns[rng.integers(len(self.nouns))]
-            if noun not in kinds:
-                return noun
+        unseen = [noun for noun in self.nouns if noun not in kinds]
+        return unseen[rng.integers(len(unseen))] if unseen else None
 
 
 class BatchMaker:
@@ -133,8 +131,9 @@ class BatchMaker:
         for slot in rng.permutation(len(nouns)).tolist() * self.questions:
             if len(questions) == self.questions:
                 break
-            if rng.random() < 0.12:
-                words = asker.wording(asker.absent(present, rng), rng)
+            unseen = asker.absent(present, rng) if rng.random() < 0.12 else None
+            if unseen is not None:
+                words = asker.wording(unseen, rng)
                 questions.append(Question(asker.prompt(words), [], None, []))
                 continue
             noun, refs = nouns[slot], []

@@ -1,0 +1,86 @@
+"""Outlines of masks as closed polygons: along pixel edges, and with a few vertices on even rays."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+_DENSE = 8
+"""Rays that are looked along for each vertex of the polygon fitted to them."""
+_NOTHING = 0.02
+"""Radius where a ray from the middle of the box meets no object, half sides of the box."""
+
+
+@lru_cache(maxsize=8)
+def _spline(vertices: int) -> np.ndarray:
+    """float64 [vertices, 8 · vertices]: samples round a circle to a least-squares linear spline."""
+    count = vertices * _DENSE
+    knots = np.arange(count) / _DENSE
+    low = np.floor(knots).astype(int)
+    share = knots - low
+    basis = np.zeros((count, vertices))
+    basis[np.arange(count), low] = 1 - share
+    basis[np.arange(count), (low + 1) % vertices] += share
+    return np.linalg.pinv(basis)
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """float64 [n, 2] (x, y) px: outer contour of the largest piece along pixel edges, clockwise."""
+    height, width = mask.shape
+    # Every second element is a pixel edge or corner, set where a pixel that touches it is set.
+    cracks = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+    cracks[1::2, 1::2] = mask
+    cracks = cv2.dilate(cracks, np.ones((3, 3), np.uint8))
+    found, _ = cv2.findContours(cracks, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if not found:
+        return np.zeros((0, 2))
+    points = max(found, key=cv2.contourArea)[:, 0].astype(np.float64) / 2
+    x, y = points.T
+    turn = np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))
+    return points if turn > 0 else points[::-1]
+
+
+def outline(points: np.ndarray, vertices: int = 24) -> np.ndarray:
+    """Polygon that follows a ``contour`` [n, 2]: float64 [vertices, 2] (x, y) px.
+
+    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices lie on
+    even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
+    box is a square: where the contour is farthest out along them. Only the distances are to be
+    learnt, and each says by itself where the object ends: vertices at even steps along the contour
+    follow it more closely but slide along it with every detail. An empty contour gives [0, 2].
+    """
+    if not len(points):
+        return points
+    low, high = points.min(0), points.max(0)
+    middle, half = (low + high) / 2, (high - low) / 2
+    radii = _spline(vertices) @ _farthest((points - middle) / half, vertices * _DENSE)
+    polygon = middle + half * radii.clip(_NOTHING)[:, None] * _directions(vertices)
+    return np.clip(polygon, low, high)
+
+
+def _directions(count: int) -> np.ndarray:
+    """Unit vectors float64 [count, 2] (x, y), y down, clockwise from straight up."""
+    turn = np.arange(count) * (2 * np.pi / count)
+    return np.column_stack([np.sin(turn), -np.cos(turn)])
+
+
+def _farthest(loop: np.ndarray, count: int) -> np.ndarray:
+    """How far out ``count`` rays from the origin meet a closed loop [n, 2]: float64 [count]."""
+    edges = np.roll(loop, -1, axis=0) - loop
+    rays = _directions(count)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        across = rays[..., 0] * edges[:, 1] - rays[..., 1] * edges[:, 0]
+        along = (loop[:, 0] * edges[:, 1] - loop[:, 1] * edges[:, 0]) / across
+        share = (loop[:, 0] * rays[..., 1] - loop[:, 1] * rays[..., 0]) / across
+    met = (share >= 0) & (share <= 1) & (along > 0)
+    return np.where(met, along, _NOTHING).max(axis=1)
+
+
+def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool [height, width]: pixels whose centre lies in the polygon (px, pixel edges)."""
+    scale = 8
+    big = np.zeros((height * scale, width * scale), np.uint8)
+    cv2.fillPoly(big, [np.round(points * scale - 0.5).astype(np.int32)], 1)
+    return cv2.resize(big * 255, (width, height), interpolation=cv2.INTER_AREA) >= 128
