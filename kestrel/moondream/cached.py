@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
+from kestrel.ops.linear import Product, shape_of
 
 Attention = Callable[[int, Tensor], Tensor]
 """Attention of one layer's queries [B, heads, head_dim] over the cache, alike in shape."""
@@ -28,11 +29,10 @@ class _Layer:
 
     ln_weight: Tensor
     ln_bias: Tensor
-    into: list[tuple[Tensor, Tensor | None]]
-    """Weights and biases that read the normed input: qkv and fc1, as one pair where fused."""
-    out: list[Tensor]
-    """Weights, transposed, that add to the residual: proj and fc2, as one where fused."""
-    out_bias: Tensor
+    into: list[Product]
+    """What reads the normed input: qkv and fc1, as one where fused."""
+    out: list[Product]
+    """What adds to the residual: proj and fc2, as one where fused."""
     tau: Tensor | None
     """[heads + 2 * kv_heads, packed]: token weights of q, zeros for k, those of v."""
     mixture: nn.Module | None
@@ -41,8 +41,9 @@ class _Layer:
 class CachedText:
     """A text decoder's layers, made ready for serving.
 
-    With ``fuse`` its weights are joined once and the decoder's own parameters become views of them:
-    no weight is held twice, and the decoder still gives its answers, but may no longer be trained.
+    With ``fuse`` its weights are joined once and the decoder's own parameters become views of them,
+    or mere shapes where they are large and the CPU reads them in another order: no large weight is
+    held twice. The decoder may then no longer be trained.
     """
 
     def __init__(self, text: TextDecoder, *, fuse: bool) -> None:
@@ -68,22 +69,18 @@ class CachedText:
         if isinstance(mlp, DenseMlp):
             into.append(mlp.fc1)
             out.append(mlp.fc2)
-        layer = _Layer(
-            block.ln.weight,
-            block.ln.bias,
-            [(linear.weight, linear.bias) for linear in into],
-            [linear.weight.T for linear in out],
-            torch.stack([linear.bias for linear in out]).sum(0),
-            None,
-            None if isinstance(mlp, DenseMlp) else mlp,
-        )
-        if fuse and len(into) > 1:
-            layer.into = [(_join(into, 0), torch.cat([linear.bias for linear in into]))]
-            layer.out = [_join(out, 1).T]
+        tau = None
         if attention.tau is not None:
             wq, wv = attention.tau.wq, attention.tau.wv
-            layer.tau = torch.cat([wq, wq.new_zeros(self.config.n_kv_heads, wq.shape[1]), wv])
-        return layer
+            tau = torch.cat([wq, wq.new_zeros(self.config.n_kv_heads, wq.shape[1]), wv])
+        return _Layer(
+            block.ln.weight,
+            block.ln.bias,
+            [_joined(into, 0)] if fuse else [_as_it_is(linear) for linear in into],
+            [_joined(out, 1)] if fuse else [_as_it_is(linear) for linear in out],
+            tau,
+            None if isinstance(mlp, DenseMlp) else mlp,
+        )
 
     def _position_scales(self) -> Tensor:
         """Tau by position, [layers, max_context, heads + 2 * kv_heads, 1]; 1 for keys."""
@@ -217,7 +214,7 @@ class CachedText:
         (q, k, v) and the MLP's inner values before their GELU [N, ff]."""
         cos, sin, tau = step
         normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
-        packed, *rest = [F.linear(normed, weight, bias) for weight, bias in layer.into]
+        packed, *rest = [product(normed) for product in layer.into]
         hidden = rest[0] if rest else None
         if packed.shape[1] > self._packed:
             packed, hidden = packed.split([self._packed, packed.shape[1] - self._packed], dim=1)
@@ -258,16 +255,25 @@ class CachedText:
             parts = [seen, F.gelu(hidden, approximate="tanh")]
         if len(layer.out) < len(parts):
             parts = [torch.cat(parts, dim=1)]
-        x = x + layer.out_bias
-        for part, weight in zip(parts, layer.out, strict=True):
-            x = torch.addmm(x, part, weight)
+        for part, product in zip(parts, layer.out, strict=True):
+            x = product.plus(part, x)
         return x
 
 
-def _join(linears: list[nn.Linear], dim: int) -> Tensor:
-    """One matrix of several, which become views of it."""
-    joined = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
+def _as_it_is(linear: nn.Linear) -> Product:
+    return Product(linear.weight, linear.bias, reorder=False)
+
+
+def _joined(linears: list[nn.Linear], dim: int) -> Product:
+    """One product of several layers that read the same input (``dim`` 0) or add to the same output
+    (1). Their weights become views of its own, or mere shapes where it holds them in its order."""
+    biases = [linear.bias.detach() for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
+    product = Product(
+        weight, torch.stack(biases).sum(0) if dim else torch.cat(biases), reorder=True
+    )
     sizes = [linear.weight.shape[dim] for linear in linears]
-    for linear, part in zip(linears, joined.split(sizes, dim=dim), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
-    return joined
+    for linear, part in zip(linears, weight.split(sizes, dim=dim), strict=True):
+        view = nn.Parameter(part, requires_grad=False)
+        linear.weight = view if product.weight is not None else shape_of(part)
+    return product

@@ -18,6 +18,7 @@ from kestrel.moondream.text import TextDecoder
 from kestrel.moondream.tokens import SegmentTokenizer
 from kestrel.moondream.vision import VisionEncoder
 from kestrel.moondream.weights import load_weights
+from kestrel.ops.linear import final, finalize
 
 
 class Moondream(nn.Module):
@@ -65,6 +66,9 @@ class Moondream(nn.Module):
     def fuse(self) -> None:
         """Make the model ready to serve: faster, and its weights final."""
         self._cached = CachedText(self.text, fuse=True)
+        self.text.lm_head = final(self.text.lm_head)
+        finalize(self.vision)
+        finalize(self.region)
 
     def new_cache(self, slots: int) -> SlotKV:
         """KV cache with one slot per running request."""

@@ -12,6 +12,7 @@ from kestrel.moondream.config import TextConfig
 from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.rope import rotary_table, rotate
 from kestrel.ops.attention import attend
+from kestrel.ops.linear import FinalLinear, gelu_of
 
 
 class Tau(nn.Module):
@@ -88,7 +89,7 @@ class DenseMlp(nn.Module):
         self.fc2 = nn.Linear(inner_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_of(self.fc1, x))
 
 
 class Block(nn.Module):
@@ -124,7 +125,7 @@ class TextDecoder(nn.Module):
             Block(config, i) for i in range(config.n_layers)
         )
         self.post_ln = nn.LayerNorm(config.dim, eps=1e-5)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+        self.lm_head: nn.Linear | FinalLinear = nn.Linear(config.dim, config.vocab_size)
         self.reset_tables()
 
     def reset_tables(self) -> None:
