@@ -119,7 +119,7 @@ class Batch:
         row.slot = len(self.rows)
         self.cache.reserve(row.slot, row.longest)
         self.cache.put(row.slot, prefix)
-        row.position, row.fed, row.token = prefix.shape[1], 0, None
+        row.position, row.fed, row.token = prefix.shape[3], 0, None
         self.rows.append(row)
 
     def release(self, row: Row) -> None:
@@ -190,15 +190,17 @@ class Batch:
             if len(chunks) == 1
             else pad_sequence(embeds.split(counts), batch_first=True)
         )
-        where = torch.tensor(
-            [[row.position for row, _ in chunks], [row.slot for row, _ in chunks]],
-            device=self._device,
-        )
+        slots = [row.slot for row, _ in chunks]
+        where = torch.tensor([[row.position for row, _ in chunks], slots], device=self._device)
+        stretch = slice(slots[0], slots[-1] + 1)
         for row, count in chunks:
             row.position += count
             row.fed += count
         span = max(row.position for row, _ in chunks)
-        hidden = self._text.extend(padded, where[0], self.cache, where[1], span)
+        in_a_row = slots == list(range(stretch.start, stretch.stop))
+        hidden = self._text.extend(
+            padded, where[0], self.cache, where[1], span, stretch=stretch if in_a_row else None
+        )
         whole = [n for n, (row, _) in enumerate(chunks) if not row.unfed]
         return hidden[whole, [counts[n] - 1 for n in whole]]
 

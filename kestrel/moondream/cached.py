@@ -96,7 +96,7 @@ class CachedText:
     def new_cache(self, slots: int) -> SlotKV:
         """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
         c = self.config
-        shape = (c.n_layers, slots, c.max_context, 2, c.n_kv_heads, c.head_dim)
+        shape = (c.n_layers, 2, slots, c.n_kv_heads, c.max_context, c.head_dim)
         return SlotKV(self.text.wte.new_zeros(shape))
 
     def new_pages(self, slots: int, nbytes: int | None = None) -> PagedKV:
@@ -111,7 +111,7 @@ class CachedText:
     def prefix(self, x: Tensor) -> Tensor:
         """Keys and values of positions that all see each other: BOS and image.
 
-        ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, P, 2, kv_heads, head_dim].
+        ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, kv_heads, P, head_dim].
         """
         length = len(x)
         kept = []
@@ -119,20 +119,29 @@ class CachedText:
         for number, layer in enumerate(self._layers):
             normed, heads, hidden = self._project(layer, number, x, step)
             q, k, v = self._split(heads[None])
-            kept.append(heads[:, self.config.n_heads :].unflatten(1, (2, -1)).clone())
+            kept.append(torch.stack([k[0], v[0]]))
             if number + 1 < len(self._layers):  # the last layer's output is nobody's input
                 x = self._residual(layer, x, normed, attend(q, k, v), hidden)
         return torch.stack(kept)
 
     def extend(
-        self, x: Tensor, starts: Tensor, cache: KVCache, slots: Tensor, span: int, prefix: int = 0
+        self,
+        x: Tensor,
+        starts: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        span: int,
+        prefix: int = 0,
+        *,
+        stretch: slice | None = None,
     ) -> Tensor:
         """Run the next positions of several requests, each seeing all that its slot holds.
 
         ``x`` [B, T, dim] right-padded embeddings of positions ``starts`` int64 [B] onwards,
         ``slots`` int64 [B]; ``span`` is at least the largest position + 1. The first ``prefix``
-        positions of a request see each other in both directions (they must come at once). Gives
-        hidden states [B, T, dim].
+        positions of a request see each other in both directions (they must come at once).
+        ``stretch``: the same slots where they lie in a row, which are then read in their place.
+        Gives hidden states [B, T, dim].
         """
         batch, length, dim = x.shape
         # Padding is written where a request goes on, or to the context's last position: nobody
@@ -146,7 +155,7 @@ class CachedText:
         mask = seen[:, None]
         where = slots[:, None].expand_as(positions).flatten()
         write = cache.writer(where, positions.flatten())
-        read = cache.reader(slots, span)
+        read = cache.reader(stretch or slots, span)
         step = self._step(positions.flatten())
         x = x.reshape(-1, dim)
         for number, layer in enumerate(self._layers):
@@ -180,7 +189,7 @@ class CachedText:
         write = cache.writer(where, positions)
         read = None
         if attention is None:
-            read = cache.reader(batch if slots is None else slots, span)
+            read = cache.reader(slice(batch) if slots is None else slots, span)
         step = self._step(positions)
         mask = None
         if not level and read is not None:

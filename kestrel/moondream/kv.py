@@ -25,7 +25,8 @@ Read = Callable[[int], Tensor]
 
 @dataclass
 class SlotKV:
-    """A stretch for every slot: [layers, slots, max_context, 2, kv_heads, head_dim].
+    """A stretch for every slot: [layers, 2, slots, kv_heads, max_context, head_dim], in which a
+    head's keys, then its values, lie one after the other as attention reads them.
 
     What lies beyond a request's position is never read, so a slot needs no clearing before it is
     used again.
@@ -35,17 +36,17 @@ class SlotKV:
 
     @property
     def slots(self) -> int:
-        return self.kv.shape[1]
+        return self.kv.shape[2]
 
     @property
     def positions(self) -> int:
         """Positions of a request at most."""
-        return self.kv.shape[2]
+        return self.kv.shape[4]
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position of one request."""
-        return self.kv[:, 0, 0].numel() * self.kv.element_size()
+        return self.kv[:, :, 0, :, 0].numel() * self.kv.element_size()
 
     @property
     def room(self) -> int:
@@ -63,12 +64,12 @@ class SlotKV:
         """Take back what a slot holds."""
 
     def put(self, slot: int, prefix: Tensor) -> None:
-        """Begin a slot with a prefix [layers, positions, 2, kv_heads, head_dim]."""
-        self.kv[:, slot, : prefix.shape[1]] = prefix
+        """Begin a slot with a prefix [layers, 2, kv_heads, positions, head_dim]."""
+        self.kv[:, :, slot, :, : prefix.shape[3]] = prefix
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give the first ``positions`` of one slot to another, which is free."""
-        self.kv[:, target, :positions] = self.kv[:, source, :positions]
+        self.kv[:, :, target, :, :positions] = self.kv[:, :, source, :, :positions]
 
     def clear(self) -> None:
         """All slots free, nothing left in them."""
@@ -76,21 +77,26 @@ class SlotKV:
 
     def writer(self, slots: Tensor, positions: Tensor) -> Write:
         """Writes at ``positions`` of ``slots``, int64 [N] both."""
-        rows = slots * self.positions + positions
+        heads = self.kv.shape[3]
+        # Heads of the keys of every slot, then those of the values.
+        lane = torch.arange(2 * heads, device=self.kv.device)
+        lane = lane + (lane >= heads) * ((self.slots - 1) * heads)
+        rows = (lane + heads * slots[:, None]) * self.positions + positions[:, None]
+        rows = rows.flatten()
 
         def write(layer: int, kv: Tensor) -> None:
-            # A view [slots * positions, 2 * kv_heads, head_dim]: keys, then values.
-            self.kv[layer].view(-1, *kv.shape[1:]).index_copy_(0, rows, kv)
+            # A view [2 * slots * kv_heads * positions, head_dim].
+            head_dim = kv.shape[-1]
+            self.kv[layer].view(-1, head_dim).index_copy_(0, rows, kv.reshape(-1, head_dim))
 
         return write
 
-    def reader(self, slots: Tensor | int, span: int) -> Read:
-        """Reads the first ``span`` positions of ``slots`` int64 [B], or of the first so many."""
+    def reader(self, slots: Tensor | slice, span: int) -> Read:
+        """Reads the first ``span`` positions of ``slots`` int64 [B], or of a stretch of them."""
 
         def read(layer: int) -> Tensor:
-            kv = self.kv[layer, :, :span]
-            kv = kv[:slots] if isinstance(slots, int) else kv.index_select(0, slots)
-            return kv.permute(2, 0, 3, 1, 4)
+            kv = self.kv[layer, ..., :span, :]
+            return kv[:, slots] if isinstance(slots, slice) else kv.index_select(1, slots)
 
         return read
 
@@ -140,10 +146,10 @@ class PagedKV:
         self.table[slot] = 0
 
     def put(self, slot: int, prefix: Tensor) -> None:
-        positions = torch.arange(prefix.shape[1], device=self.kv.device)
+        positions = torch.arange(prefix.shape[3], device=self.kv.device)
         write = self.writer(torch.full_like(positions, slot), positions)
-        for layer, kv in enumerate(prefix.flatten(2, 3)):
-            write(layer, kv)
+        for layer, kv in enumerate(prefix.flatten(1, 2)):
+            write(layer, kv.transpose(0, 1))
 
     def move(self, source: int, target: int, positions: int) -> None:
         self.held[target], self.held[source] = self.held[source], []
@@ -169,9 +175,9 @@ class PagedKV:
 
         return write
 
-    def reader(self, slots: Tensor | int, span: int) -> Read:
-        if isinstance(slots, int):
-            slots = torch.arange(slots, device=self.kv.device)
+    def reader(self, slots: Tensor | slice, span: int) -> Read:
+        if isinstance(slots, slice):
+            slots = torch.arange(self.slots, device=self.kv.device)[slots]
         rows = self._rows(slots[:, None], torch.arange(span, device=self.kv.device))
 
         def read(layer: int) -> Tensor:
