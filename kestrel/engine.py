@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,12 @@ from kestrel.api import (
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
+from kestrel.job import EngineError, Job
 from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load
 from kestrel.ops.device import resolve_device, resolve_dtype
-from kestrel.scheduler import EngineError, Job, Scheduler
+from kestrel.refining import make_refiner, refined_by
+from kestrel.scheduler import Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.self_check import check_outcome, check_request
 from kestrel.skills.segment import SegmentDecode, build_prompt
@@ -38,8 +40,6 @@ from kestrel.streaming import Mailbox, SegmentStream, deliver
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from kestrel.seg_refiner import SegmentRefiner
 
 __all__ = ["EngineError", "EngineResult", "InferenceEngine", "SegmentStream"]
 
@@ -76,7 +76,7 @@ class InferenceEngine:
         self.config = config
         self._samples = samples
         self._model = model
-        self._refiner = _make_refiner(config)
+        self._refiner = make_refiner(config)
         self._refine_pool = ThreadPoolExecutor(config.refiner_threads, thread_name_prefix="refine")
         self._refining = 0
         self._reasons: Counter[str] = Counter()
@@ -214,7 +214,7 @@ class InferenceEngine:
         job = self._submit(request, request_id, timeout_s, events=True)
         return SegmentStream(self, self._scheduler, job)
 
-    async def generate(
+    def generate(
         self,
         request: SegmentRequest,
         *,
@@ -222,15 +222,37 @@ class InferenceEngine:
         timeout_s: float | None = None,
     ) -> AsyncGenerator[ModelEvent, None]:
         """The model half of a validated request: box, path commands, ``ModelDone``."""
-        job = self._submit(request, request_id, timeout_s, events=True)
-        mailbox: Mailbox = job.mailbox
-        try:
-            while (event := await mailbox.event()) is not None:
-                yield event
-            yield ModelDone(await mailbox.result())
-        finally:
-            if not mailbox.closed:
-                self._scheduler.cancel(job)
+        return self.halves(request, request_id=request_id, timeout_s=timeout_s)[0]
+
+    def halves(
+        self,
+        request: SegmentRequest,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[
+        AsyncGenerator[ModelEvent, None], Callable[[ModelResult], Coroutine[Any, Any, Refinement]]
+    ]:
+        """What ``generate`` gives, and the second half for its result, without decoding the image
+        again. Nothing is queued before the first event is asked for."""
+        jobs: list[Job] = []
+
+        async def events() -> AsyncGenerator[ModelEvent, None]:
+            job = self._submit(request, request_id, timeout_s, events=True)
+            jobs.append(job)
+            mailbox: Mailbox = job.mailbox
+            try:
+                while (event := await mailbox.event()) is not None:
+                    yield event
+                yield ModelDone(await mailbox.result())
+            finally:
+                if not mailbox.closed:
+                    self._scheduler.cancel(job)
+
+        async def refine(model: ModelResult) -> Refinement:
+            return await self._refine(jobs[0], model)
+
+        return events(), refine
 
     async def refine(
         self,
@@ -243,8 +265,8 @@ class InferenceEngine:
         """The second half of a request that ``generate`` finished.
 
         ``picture``: the decoded image where the caller has it, uint8 [H, W, 3]. Raises
-        ``DeadlineExceeded`` after ``timeout_s``. ``complete`` and ``stream`` do this themselves,
-        without decoding the image again.
+        ``DeadlineExceeded`` after ``timeout_s``. ``complete``, ``stream`` and ``halves`` do this
+        themselves, without decoding the image again.
         """
         if self.config.refiner is None:
             return None
@@ -254,7 +276,7 @@ class InferenceEngine:
             return self._unrefined(model, "unavailable")
         image = request.image if picture is None else picture
         work = asyncio.get_running_loop().run_in_executor(
-            self._refine_pool, _refined, self._refiner, image, model, request
+            self._refine_pool, refined_by, self._refiner, image, model, request
         )
         self._refining += 1
         try:
@@ -373,39 +395,3 @@ class InferenceEngine:
         return EngineResult(
             model.request_id, model.finish_reason, {"segments": [segment]}, model.metrics
         )
-
-
-def _make_refiner(config: RuntimeConfig) -> SegmentRefiner | None:
-    """The configured refiner; None without one or without its libraries. ``ConfigError`` for an
-    unknown backend."""
-    if config.refiner is None:
-        return None
-    try:
-        from kestrel.seg_refiner import SegmentRefiner
-    except ImportError:
-        log.warning("the refiner's libraries are missing, paths stay coarse", exc_info=True)
-        return None
-    return SegmentRefiner(config.refiner.served_with(config), limits=config.limits)
-
-
-def _refined(
-    refiner: SegmentRefiner,
-    image: bytes | np.ndarray,
-    model: ModelResult,
-    request: SegmentRequest,
-) -> SegmentRefineBitmapsResult:
-    """Refine in a worker thread; the refiner logs what it could not do."""
-    refine: Any = (
-        refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
-    )
-    try:
-        return refine(
-            image,
-            model.path,
-            model.bbox,
-            return_base64=request.return_base64,
-            refiner=request.settings.refiner,
-        )
-    except Exception:
-        log.exception("request %s: refinement failed", model.request_id)
-        return SegmentRefineBitmapsResult(reason="refine_failed")

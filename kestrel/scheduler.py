@@ -13,24 +13,21 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from kestrel.api import (
     DeadlineExceeded,
     ModelDone,
     ModelEvent,
-    ModelMetrics,
     ModelResult,
     Overloaded,
-    SegmentRequest,
     image_size,
 )
-from kestrel.batch import Batch, Row
+from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
+from kestrel.job import EngineError, Job, engine_error
 from kestrel.moondream.model import Moondream
 from kestrel.pictures import Picture, Pictures
 from kestrel.skills.segment import Phase
@@ -39,45 +36,6 @@ log = logging.getLogger(__name__)
 
 AHEAD = 8
 """Waiting requests whose images may be held decoded: bounds memory, not the queue."""
-
-
-class EngineError(RuntimeError):
-    """The engine failed, not the request; ``__cause__`` says how."""
-
-
-@dataclass(eq=False)
-class Job(Row):
-    """A row with its way through the scheduler. Times are of ``time.monotonic``, seconds."""
-
-    request_id: str
-    request: SegmentRequest
-    deadline: float
-    mailbox: Any = None
-    """Where the answer goes; the scheduler only passes it on to ``deliver``."""
-    events: bool = True
-    """Whether anybody wants the events before the last."""
-    arrived: float = field(default_factory=time.monotonic)
-    preparing: bool = False
-    """Whether its image was given to the worker threads."""
-    picture: Picture | None = None
-    """Until it has a slot, which then holds what is needed of it."""
-    pixels: np.ndarray | None = None
-    """The decoded image, uint8 [H, W, 3], held for the refiner; None: to be decoded again."""
-    cancelled: bool = False
-    error: BaseException | None = None
-    admitted: float = 0.0
-    metrics: ModelMetrics = field(default_factory=ModelMetrics)
-
-    @property
-    def image(self) -> bytes | np.ndarray | None:
-        return self.request.image
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model could take it."""
-        if self.request.image is None:
-            return True
-        return self.picture is not None and self.picture.prepared
 
 
 Delivery = tuple[Job, "ModelEvent | BaseException"]
@@ -416,10 +374,3 @@ class Scheduler:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._deliver(outbox)
-
-
-def engine_error(cause: BaseException) -> EngineError:
-    """An ``EngineError`` for one job; shared by several, it would collect all their frames."""
-    error = EngineError(f"the engine failed: {type(cause).__name__}")
-    error.__cause__ = cause
-    return error

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from kestrel.api import ModelResult, SegmentRequest
 from kestrel.config import ModelSource, RuntimeConfig
-from kestrel.scheduler import EngineError
+from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
 log = logging.getLogger(__name__)

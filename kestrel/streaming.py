@@ -14,7 +14,8 @@ from kestrel.api import (
     ModelResult,
     PathDelta,
 )
-from kestrel.scheduler import Delivery, Job, Scheduler
+from kestrel.job import Job
+from kestrel.scheduler import Delivery, Scheduler
 
 if TYPE_CHECKING:
     from kestrel.engine import EngineResult, InferenceEngine, Outcome

@@ -254,7 +254,8 @@ def test_neighbours_in_a_batch_get_their_own_answers(client, ask):
         assert payload == expected
 
 
-def test_a_picture_is_decoded_once_for_model_and_refiner(client, ask, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_picture_is_decoded_once_for_model_and_refiner(client, ask, monkeypatch, stream):
     from kestrel import image, pictures
 
     decoded: list[int] = []
@@ -267,8 +268,10 @@ def test_a_picture_is_decoded_once_for_model_and_refiner(client, ask, monkeypatc
     monkeypatch.setattr(image, "decode", counted)
     monkeypatch.setattr(pictures, "decode_image", counted)
     with Image.open(io.BytesIO(base64.b64decode(ask["image_url"]))) as opened:
-        new = encoded(opened, "JPEG", quality=97)  # one that the engine does not remember
-    assert answer(client, ask | {"image_url": base64_text(new), "return_base64": True})["path"]
+        # One that the engine does not remember.
+        new = encoded(opened, "JPEG", quality=96 + stream)
+    body = ask | {"image_url": base64_text(new), "return_base64": True, "stream": stream}
+    assert (final if stream else answer)(client, body)["path"]
     assert decoded.count(len(new)) == 1
 
 

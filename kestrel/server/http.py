@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -84,10 +83,10 @@ class EngineBackend:
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> AsyncGenerator[dict[str, Any], None]:
         """SSE payloads: see ``compose_events``."""
-        engine = self._running()
+        events, refine = self._running().halves(request, request_id=request_id, timeout_s=timeout_s)
         return compose_events(
-            engine.generate(request, request_id=request_id, timeout_s=timeout_s),
-            partial(engine.refine, request),
+            events,
+            refine,
             request_id=request_id,
             timeout_s=timeout_s,
             return_base64=request.return_base64,
