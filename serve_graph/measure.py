@@ -2,7 +2,8 @@
 
 The graph must have one model replica and one refiner replica and serve nobody else. Closed loops of
 1, 2, 4, ... clients give the time of a request by how many the replica holds; ``Server-Timing`` of
-the answers says which stage took what.
+the answers says which stage took what. Where everything shares one machine's cores, the CPU time
+of the processes says it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import httpx
 import numpy as np
 
 from kestrel.config import SHIPPED_MODELS
+from serve_graph.cpu_time import CpuTime
 from serve_graph.profile import PlanError, Profile, quantiles
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
@@ -52,6 +54,8 @@ class Level:
     clients: int
     per_s: float
     answers: list[Answer]
+    cpu: CpuTime | None = None
+    """Of one request, seconds; None: not looked at."""
 
     @property
     def slot_s(self) -> float:
@@ -63,8 +67,13 @@ class Level:
         return self.per_s * self.slot_s
 
     @property
+    def refine_s(self) -> float:
+        """Of an answer, whether it was refined or not."""
+        return float(np.mean([answer.refine or 0.0 for answer in self.answers]))
+
+    @property
     def refiner_busy(self) -> float:
-        return self.per_s * float(np.mean([answer.refine or 0.0 for answer in self.answers]))
+        return self.per_s * self.refine_s
 
 
 def read_timing(header: str) -> dict[str, float]:
@@ -95,7 +104,11 @@ async def ask(client: httpx.AsyncClient, body: bytes) -> Answer:
 
 
 async def closed_loop(
-    client: httpx.AsyncClient, requests: Iterator[bytes], clients: int, seconds: float
+    client: httpx.AsyncClient,
+    requests: Iterator[bytes],
+    clients: int,
+    seconds: float,
+    cpu_time: Callable[[], CpuTime] | None = None,
 ) -> Level:
     """So many clients, each with one request at a time, for so long."""
     answers: list[Answer] = []
@@ -111,24 +124,25 @@ async def closed_loop(
         await asyncio.gather(*(one(until, counted) for _ in range(clients)))
 
     await all_for(WARMUP * seconds, counted=False)
+    before = cpu_time and cpu_time()
     await all_for(seconds, counted=True)
+    cpu = (cpu_time() - before).each(len(answers)) if cpu_time and before else None
     # Nobody ever pauses, so by Little's law this is the rate, however few requests it was.
-    return Level(clients, clients / float(np.mean([a.total for a in answers])), answers)
+    return Level(clients, clients / float(np.mean([a.total for a in answers])), answers, cpu)
 
 
 async def measure(
     url: str,
-    image: bytes,
-    noun: str,
+    requests: Iterator[bytes],
     *,
     slots: int,
     seconds: float,
-    masks: bool = False,
     api_key: str | None = None,
+    cpu_time: Callable[[], CpuTime] | None = None,
 ) -> list[Level]:
-    """Closed loops of 1, 2, 4, ... clients up to twice the slots."""
+    """Closed loops of 1, 2, 4, ... clients up to twice the slots. ``requests``: bodies, enough of
+    them. ``cpu_time``: what the graph and its client have had so far, for graphs on one machine."""
     levels: list[Level] = []
-    requests = bodies(image, noun, masks)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
@@ -136,7 +150,7 @@ async def measure(
     ) as client:
         clients = 1
         while clients <= 2 * slots:
-            levels.append(await closed_loop(client, requests, clients, seconds))
+            levels.append(await closed_loop(client, requests, clients, seconds, cpu_time))
             last = levels[-1]
             print(
                 f"{clients:4} clients  {last.per_s:8.2f} requests/s  model {last.slot_s:.3f} s, "
@@ -181,6 +195,52 @@ def profile_of(
     )
 
 
+def profile_in_cpu_time(
+    name: str, levels: list[Level], slots: int, idle: CpuTime, measured: dict[str, Any]
+) -> Profile:
+    """A profile of a graph whose stages share one machine's cores: what each takes with a core to
+    itself. ``idle``: of a second without requests. The first level must be that of one client, in
+    which nothing waits; the others say how the model's time changes with the requests it holds.
+    """
+    alone = levels[0]
+    number = sum(len(level.answers) for level in levels)
+    refined = sum(a.refine is not None for level in levels for a in level.answers)
+    if not refined or all(a.refine is None for a in alone.answers):
+        raise PlanError("no answer was refined: choose pictures that show what is asked for")
+    own = []
+    for level in levels:
+        assert level.cpu is not None, "measured with cpu_time"
+        own.append(level.cpu - idle.each(level.per_s))
+    weights = [len(level.answers) / number for level in levels]
+    door_s = sum(w * cpu.door for w, cpu in zip(weights, own, strict=True))
+    refiner_s = sum(w * cpu.refiner for w, cpu in zip(weights, own, strict=True))
+    refine_s = np.array([a.refine for a in alone.answers if a.refine is not None])
+    refine_s *= refiner_s * number / refined / refine_s.mean()
+    held: list[float] = []
+    slot_s: list[float] = []
+    for level, cpu in zip(levels, own, strict=True):
+        # While it works it holds one at least.
+        holds = max(1.0, level.held)
+        if not held or holds > 1.05 * held[-1]:
+            held.append(round(holds, 3))
+            slot_s.append(round(holds * cpu.model, 5))
+    waits = np.array([a.total - a.slot - (a.refine or 0.0) for a in alone.answers])
+    # What of it the stages and the door take beyond what the answers say of them.
+    waits -= (own[0].model - alone.slot_s) + (own[0].refiner - alone.refine_s) + own[0].door
+    return Profile(
+        name=name,
+        measured=measured,
+        slots=slots,
+        held=tuple(held),
+        slot_s=tuple(slot_s),
+        work=quantiles([a.slot / alone.slot_s for a in alone.answers]),
+        refine_s=quantiles(refine_s),
+        refiner_cpus=1.0,
+        overhead_s=quantiles(np.maximum(waits, 0.0)),
+        door_s=round(door_s, 5),
+    )
+
+
 def measure_to_file(options: argparse.Namespace) -> None:
     """``python -m serve_graph plan --measure URL --gpu NAME``."""
     if options.slots is None:
@@ -195,11 +255,9 @@ def measure_to_file(options: argparse.Namespace) -> None:
     levels = asyncio.run(
         measure(
             options.measure,
-            content,
-            noun,
+            bodies(content, noun, options.masks),
             slots=options.slots,
             seconds=options.level_seconds,
-            masks=options.masks,
             api_key=options.api_key,
         )
     )

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve_graph.args import LookAhead
+from serve_graph.arrivals import Poisson
 from serve_graph.profile import SHIPPED, PlanError, Profile, find
-from serve_graph.simulation import Outcome, PoolPlan, Scenario, Simulation
+from serve_graph.simulated_pool import PoolPlan
+from serve_graph.simulation import Outcome, Scenario, Simulation
 
 MOST_MODELS, MOST_REFINERS = 1_000, 20_000
 """The largest pools that a plan may have."""
@@ -53,10 +55,6 @@ class Plan:
     outcome: Outcome
 
 
-def constant(rate: float) -> Callable[[float], float]:
-    return lambda _: rate
-
-
 def scenario(
     profile: Profile, aim: Aim, starts: Starts, models: int, refiners: int, threads: int
 ) -> Scenario:
@@ -77,7 +75,7 @@ def scenario(
             per_node=starts.cpus_per_node,
             node_start_s=starts.node_s,
         ),
-        rate=constant(aim.rps),
+        arrivals=Poisson(lambda _: aim.rps),
         seconds=aim.warmup_s + aim.seconds,
         refined_share=aim.refined_share,
         warmup_s=aim.warmup_s,
@@ -192,7 +190,7 @@ def scaled(
     return Simulation(
         replace(
             base,
-            rate=rate,
+            arrivals=Poisson(rate),
             lost_models=0,
             lost_refiners=0,
             refiner=replace(

@@ -41,6 +41,9 @@ class Profile:
     """CPUs of that replica; more refinements at once share them."""
     overhead_s: tuple[float, ...]
     """Quantiles of what is left of a request: HTTP, handle calls, encoding."""
+    door_s: float = 0.0
+    """Seconds of CPU that client, HTTP door and ingress take of a request, where they were measured
+    apart from ``overhead_s``, which is then what passes while nothing of it runs."""
 
     def __post_init__(self) -> None:
         if len(self.held) != len(self.slot_s) or not self.held:
@@ -103,7 +106,7 @@ def find(name: str, folders: Sequence[Path]) -> Profile:
     )
 
 
-def quantiles(values: Sequence[float], points: int = 101) -> tuple[float, ...]:
+def quantiles(values: Sequence[float] | np.ndarray, points: int = 101) -> tuple[float, ...]:
     """Evenly spaced quantiles of a sample, in order: all that the planner keeps of it."""
     return tuple(round(float(q), 6) for q in np.quantile(values, np.linspace(0, 1, points)))
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from serve_graph.args import LookAhead
+from serve_graph.arrivals import ClosedLoop, Paced, Poisson, Recorded
 from serve_graph.profile import Profile
-from serve_graph.simulation import Delay, PoolPlan, Scenario, Simulation
+from serve_graph.simulated_pool import Delay, PoolPlan
+from serve_graph.simulation import DOOR_PROCESSES, Scenario, Simulation
 
 EXPONENTIAL = tuple((-np.log(1 - np.linspace(0, 0.9999, 2001))).tolist())
 SECOND = Profile(
@@ -31,7 +33,7 @@ def steady(profile: Profile, models: int, rate: float, **fields: object) -> Scen
         profile=profile,
         model=PoolPlan(models, max_ongoing=profile.slots),
         refiner=PoolPlan(200, max_ongoing=1),
-        rate=lambda _: rate,
+        arrivals=Poisson(lambda _: rate),
         seconds=6000,
         refined_share=0.0,
         warmup_s=500,
@@ -78,13 +80,13 @@ def test_requests_of_replicas_that_die_run_again() -> None:
     assert len(calm.latency) == len(lost.latency) == lost.arrived
     assert lost.percentile(99) > calm.percentile(99)
     # Back to size after the start: 8 replicas again at the end.
-    assert lost.trace[-1][2] == 8
+    assert lost.trace[-1].models == 8
 
 
 def test_refiners_that_are_too_few_are_where_requests_wait() -> None:
     scenario = steady(SECOND, 20, 10.0, seconds=60.0, warmup_s=0.0, refined_share=1.0)
     few = replace(scenario, refiner=PoolPlan(1, max_ongoing=1))
-    outcome = Simulation(replace(few, rate=lambda _: 12.0)).run()
+    outcome = Simulation(replace(few, arrivals=Poisson(lambda _: 12.0))).run()
     assert outcome.refiner_queue > 20 and outcome.refiner_busy > 0.9
     assert Simulation(scenario).run().refiner_queue == 0
 
@@ -101,7 +103,7 @@ def rising(lookahead: LookAhead | None, **fields: object) -> Scenario:
         profile=slow,
         model=PoolPlan(8, max_ongoing=64),
         refiner=replace(pool, **fields),  # type: ignore[arg-type]
-        rate=lambda at: 20.0 if at > 60 else 3.0,
+        arrivals=Poisson(lambda at: 20.0 if at > 60 else 3.0),
         seconds=180,
         warmup_s=60,
     )
@@ -113,7 +115,7 @@ def test_looking_ahead_is_ready_sooner_than_looking_at_the_queue() -> None:
     ahead = Simulation(rising(LookAhead(start_s=10, busy_s=0.5))).run()
     assert ahead.percentile(99) < behind.percentile(99)
     assert ahead.refiner_queue < behind.refiner_queue
-    assert ahead.refiners_at_most <= 40
+    assert max(look.refiners for look in ahead.trace) <= 40
 
 
 def test_nodes_that_must_start_first_are_waited_for() -> None:
@@ -125,9 +127,10 @@ def test_nodes_that_must_start_first_are_waited_for() -> None:
 
 def test_pool_shrinks_when_the_load_is_gone_and_finishes_what_it_has() -> None:
     scenario = rising(LookAhead(start_s=10, busy_s=0.5), downscale_delay_s=10)
-    gone = replace(scenario, rate=lambda at: 20.0 if at < 60 else 0.5, warmup_s=0.0)
+    falling = Poisson(lambda at: 20.0 if at < 60 else 0.5)
+    gone = replace(scenario, arrivals=falling, warmup_s=0.0)
     outcome = Simulation(gone).run()
-    assert outcome.refiners_at_most > 8 and outcome.trace[-1][3] <= 4
+    assert max(look.refiners for look in outcome.trace) > 8 and outcome.trace[-1].refiners <= 4
     assert len(outcome.latency) == outcome.arrived
 
 
@@ -156,3 +159,60 @@ def test_delays_are_those_of_serve() -> None:
         target = ours(wish, target, float(now))
         theirs, state = _apply_delay_logic(wish, theirs, config, state, float(now))
         assert target == theirs, now
+
+
+def one_machine(cores: float, **fields: object) -> Scenario:
+    """Requests that take a second of a refiner thread and nothing else, on a machine's cores."""
+    brief = replace(SECOND, slots=64, held=(64.0,), slot_s=(1e-6,), refine_s=EXPONENTIAL)
+    return steady(brief, 1, 0.0, refined_share=1.0, cores=cores, **fields)
+
+
+@pytest.mark.parametrize(("cores", "load"), [(1, 0.6), (2, 1.6), (4, 3.0)])
+def test_threads_on_shared_cores_take_the_time_of_processor_sharing(
+    cores: int, load: float
+) -> None:
+    # Evenly shared or one after the other, M/M/c has as many requests in it.
+    outcome = Simulation(one_machine(cores, arrivals=Poisson(lambda _: load))).run()
+    assert outcome.latency.mean() == pytest.approx(1 + erlang_wait(cores, load), rel=0.12)
+
+
+def test_pools_on_one_machine_slow_each_other_down_and_on_their_own_do_not() -> None:
+    even = replace(SECOND, work=(1.0, 1.0), refine_s=(1.0, 1.0), door_s=0.5)
+    loop = ClosedLoop(4)
+    apart = steady(even, 1, 0.0, arrivals=loop, refined_share=1.0, seconds=300.0, warmup_s=0.0)
+    # The model's one thread takes a second of each.
+    assert Simulation(apart).run().answered_per_s == pytest.approx(1.0, rel=0.05)
+    # All of it takes 2.5 s of one core.
+    together = Simulation(replace(apart, cores=1.0)).run()
+    assert together.answered_per_s == pytest.approx(1 / 2.5, rel=0.05)
+    assert together.latency.mean() == pytest.approx(4 * 2.5, rel=0.05)
+    alone = Simulation(replace(apart, cores=1.0, arrivals=ClosedLoop(1))).run()
+    assert alone.latency.mean() == pytest.approx(2.5)
+
+
+def test_door_lets_so_many_through_at_once_as_it_has_processes() -> None:
+    busy_door = replace(SECOND, slots=64, held=(64.0,), slot_s=(1e-6,), door_s=1.0)
+    loop = steady(busy_door, 1, 0.0, arrivals=ClosedLoop(12), seconds=300.0, warmup_s=0.0)
+    assert Simulation(replace(loop, cores=16.0)).run().answered_per_s == pytest.approx(
+        DOOR_PROCESSES, rel=0.05
+    )
+
+
+def test_closed_loop_keeps_its_clients_and_counts_their_requests_once() -> None:
+    scenario = steady(SECOND, 2, 0.0, arrivals=ClosedLoop(5), seconds=200.0, warmup_s=0.0)
+    outcome = Simulation(scenario).run()
+    assert len(outcome.latency) == outcome.arrived
+    # Nobody ever pauses: by Little's law as many requests as clients.
+    assert outcome.answered_per_s * outcome.latency.mean() == pytest.approx(5, rel=0.05)
+
+
+def test_recorded_and_paced_requests_come_when_they_came() -> None:
+    rng = np.random.default_rng(0)
+    assert Recorded((0.5, 1.5, 7.0)).times(5.0, rng) == [0.5, 1.5]
+    assert Recorded((0.5, 1.5, 7.0)).rate(0.0) == pytest.approx(3 / 7)
+    assert Paced(lambda _: 2.0).times(1.6, rng) == pytest.approx([0.0, 0.5, 1.0, 1.5])
+    quick = replace(SECOND, work=(1.0, 1.0))
+    apart = steady(quick, 1, 0.0, arrivals=Recorded((0.0, 10.0)), seconds=20.0, warmup_s=0.0)
+    assert Simulation(apart).run().latency == pytest.approx([1.0, 1.0])
+    near = replace(apart, arrivals=Recorded((0.0, 0.25)))
+    assert Simulation(near).run().latency == pytest.approx([1.0, 1.75])
