@@ -86,7 +86,9 @@ class Batch:
         self._bos = model.embed_tokens(torch.tensor([config.prompt.bos_id], device=device))
         # What a request without an image begins with: BOS alone.
         self._bare = self._text.prefix(self._bos)
-        self._region_ids = [config.prompt.coord_id, config.prompt.size_id]
+        self._region_ids = torch.tensor(
+            [config.prompt.coord_id, config.prompt.size_id], device=device
+        )
         self._first_ids = [config.prompt.coord_id, config.prompt.eos_id]
         self._coord_id = config.prompt.coord_id
         region = config.region
@@ -253,7 +255,7 @@ class Batch:
         logits = self.model.logits(self._pick(hidden, which))
         first = [n for n, i in enumerate(which) if rows[i].decode.phase is Phase.FIRST]
         opening = logits[first][:, self._first_ids] if first else None
-        logits[:, self._region_ids] = -torch.inf
+        logits.index_fill_(1, self._region_ids, -torch.inf)
         if opening is not None:
             logits[first] = -torch.inf
             for column, token_id in enumerate(self._first_ids):

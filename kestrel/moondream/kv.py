@@ -34,6 +34,12 @@ class SlotKV:
 
     kv: Tensor
 
+    def __post_init__(self) -> None:
+        heads = self.kv.shape[3]
+        # Where slot 0 begins among all rows of a layer: its heads of keys, then of values.
+        lanes = torch.arange(2 * heads, device=self.kv.device)
+        self._lanes = (lanes + (lanes >= heads) * ((self.slots - 1) * heads)) * self.positions
+
     @property
     def slots(self) -> int:
         return self.kv.shape[2]
@@ -77,12 +83,8 @@ class SlotKV:
 
     def writer(self, slots: Tensor, positions: Tensor) -> Write:
         """Writes at ``positions`` of ``slots``, int64 [N] both."""
-        heads = self.kv.shape[3]
-        # Heads of the keys of every slot, then those of the values.
-        lane = torch.arange(2 * heads, device=self.kv.device)
-        lane = lane + (lane >= heads) * ((self.slots - 1) * heads)
-        rows = (lane + heads * slots[:, None]) * self.positions + positions[:, None]
-        rows = rows.flatten()
+        starts = slots * (self.kv.shape[3] * self.positions) + positions
+        rows = (starts[:, None] + self._lanes).flatten()
 
         def write(layer: int, kv: Tensor) -> None:
             # A view [2 * slots * kv_heads * positions, head_dim].
