@@ -19,6 +19,7 @@ from serve_graph import plan
 from serve_graph.launch import (
     FAST_SERVE,
     HAPROXY,
+    KEEP_MEMORY,
     STEADY_CLIENT,
     LaunchError,
     LocalCluster,
@@ -115,6 +116,7 @@ def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
     for name, value in {
         **FAST_SERVE,
+        **KEEP_MEMORY,
         **STEADY_CLIENT,
         **(HAPROXY if options.haproxy else {}),
     }.items():

@@ -118,10 +118,11 @@ class GraphBackend:
     async def _refined(
         self, request: SegmentRequest, model: ModelResult, deadline: Deadline
     ) -> SegmentRefineBitmapsResult:
-        if request.image is None:
-            refined = SegmentRefineBitmapsResult(reason="no_image")
-        elif not model.refinable:
-            refined = SegmentRefineBitmapsResult(reason="no_path")
+        if request.image is None or not model.refinable:
+            reason = "no_image" if request.image is None else "no_path"
+            # Other reasons stand in the log of the refiner, which knows more of them.
+            logger.info("request %s: not refined (%s)", model.request_id, reason)
+            refined = SegmentRefineBitmapsResult(reason=reason)
         else:
             try:
                 refined = await self._refiner.refine(request, model, deadline)
@@ -132,6 +133,4 @@ class GraphBackend:
                     raise Overloaded("the refiner is unavailable", retry_after_s=2.0) from error
                 return SegmentRefineBitmapsResult(reason="unavailable")
         metrics.count(metrics.REFINEMENTS, reason=refined.reason)
-        if refined.reason != "refined":
-            logger.info("request %s: not refined: %s", model.request_id, refined.reason)
         return refined

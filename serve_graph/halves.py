@@ -51,6 +51,9 @@ HEALTH_TIMEOUT_S = 10.0
 UNAVAILABLE = (*LOST, BackPressureError, DeploymentUnavailableError)
 """No replica took the request, or those that did are gone."""
 
+PLAIN_PICKLE: dict[str, Any] = {"request_serialization": "pickle", "response_serialization": "pickle"}
+"""Serve's default, cloudpickle, is for classes and functions that only one side knows."""
+
 T = TypeVar("T")
 
 
@@ -121,8 +124,8 @@ class ModelHalf:
     """The model pool as two calls."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._complete = handle.options(method_name="complete")
-        self._generate = handle.options(method_name="generate", stream=True)
+        self._complete = handle.options(method_name="complete", **PLAIN_PICKLE)
+        self._generate = handle.options(method_name="generate", stream=True, **PLAIN_PICKLE)
         self._health = handle.options(method_name="health")
 
     async def health(self) -> int:
@@ -188,7 +191,7 @@ class RefinerHalf:
     """The refiner pool as one call."""
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float, hedge: Hedge) -> None:
-        self._refine = handle.options(method_name="refine")
+        self._refine = handle.options(method_name="refine", **PLAIN_PICKLE)
         self._health = handle.options(method_name="health")
         self._hedge = hedge
         self.timeout_s = timeout_s

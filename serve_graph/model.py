@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kestrel import api
@@ -52,17 +53,40 @@ class ModelDeployment:
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> AsyncGenerator[ModelEvent, None]:
         """The model's events of one request; leaving the iteration frees its slot."""
+        events = self._engine.generate(request, request_id=request_id, timeout_s=timeout_s)
+        with self._counted() as ended:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    if isinstance(event, ModelDone):
+                        ended(request, event.result)
+                    yield event
+
+    async def complete(
+        self, request: SegmentRequest, request_id: str, timeout_s: float
+    ) -> ModelResult:
+        """The finished path and box of one request, as one message: no event is made for it."""
+        with self._counted() as ended:
+            result, _ = await self._engine.complete(
+                request, request_id=request_id, timeout_s=timeout_s
+            )
+            ended(request, result)
+            return result
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[Callable[[SegmentRequest, ModelResult], None]]:
+        """Count one request; what it gives is called with the result of one that completes."""
         outcome, failure = "cancelled", None
         self._running += 1
-        events = self._engine.generate(request, request_id=request_id, timeout_s=timeout_s)
+
+        def ended(request: SegmentRequest, result: ModelResult) -> None:
+            nonlocal outcome
+            outcome = "completed"
+            _observe_stages(result)
+            handed = request.image is not None and result.refinable
+            self._share += SHARE_WEIGHT * (handed - self._share)
+
         try:
-            async for event in events:
-                if isinstance(event, ModelDone):
-                    outcome = "completed"
-                    _observe_stages(event.result)
-                    handed = request.image is not None and event.result.refinable
-                    self._share += SHARE_WEIGHT * (handed - self._share)
-                yield event
+            yield ended
         except Exception as error:
             outcome, failure = "failed", error
             raise
@@ -71,20 +95,6 @@ class ModelDeployment:
             self._outcomes[outcome] += 1
             left = asyncio.CancelledError() if outcome == "cancelled" else None
             metrics.count(metrics.MODEL_REQUESTS, outcome=api.outcome(failure or left))
-            await events.aclose()
-
-    async def complete(
-        self, request: SegmentRequest, request_id: str, timeout_s: float
-    ) -> ModelResult:
-        """The finished path and box of one request, as one message."""
-        events = self.generate(request, request_id, timeout_s)
-        try:
-            async for event in events:
-                if isinstance(event, ModelDone):
-                    return event.result
-        finally:
-            await events.aclose()
-        raise RuntimeError("the engine ended a request without a result")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve's autoscaler: the fields of ``serve_graph.lookahead.ModelLoad``."""

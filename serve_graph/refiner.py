@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import sys
 import threading
@@ -79,12 +80,11 @@ class RefinerDeployment:
     """
 
     def __init__(self, config: RefinerConfig, limits: Limits, threads: int, stuck_s: float) -> None:
-        import cv2
-
         from kestrel.seg_refiner import SegmentRefiner
+        from kestrel.seg_refiner.libraries import one_thread_each
 
-        # Requests and replicas run beside each other; OpenCV's own threads would only compete.
-        cv2.setNumThreads(1)
+        # Requests and replicas run beside each other; threads of a library would only compete.
+        one_thread_each()
         self._built, self._limits = config, limits
         self._current = config
         self._refiner = SegmentRefiner(config, limits=limits)
@@ -134,8 +134,9 @@ class RefinerDeployment:
 
         self._held(1)
         failure: BaseException | None = None
-        # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering.
-        work = self._threads.submit(timed)
+        # OpenCV, Skia and zlib release the GIL; the thread keeps the replica answering. Serve's log
+        # takes the request id from the context, which the thread would not have by itself.
+        work = self._threads.submit(contextvars.copy_context().run, timed)
         done = asyncio.wrap_future(work)
         try:
             result = await asyncio.shield(done)

@@ -30,7 +30,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import kestrel
 from serve_graph.args import GraphArgs
-from serve_graph.launch import FAST_SERVE, STEADY_CLIENT
+from serve_graph.launch import FAST_SERVE, KEEP_MEMORY, STEADY_CLIENT
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = {half: DEPLOY / "docker" / f"{half}.Dockerfile" for half in ("model", "refiner")}
@@ -290,7 +290,7 @@ def test_everything_copied_is_in_the_repository_and_in_the_build_context(half):
 def test_images_set_what_ray_reads_when_it_starts_alike(half):
     (text,) = values(stages(half)[-1], "ENV")
     environment = dict(pair.split("=") for pair in text.split())
-    assert (FAST_SERVE | STEADY_CLIENT).items() <= environment.items()
+    assert (FAST_SERVE | KEEP_MEMORY | STEADY_CLIENT).items() <= environment.items()
     assert environment["RAY_AUTH_MODE"] == "token"
 
 

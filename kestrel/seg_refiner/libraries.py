@@ -1,4 +1,4 @@
-"""One of several libraries that do the same work."""
+"""The libraries that the refiner works with: one of several that do the same, their threads."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def first_that_loads(
             log.warning("%s with %s: %s", doing, name, "; ".join(reasons))
         return loaded
     raise missing("; ".join(reasons))
+
+
+def one_thread_each() -> None:
+    """Keep the libraries of this process from starting threads of their own: for a server that
+    refines several requests at once. Nothing where OpenCV is missing."""
+    try:
+        import cv2
+    except ImportError:
+        return
+    cv2.setNumThreads(1)
