@@ -1,11 +1,13 @@
 """What the graph does with three times the load that it can carry, and its memory over a soak.
 
-    python -m benchmarks.overload --seconds 60 --soak-minutes 10 --out overload.json
+    python -m benchmarks.overload --seconds 60 --out overload.json
+    python -m benchmarks.overload --soak 10
 
-Capacity is what a closed loop of clients gets. Then requests come on a clock, three times as fast,
-each with a deadline: those that are let in should meet it, and be nine tenths of the capacity; the
-rest should hear 503 at once. The client shares the machine with the graph, so it takes part of the
-capacity in both.
+Capacity is what a closed loop of clients gets, before and after. Then requests come on a clock,
+three times as fast, each with a deadline: those that are let in should meet it, and be nine tenths
+of the capacity; the rest should hear 503 at once, which a process of its own takes the time of
+(``benchmarks.probe``). The clients share the machine with the graph, so they take part of the
+capacity in both. ``--soak MINUTES`` samples the memory of every process in place of all that.
 """
 
 from __future__ import annotations
@@ -15,19 +17,25 @@ import asyncio
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.soak import FLAT, Growth, flat
 from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, learn
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
 from serve_graph.launch import LocalCluster, free_port
+from serve_graph.node import RayNode
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-SAMPLE_S = 5.0
+AT_ONCE_S = 0.05
+SETTLE = 0.1
+"""Part of an overload before and after which the probe is not there."""
+WARM_S = 5.0
+SOAK_SHARE = 0.7
 
 
 def quantile(values: list[float], q: float) -> float | None:
@@ -54,100 +62,135 @@ async def capacity(url: str, expected: list[Expected], clients: int, seconds: fl
 
 async def overload(
     url: str, expected: list[Expected], rate: float, deadline_s: float, seconds: float
-) -> list[Sent]:
-    """What became of requests that came on a clock."""
+) -> tuple[list[Sent], list[dict[str, float]]]:
+    """What became of requests that came on a clock, and of those that ``benchmarks.probe`` sent
+    meanwhile."""
     traffic = Traffic([url], expected, rate=rate, timeout_s=deadline_s)
-    await traffic.run(seconds)
-    return traffic.sent
+    load = asyncio.create_task(traffic.run(seconds))
+    # Once the queues are full.
+    await asyncio.sleep(SETTLE * seconds)
+    probe = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.probe", f"{url}/v1/segment"),
+        *("--seconds", str((1 - 2 * SETTLE) * seconds), "--deadline-s", str(deadline_s)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await probe.communicate(expected[0].body("plain"))
+    await load
+    return traffic.sent, json.loads(said)
 
 
-def described(sent: list[Sent], seconds: float, capacity_per_s: float) -> dict[str, Any]:
+def described(
+    sent: list[Sent], probed: list[dict[str, float]], seconds: float, capacity_per_s: float
+) -> dict[str, Any]:
     """Goodput against capacity, and how soon the others were told."""
     by = {name: [s.seconds for s in sent if s.outcome == name] for name in (RIGHT, REFUSED, LATE)}
     # The last answers come after the last request: the span is what they all took.
     span = max(s.at + s.seconds for s in sent if s.outcome == RIGHT) - min(s.at for s in sent)
+    refusals = [p["seconds"] for p in probed if p["status"] == 503 and p["retry_after"]]
+    # Those that the probe got through are answers of the graph as well.
+    right = len(by[RIGHT]) + sum(p["status"] == 200 for p in probed)
     return {
-        "sent": len(sent),
-        "sent_per_s": round(len(sent) / seconds, 2),
-        "right": len(by[RIGHT]),
-        "goodput_per_s": round(len(by[RIGHT]) / span, 2),
-        "goodput_of_capacity": round(len(by[RIGHT]) / span / capacity_per_s, 3),
-        "refused": len(by[REFUSED]),
-        "let_in_and_late": len(by[LATE]),
-        "lost": sum(s.lost for s in sent),
+        "sent": len(sent) + len(probed),
+        "sent_per_s": round((len(sent) + len(probed)) / seconds, 2),
+        "right": right,
+        "goodput_per_s": round(right / span, 2),
+        "goodput_of_capacity": round(right / span / capacity_per_s, 3),
+        "refused": len(by[REFUSED]) + len(refusals),
+        "let_in_and_late": len(by[LATE]) + sum(p["status"] == 504 for p in probed),
+        "lost": sum(s.lost for s in sent)
+        + len(probed)
+        - len(refusals)
+        - sum(p["status"] in (200, 504) for p in probed),
         "right_p50_ms": quantile(by[RIGHT], 0.5),
         "right_p99_ms": quantile(by[RIGHT], 0.99),
-        "refused_p50_ms": quantile(by[REFUSED], 0.5),
-        "refused_p99_ms": quantile(by[REFUSED], 0.99),
+        "right_longest_ms": quantile(by[RIGHT], 1.0),
+        "probe_refused": len(refusals),
+        "probe_refused_p50_ms": quantile(refusals, 0.5),
+        "probe_refused_p99_ms": quantile(refusals, 0.99),
+        "probe_refused_within_50_ms": sum(r < AT_ONCE_S for r in refusals) / max(1, len(refusals)),
+        "load_client_refused_p50_ms": quantile(by[REFUSED], 0.5),
     }
 
 
-def resident(cluster: LocalCluster) -> dict[str, float]:
-    """Megabytes of the graph's processes by what they are."""
-    assert cluster.head is not None
-    held: dict[str, float] = {}
-    for kind in (
-        "ServeReplica:segment:Model",
-        "ServeReplica:segment:Refiner",
-        "ServeReplica:segment:Ingress",
-        "ProxyActor",
-        "ServeController",
-    ):
-        for pid in cluster.head.pids(f"ray::{kind}"):
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            name = kind.rpartition(":")[2]
-            held[name] = held.get(name, 0.0) + pages * PAGE / 2**20
-    return held
-
-
-async def soak(
-    cluster: LocalCluster, url: str, expected: list[Expected], rate: float, minutes: float
-) -> dict[str, Any]:
-    """Memory of each kind of process in the first and the last quarter of a steady load."""
-    traffic = Traffic([url], expected, rate=rate)
-    load = asyncio.create_task(traffic.run(minutes * 60))
-    samples = []
-    while not load.done():
-        await asyncio.wait([load], timeout=SAMPLE_S)
-        samples.append(await asyncio.to_thread(resident, cluster))
-    quarter = max(1, len(samples) // 4)
-
-    def mean(part: list[dict[str, float]], kind: str) -> float:
-        return sum(held.get(kind, 0.0) for held in part) / len(part)
-
-    # The first quarter is left out: caches fill.
-    early, late = samples[quarter : 2 * quarter] or samples, samples[-quarter:]
+def verdicts(found: dict[str, Any], deadline_s: float) -> dict[str, bool]:
+    """Whether an overload was met as it should be."""
+    refused_ms, longest_ms = found["probe_refused_p99_ms"], found["right_longest_ms"]
     return {
-        "minutes": minutes,
-        "requests_per_s": round(rate, 2),
-        "outcomes": dict(traffic.outcomes()),
-        "mib_second_and_last_quarter": {
-            kind: [round(mean(early, kind), 1), round(mean(late, kind), 1)] for kind in samples[-1]
-        },
+        "goodput is 90 % of capacity or more": found["goodput_of_capacity"] >= 0.9,
+        "requests that were let in met their deadline": not found["let_in_and_late"]
+        and not found["lost"]
+        and longest_ms is not None
+        and longest_ms <= deadline_s * 1e3,
+        "99 of 100 refusals came within 50 ms": refused_ms is not None
+        and refused_ms < AT_ONCE_S * 1e3,
     }
 
 
-async def measure(cluster: LocalCluster, url: str, options: argparse.Namespace) -> dict[str, Any]:
+def tell(judged: dict[str, bool]) -> None:
+    for what, holds in judged.items():
+        print(f"{'holds' if holds else 'FAILS'}: {what}", flush=True)
+
+
+async def learned(url: str) -> list[Expected]:
     async with httpx.AsyncClient(timeout=120) as client:
-        expected = await learn(client, url, load_samples())
-    await capacity(url, expected, options.clients, 5)
-    most = await capacity(url, expected, options.clients, options.seconds)
+        return await learn(client, url, load_samples())
+
+
+async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Capacity, as much as that, the overload, capacity again."""
+    expected = await learned(url)
+    await capacity(url, expected, options.clients, WARM_S)
+    before = await capacity(url, expected, options.clients, options.seconds / 2)
+    parts = {}
+    for times in (1.0, options.times):
+        seconds = options.seconds / 2 if times == 1 else options.seconds
+        sent, probed = await overload(url, expected, times * before, options.deadline_s, seconds)
+        parts[times] = (sent, probed, seconds)
+    after = await capacity(url, expected, options.clients, options.seconds / 2)
+    most = (before + after) / 2
     found: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU, the client among them",
+        "machine": f"{os.cpu_count()} shared cores, {platform.machine()}, no GPU, client included",
         "capacity_per_s": round(most, 2),
+        "capacity_before_and_after_per_s": [round(before, 2), round(after, 2)],
         "clients": options.clients,
         "deadline_s": options.deadline_s,
     }
-    print(json.dumps(found), flush=True)
-    for times in (1.0, options.times):
-        sent = await overload(url, expected, times * most, options.deadline_s, options.seconds)
-        found[f"at_{times:g}_times"] = described(sent, options.seconds, most)
-        print(times, json.dumps(found[f"at_{times:g}_times"]), flush=True)
-    again = await capacity(url, expected, options.clients, options.seconds)
-    found["capacity_per_s_afterwards"] = round(again, 2)
-    if options.soak_minutes:
-        found["soak"] = await soak(cluster, url, expected, 0.7 * most, options.soak_minutes)
+    for times, (sent, probed, seconds) in parts.items():
+        found[f"at_{times:g}_times"] = described(sent, probed, seconds, most)
+    found["verdicts"] = verdicts(found[f"at_{options.times:g}_times"], options.deadline_s)
+    print(json.dumps(found, indent=2), flush=True)
+    tell(found["verdicts"])
     return found
+
+
+async def soak(node: RayNode, url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Memory of every process under a steady load of ``SOAK_SHARE`` of the capacity."""
+    expected = await learned(url)
+    await capacity(url, expected, options.clients, WARM_S)
+    rate = SOAK_SHARE * await capacity(url, expected, options.clients, options.seconds / 2)
+    traffic, growth = Traffic([url], expected, rate=rate), Growth(node)
+    await growth.watch(asyncio.create_task(traffic.run(options.soak * 60)))
+    rows = growth.rows()
+    for row in rows:
+        print(
+            f"{row['process'][:32]:32} {row['pid']:7}  {row['mb_first']:7.1f} MB -> "
+            f"{row['mb_last']:7.1f} MB  {row['mb_per_minute']:+.3f} MB/minute"
+        )
+    outcomes = dict(traffic.outcomes())
+    print(f"{options.soak:g} minutes at {rate:.1f} requests/s: {outcomes}")
+    judged = {
+        f"no process grows by more than {FLAT:g} MB a minute": flat(rows),
+        "no request is lost": not traffic.lost(),
+    }
+    tell(judged)
+    return {
+        "minutes": options.soak,
+        "requests_per_s": round(rate, 2),
+        "outcomes": outcomes,
+        "processes": rows,
+        "verdicts": judged,
+    }
 
 
 def main() -> None:
@@ -156,7 +199,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=3.0, help="the overload, in capacities")
     parser.add_argument("--deadline-s", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
-    parser.add_argument("--soak-minutes", type=float, default=0.0)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="memory in place of load")
     parser.add_argument("--haproxy", action="store_true")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     options = parser.parse_args()
@@ -165,10 +208,13 @@ def main() -> None:
     with LocalCluster(haproxy=options.haproxy) as cluster:
         cluster.deploy(config)
         cluster.wait_ready(f"{url}/healthz")
-        found = asyncio.run(measure(cluster, url, options))
+        if options.soak:
+            assert cluster.head is not None
+            found = asyncio.run(soak(cluster.head, url, options))
+        else:
+            found = asyncio.run(measure(url, options))
     if options.out:
         options.out.write_text(json.dumps(found, indent=2))
-    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""What the overload benchmark makes of its samples: growth, verdicts, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from benchmarks.overload import verdicts
+from benchmarks.soak import FLAT, Growth, flat, name_of
+from serve_graph.node import RayNode
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("ray::ServeReplica:segment:Model.handle_request_streaming", "Model"),
+        ("ray::ServeReplica:segment:Refiner", "Refiner"),
+        ("ray::ProxyActor.run()", "ProxyActor"),
+        ("/x/bin/python3 -u /x/ray/dashboard/dashboard.py --host=127.0.0.1", "dashboard.py"),
+        ("/x/ray/core/gcs_server --log_dir=/tmp", "gcs_server"),
+    ],
+)
+def test_processes_are_named_by_what_they_are(line: str, name: str) -> None:
+    assert name_of(line) == name
+
+
+def grown(per_minute: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows of ten minutes in which caches fill first and then processes grow steadily."""
+    growth = Growth(node=None)  # type: ignore[arg-type]
+    for sample in range(120):
+        growth.at.append(5.0 * sample)
+        filled = min(sample, 30) * 4.0
+        held = {
+            (number, name): 200 + filled + slope * sample / 12
+            for number, (name, slope) in enumerate(per_minute.items())
+        }
+        # One that came late is no growth of the others.
+        growth.held.append(held | ({(99, "late"): 500.0} if sample > 60 else {}))
+    return growth.rows()
+
+
+def test_growth_after_the_warm_up_is_found_and_caches_that_fill_are_not() -> None:
+    rows = grown({"Model": 0.0, "Refiner": 2.0})
+    assert [row["process"] for row in rows] == ["Refiner", "Model"]
+    assert [row["mb_per_minute"] for row in rows] == pytest.approx([2.0, 0.0], abs=0.01)
+    assert not flat(rows)
+    assert flat(grown({"Model": 0.0, "Refiner": FLAT / 2}))
+    # Each of them a little is too much together.
+    assert not flat(grown({"Model": 0.8 * FLAT, "Refiner": 0.8 * FLAT}))
+
+
+def test_verdicts_are_about_goodput_deadlines_and_refusals() -> None:
+    good = {
+        "goodput_of_capacity": 0.93,
+        "let_in_and_late": 0,
+        "lost": 0,
+        "right_longest_ms": 4000.0,
+        "probe_refused_p99_ms": 40.0,
+    }
+    assert list(verdicts(good, 10.0).values()) == [True, True, True]
+    for change, failing in (
+        ({"goodput_of_capacity": 0.89}, 0),
+        ({"let_in_and_late": 1}, 1),
+        ({"lost": 1}, 1),
+        ({"right_longest_ms": 10_001.0}, 1),
+        ({"probe_refused_p99_ms": 50.1}, 2),
+        ({"probe_refused_p99_ms": None}, 2),
+    ):
+        judged = list(verdicts({**good, **change}, 10.0).values())
+        assert [number for number, holds in enumerate(judged) if not holds] == [failing]
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Refuses what says ``full``, breaks the line at ``broken``."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        said = self.rfile.read(int(self.headers["Content-Length"]))
+        if said == b"broken":
+            self.close_connection = True
+            return
+        assert self.headers["X-Request-Timeout-Ms"] == "2000"
+        self.send_response(503)
+        self.send_header("Retry-After", "1")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def door() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/segment"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"full", 503), (b"broken", 0)])
+def test_probe_times_refusals_and_counts_broken_lines(door: str, body: bytes, status: int) -> None:
+    command = [sys.executable, "-m", "benchmarks.probe", door, "--seconds", "0.3"]
+    done = subprocess.run(
+        [*command, "--deadline-s", "2"], input=body, capture_output=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert len(found) >= 4 and {answer["status"] for answer in found} == {status}
+    assert all(answer["retry_after"] == (status == 503) for answer in found)
+
+
+def test_every_process_of_a_node_is_sampled(tmp_path: Any) -> None:
+    from benchmarks.soak import resident
+
+    node = RayNode(["-c", "import time; time.sleep(60)"], {}, tmp_path / "log")
+    try:
+        held = resident(node)
+    finally:
+        node.kill()
+    assert len(held) == 1 and 1 < next(iter(held.values())) < 1000
