@@ -32,8 +32,6 @@ class PoolPlan:
     min_replicas: int = 1
     max_ongoing: int = 2
     """Requests that one replica holds."""
-    max_queued: int | None = None
-    """Requests that may wait for a replica; None: any number."""
     start_s: float = 10.0
     """From a decision to a replica's first request, on a node that is there."""
     per_node: int = 1

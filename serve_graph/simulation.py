@@ -73,9 +73,6 @@ class Outcome:
     latency: np.ndarray
     """Of each answered request that arrived after the warm-up, in order of completion."""
     answered_per_s: float
-    refused: int
-    arrived: int
-    events: int
     model_queue: int
     """Most requests that waited for a model replica, those inside replicas not counted."""
     refiner_queue: int
@@ -146,8 +143,6 @@ class Simulation:
         self.leaving: set[int] = set()
         """Requests on their way out through the door."""
         self.finished: list[tuple[float, float]] = []
-        self.refused = 0
-        self.handled = 0
         self.trace: list[Look] = []
 
     def push(self, at: float, kind: int, what: Any) -> None:
@@ -179,7 +174,6 @@ class Simulation:
                     continue
                 self.cores.advance(now := ends_at)
                 self.done(now, pool, replica)
-            self.handled += 1
         return self.outcome(now)
 
     def handle(self, now: float, kind: int, what: Any) -> None:
@@ -199,10 +193,6 @@ class Simulation:
         """A request asks for a replica of a pool."""
         replica = pool.choose(self.draws) if not pool.queue else None
         if replica is None:
-            bound = pool.plan.max_queued
-            if bound is not None and len(pool.queue) >= bound:
-                self.refused += 1
-                return
             pool.queue.append(request)
             pool.most_queued = max(pool.most_queued, len(pool.queue))
             return
@@ -324,9 +314,6 @@ class Simulation:
             latency=np.array([took for _, took in self.finished]),
             finished=self.finished,
             answered_per_s=len(self.finished) / span,
-            refused=self.refused,
-            arrived=len(self.arrivals),
-            events=self.handled,
             model_queue=self.model.most_queued,
             refiner_queue=self.refiner.most_queued,
             refiner_seconds=self.refiner.paid_s,
