@@ -19,6 +19,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def described(
     refusals = [p["seconds"] for p in probed if p["status"] == 503 and p["retry_after"]]
     # Those that the probe got through are answers of the graph as well.
     right = len(by[RIGHT]) + sum(p["status"] == 200 for p in probed)
+    lost = Counter(f"{s.kind}: {s.outcome} {s.said}".strip() for s in sent if s.lost)
+    lost.update(
+        f"probe: status {p['status']:.0f}, Retry-After {bool(p['retry_after'])}"
+        for p in probed
+        if p["status"] not in (200, 504) and not (p["status"] == 503 and p["retry_after"])
+    )
     return {
         "sent": len(sent) + len(probed),
         "sent_per_s": round((len(sent) + len(probed)) / seconds, 2),
@@ -98,10 +105,8 @@ def described(
         "goodput_of_capacity": round(right / span / capacity_per_s, 3),
         "refused": len(by[REFUSED]) + len(refusals),
         "let_in_and_late": len(by[LATE]) + sum(p["status"] == 504 for p in probed),
-        "lost": sum(s.lost for s in sent)
-        + len(probed)
-        - len(refusals)
-        - sum(p["status"] in (200, 504) for p in probed),
+        "lost": sum(lost.values()),
+        "lost_how": dict(lost),
         "right_p50_ms": quantile(by[RIGHT], 0.5),
         "right_p99_ms": quantile(by[RIGHT], 0.99),
         "right_longest_ms": quantile(by[RIGHT], 1.0),

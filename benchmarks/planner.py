@@ -252,7 +252,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--level-seconds", type=float, default=8)
+    parser.add_argument("--level-seconds", type=float, default=6)
     parser.add_argument("--seconds", type=float, default=50, help="of random arrivals, each")
     parser.add_argument("--profile", type=Path, help="write what was measured here")
     parser.add_argument("--name", default="nano-on-cpu", help="of the profile")

@@ -51,7 +51,10 @@ HEALTH_TIMEOUT_S = 10.0
 UNAVAILABLE = (*LOST, BackPressureError, DeploymentUnavailableError)
 """No replica took the request, or those that did are gone."""
 
-PLAIN_PICKLE: dict[str, Any] = {"request_serialization": "pickle", "response_serialization": "pickle"}
+PLAIN_PICKLE: dict[str, Any] = {
+    "request_serialization": "pickle",
+    "response_serialization": "pickle",
+}
 """Serve's default, cloudpickle, is for classes and functions that only one side knows."""
 
 T = TypeVar("T")
