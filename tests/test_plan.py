@@ -13,7 +13,18 @@ import httpx
 import pytest
 
 from kestrel.server.compose import server_timing
-from serve_graph.measure import Answer, Level, ask, closed_loop, profile_of, read_timing
+from serve_graph import cpu_time
+from serve_graph.arrivals import ClosedLoop
+from serve_graph.cpu_time import CpuTime
+from serve_graph.measure import (
+    Answer,
+    Level,
+    ask,
+    closed_loop,
+    profile_in_cpu_time,
+    profile_of,
+    read_timing,
+)
 from serve_graph.plan import Aim, Starts, _smallest, queue_bound, scenario, search
 from serve_graph.profile import PlanError, Profile, find, load, quantiles
 from serve_graph.simulation import Simulation
@@ -129,6 +140,40 @@ def test_measurement_becomes_a_profile_without_what_queued() -> None:
     assert quantiles([1.0, 2.0, 3.0], 3) == (1.0, 2.0, 3.0)
     with pytest.raises(PlanError, match="refined"):
         profile_of("x", [level(1, 5, 0.1, refine=None)], 4, 1.0, {})
+
+
+def test_cpu_times_of_processes_become_a_profile_that_tells_the_measured_times_again() -> None:
+    # Alone: 80 ms in a slot, 20 ms refining, 50 ms around them, of which 30 ms are computed.
+    cpu = CpuTime(model=0.09, refiner=0.02, door=0.03, machine=0.2)
+    idle = CpuTime(model=0.0, refiner=0.0, door=0.04, machine=0.1)
+    alone = Level(1, 1 / 0.15, [Answer(0.15, 0.08, 0.02)] * 9, cpu)
+    full_cpu = CpuTime(model=0.05, refiner=0.02, door=0.03, machine=0.2)
+    full = Level(8, 20.0, [Answer(0.4, 0.35, 0.04)] * 9, full_cpu)
+    profile = profile_in_cpu_time("x", [alone, full], 8, idle, {})
+    assert profile.held == pytest.approx((1.0, 7.0))
+    assert profile.slot_s == pytest.approx((0.09, 7 * 0.05))
+    assert profile.model_per_s == pytest.approx(20)
+    assert profile.refine_s[50] == pytest.approx(0.02)
+    # Idling is not part of a request: 0.04 s of a second with 6.7 or 20 requests.
+    assert profile.door_s == pytest.approx(0.03 - 0.04 * (0.15 + 0.05) / 2)
+    plan = scenario(profile, AIM, STARTS, 1, 1, 2)
+    lone = replace(plan, arrivals=ClosedLoop(1), cores=2.0, seconds=20.0)
+    assert Simulation(lone).run().percentile(50) == pytest.approx(0.15, abs=0.003)
+    with pytest.raises(PlanError, match="refined"):
+        profile_in_cpu_time("x", [replace(alone, answers=[Answer(0.1, 0.1, None)])], 8, idle, {})
+
+
+def test_processes_of_this_machine_are_found_to_have_computed(tmp_path: Path) -> None:
+    busy = "import time\nwhile time.process_time() < 0.3: pass\nprint(1, flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 0.25 < cpu_time._used([child.pid]) < 2
+        child.communicate(b"\n")
+    assert cpu_time._used([child.pid]) == 0
+    assert cpu_time._used_by_machine() > 0.3
 
 
 async def test_measuring_something_else_or_a_failing_graph_is_said_plainly() -> None:
