@@ -226,6 +226,12 @@ def test_command_prints_a_plan_and_draws_it(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_command_plans_with_the_profile_that_ships() -> None:
+    done = command("--gpu", "nano-on-cpu", "--rps", "100", "--p99", "0.5", "--seconds", "10")
+    assert done.returncode == 0, done.stderr
+    assert "model pool" in done.stdout and "2 shared cores" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
