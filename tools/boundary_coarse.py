@@ -7,7 +7,7 @@ import math
 import cv2
 import numpy as np
 
-POLYGONS, ROUGH_POLYGONS, BLOBS, PERFECT = 0.5, 0.2, 0.23, 0.04
+POLYGONS, ROUGH_POLYGONS, BLOBS, PERFECT = 0.68, 0.12, 0.1, 0.06
 """Shares of the kinds; the rest is a fine polygon."""
 JITTER = 0.012
 """Vertices of a path lie off by about this fraction of the object's size."""
@@ -36,7 +36,7 @@ def coarsened(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A coarse mask of one of several kinds, uint8 [h, w] 0/1."""
     kind = rng.random()
     if kind < POLYGONS:
-        strength = rng.uniform(0.8, 2.0) * JITTER
+        strength = rng.uniform(0.7, 1.6) * JITTER
         return coarse_polygon(
             mask, rng, int(rng.integers(20, 41)), strength, strength * rng.uniform(0.5, 1)
         )
@@ -56,7 +56,7 @@ def coarsened(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             mask.shape[::-1],
             interpolation=cv2.INTER_CUBIC,
         )
-        far += size * (rng.uniform(0, 0.13) * noise + rng.normal(0, 0.035))
+        far += size * (rng.uniform(0, 0.07) * noise + rng.normal(0, 0.02))
         out = (far > 0).astype(np.uint8)
         if rng.random() < 0.3:
             out = cv2.medianBlur(out, 2 * int(rng.integers(1, 6)) + 1)

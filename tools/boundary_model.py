@@ -12,10 +12,10 @@ from kestrel.seg_refiner.boundary import CHANNELS
 WIDTHS = (24, 48, 96, 128)
 STEP = 16
 """Sides of the input must be multiples of this."""
-GUIDED = 5
-"""Plane that holds the guided filter's result."""
-PRIOR = 3.0
-"""Logit of a pixel of which the guided filter is sure, before the network has its say."""
+MEAN = CHANNELS - 1
+"""Plane that holds the mean of the cues."""
+PRIOR = 4.0
+"""Logit of a pixel of which the cues are sure, before the network has its say."""
 
 
 class Conv(nn.Sequential):
@@ -28,7 +28,7 @@ class Conv(nn.Sequential):
 
 
 class BoundaryNet(nn.Module):
-    """Planes float32 [n, 7, h, w] to logits [n, 1, h, w]: what the guided filter says, corrected.
+    """Planes float32 [n, CHANNELS, h, w] to logits [n, 1, h, w]: the cues' mean, corrected.
 
     A U-Net from half the resolution down to a sixteenth; pixels are folded into channels on the
     way in and unfolded on the way out.
@@ -56,7 +56,7 @@ class BoundaryNet(nn.Module):
         up = self.to_eighth(torch.cat((_doubled(up), eighth), 1))
         up = self.to_quarter(torch.cat((_doubled(up), quarter), 1))
         up = self.to_half(torch.cat((_doubled(up), half), 1))
-        return PRIOR * planes[:, GUIDED : GUIDED + 1] + F.pixel_shuffle(self.out(up), 2)
+        return PRIOR * planes[:, MEAN : MEAN + 1] + F.pixel_shuffle(self.out(up), 2)
 
 
 def _doubled(maps: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ def _doubled(maps: torch.Tensor) -> torch.Tensor:
 def onnx_bytes(net: BoundaryNet) -> bytes:
     """The network in inference mode with its probability, as an ONNX file.
 
-    Input ``planes`` float32 [n, 7, h, w], output ``probability`` float32 [n, h, w]; weights are
-    stored in float16 and widened when a session loads them. Opset 17, which every ONNX Runtime
+    Input ``planes`` float32 [n, CHANNELS, h, w], output ``probability`` float32 [n, h, w]; weights
+    are stored in float16 and widened when a session loads them. Opset 17, which every ONNX Runtime
     since 1.14 reads. Needs the ``onnx`` package.
     """
     import onnx
@@ -140,9 +140,9 @@ def onnx_bytes(net: BoundaryNet) -> bytes:
     correction = node(
         "DepthToSpace", conv(up, net.out.weight, net.out.bias, 1, 1), blocksize=2, mode="CRD"
     )
-    ends = [constant(np.array([v], np.int64)) for v in (GUIDED, GUIDED + 1, 1)]
-    guided = node("Slice", "planes", *ends)
-    prior = node("Mul", guided, constant(np.array(PRIOR, np.float32)))
+    ends = [constant(np.array([v], np.int64)) for v in (MEAN, MEAN + 1, 1)]
+    mean = node("Slice", "planes", *ends)
+    prior = node("Mul", mean, constant(np.array(PRIOR, np.float32)))
     probability = node("Sigmoid", node("Add", prior, correction))
     nodes.append(helper.make_node("Squeeze", [probability, ends[2]], ["probability"]))
 

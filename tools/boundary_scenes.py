@@ -2,7 +2,7 @@
 
 Nothing here has a name: an object is a photographic cut-out, a drawing, or an outline filled with
 a piece of a photograph, harmonised with what is behind it, shaded, blurred and compressed, among
-neighbours of its own kind.
+neighbours of its own kind; or a region of a photograph, left where it is.
 
     python tools/boundary_scenes.py --sheet sheet.png
 """
@@ -20,14 +20,17 @@ from assets import Pack, held_out
 from boundary_coarse import coarsened
 from boundary_outlines import random_outline
 from boundary_photos import photographs
+from boundary_regions import Region, regions
 from grounds import octaves
 from nouns import wanted_names
 
 STYLES = ("noto", "fluent", "emojione")
 KINDS = ("stamp", "drawing", "fill", "same")
 """A cut-out, a drawing, an outline filled from another photograph or from the one behind it."""
-KIND_SHARES = (0.42, 0.08, 0.28, 0.22)
-NEIGHBOUR_SHARES = (0.5, 0.1, 0.3, 0.1)
+KIND_SHARES = (0.3, 0.05, 0.3, 0.35)
+NEIGHBOUR_SHARES = (0.4, 0.1, 0.3, 0.2)
+REGIONS = 0.3
+"""Share of samples that are regions of a photograph, with nothing pasted."""
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), pixels."""
@@ -69,11 +72,16 @@ def _tinted(rng: np.random.Generator, picture: np.ndarray, strength: float) -> n
 
 
 class BoundaryScenes:
-    """Draws samples; ``held`` draws from the stamps that training does not see."""
+    """Draws samples; ``held`` draws from the stamps that training does not see, and no regions."""
 
     def __init__(self, seed: int, held: bool = False) -> None:
+        self.held = held
         self.rng = np.random.default_rng(seed)
         self.photos = photographs()
+        found: dict[int, list[Region]] = {}
+        for region in () if held else regions(self.photos):
+            found.setdefault(region.photo, []).append(region)
+        self.regions = list(found.values())
         stamps = Pack("stamps", wanted_names("stamps"))
         self.stamps = [
             (stamps, s["name"])
@@ -165,7 +173,8 @@ class BoundaryScenes:
     def sample(self, h: int, w: int) -> Sample:
         """A picture of ``h`` x ``w`` px of which the object fills two thirds each way."""
         for _ in range(20):
-            drawn = self._draw(h, w)
+            as_it_is = not self.held and self.rng.random() < REGIONS
+            drawn = self._region(h, w) if as_it_is else self._draw(h, w)
             if drawn is None:
                 continue
             image, truth = drawn
@@ -185,6 +194,42 @@ class BoundaryScenes:
             share = np.clip((octaves(rng, w, h) - rng.uniform(0.4, 0.6)) * sharp + 0.5, 0, 1)
             canvas += share[..., None] * (other - canvas)
         return _tinted(rng, canvas, 0.2)
+
+    def _region(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A region of a photograph where it is, turned a little; every photograph as often."""
+        rng = self.rng
+        of_one = self.regions[int(rng.integers(len(self.regions)))]
+        region = of_one[int(rng.integers(len(of_one)))]
+        photo = self.photos[region.photo]
+        rh, rw = region.mask.shape
+        reach = max(rh, rw)
+        x0, y0 = max(0, region.left - reach), max(0, region.top - reach)
+        around = photo[y0 : region.top + rh + reach, x0 : region.left + rw + reach]
+        canvas = around.astype(np.float32) * np.float32(1 / 255)
+        truth = np.zeros(canvas.shape[:2], np.uint8)
+        top, left = region.top - y0, region.left - x0
+        truth[top : top + rh, left : left + rw] = region.mask
+        if rng.random() < 0.5:
+            canvas, truth = canvas[:, ::-1], truth[:, ::-1]
+        grow = 1 + 2 * rng.uniform(0.18, 0.34)
+        scale = min(w / (rw * grow), h / (rh * grow), 1.7)
+        if scale < 0.75:
+            size = (round(canvas.shape[1] * scale), round(canvas.shape[0] * scale))
+            canvas = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
+            truth = cv2.resize(truth * np.uint8(255), size, interpolation=cv2.INTER_AREA)
+        else:
+            truth = truth * np.uint8(255)
+            canvas = np.ascontiguousarray(canvas)
+        canvas = _tinted(rng, canvas, 0.2)
+        turn = float(np.degrees(rng.normal(0, 0.2)))
+        move = cv2.getRotationMatrix2D((canvas.shape[1] / 2, canvas.shape[0] / 2), turn, 1.0)
+        size = canvas.shape[1::-1]
+        canvas = cv2.warpAffine(canvas, move, size, borderMode=cv2.BORDER_REFLECT_101)
+        solid = cv2.warpAffine(np.ascontiguousarray(truth), move, size) > 127
+        if not solid.any():
+            return None
+        canvas, truth = _centred(rng, canvas, solid.astype(np.uint8), h, w)
+        return _finished(rng, canvas), truth
 
     def _draw(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Picture and true mask; None when too little of the object is seen, or not in one."""
@@ -218,7 +263,7 @@ class BoundaryScenes:
         truth = cv2.morphologyEx(truth, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
         if rng.random() < 0.6:
             truth = _filled(truth)
-        canvas, truth = _centred(rng, canvas, truth)
+        canvas, truth = _centred(rng, canvas, truth, h, w)
         return _finished(rng, canvas), truth
 
     def _neighbour(
@@ -302,10 +347,9 @@ def _largest(solid: np.ndarray) -> np.ndarray | None:
 
 
 def _centred(
-    rng: np.random.Generator, canvas: np.ndarray, truth: np.ndarray
+    rng: np.random.Generator, canvas: np.ndarray, truth: np.ndarray, h: int, w: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scaled and moved so that the object fills as much as it does when it is refined."""
-    h, w = truth.shape
+    """Scaled and moved so that the object fills as much of [h, w] as when it is refined."""
     x, y, bw, bh = cv2.boundingRect(truth)
     grow = 1 + 2 * rng.uniform(0.18, 0.34)
     scale = min(w / (bw * grow), h / (bh * grow), 1.7)
@@ -327,6 +371,11 @@ def _finished(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     if rng.random() < 0.4:
         canvas = canvas * np.exp(0.8 * (octaves(rng, w, h) - 0.5))[..., None]
     canvas = np.clip(canvas, 0, 1)
+    if rng.random() < 0.35:
+        # Small objects are enlarged to be refined.
+        share = 1 / rng.uniform(1.1, 2.0)
+        canvas = cv2.resize(canvas, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+        canvas = np.clip(cv2.resize(canvas, (w, h), interpolation=cv2.INTER_CUBIC), 0, 1)
     if rng.random() < 0.4:
         canvas = canvas ** np.float32(math.exp(rng.normal(0, 0.35)))
     if rng.random() < 0.35:

@@ -249,7 +249,7 @@ async def run(args: argparse.Namespace) -> dict:
     config = RuntimeConfig(
         model_path=str(args.model) if args.model else None,
         torch_threads=1,
-        refiner=RefinerConfig(),
+        refiner=RefinerConfig(refiner=args.refiner),
     )
     engine = await InferenceEngine.create(config)
     figures: dict = {
@@ -287,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=None, help="checkpoint; default: shipped")
     parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--refiner", default=RefinerConfig().refiner, help="backend by name")
     parser.add_argument("--out", type=Path, default=Path("runs/eval"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,13 @@
 """Move a mask's outline to where the object ends: a small network beside rules without weights.
 
 All of them see the grown box at a bounded working size. The network reads the picture, the coarse
-mask, the guided filter's result and how frequent each colour is in the mask; it answers for the
-picture and for its mirror image. The answers are averaged with the cues of ``cues.py``, which err
-elsewhere; one more guided pass takes the result to full size.
+mask and the cues of ``cues.py``, and corrects the cues' mean; its answer is averaged with that
+mean, which errs elsewhere. One more guided pass takes the result to full size.
 ``kestrel/models/boundary/README.md`` tells how the network was trained and how good it all is.
 
 Ideas: corrections by a network that sees any coarse mask (Cheng et al., "CascadePSP", CVPR 2020;
 Tang et al., "Look Closer to Segment Better: Boundary Patch Refinement", CVPR 2021), here on top of
-a known filter's result.
+known filters' results.
 """
 
 from __future__ import annotations
@@ -26,15 +25,26 @@ from kestrel.seg_refiner.cues import Cues
 from kestrel.seg_refiner.guided import apply_coefficients, coefficients, planes
 
 MODEL = Path(__file__).parents[1] / "models" / "boundary" / "model.onnx"
-CHANNELS = 7
+READ_CUES = (
+    "guided",
+    "coarse_colour",
+    "colour",
+    "flooded",
+    "flooded_guided",
+    "guided_colour",
+    "smoothed",
+    "mean",
+)
+"""Cues that the network reads, the last of which it corrects."""
+CHANNELS = 5 + len(READ_CUES)
 """Planes that the network reads: see :func:`network_planes`."""
 STEP = 16
 """The network halves its maps four times: sides are multiples of this."""
-WORKING_SIDE = 192
+WORKING_SIDE = 256
 """Longest side at which the network looks, pixels."""
 LARGEST_ENLARGEMENT = 2.0
 """Small objects are enlarged by no more than this."""
-SHARE = 0.15
+SHARE = 0.5
 """Weight of the network beside the mean of the cues."""
 FINE_RADIUS = 3
 """Radius of the last guided pass, working pixels."""
@@ -93,9 +103,7 @@ class BoundaryRefiner:
     def _soft(self, small: np.ndarray, coverage: np.ndarray) -> np.ndarray:
         """Share of the object, float32 [h, w] in 0..1, at working size."""
         cues = self.cues(small, coverage)
-        inputs = network_planes(small, coverage, cues)
-        as_is, mirrored = self.network(np.stack((inputs, inputs[..., ::-1])))
-        learned = (as_is + mirrored[:, ::-1]) * np.float32(0.5)
+        (learned,) = self.network(network_planes(small, coverage, cues)[None])
         return cues["mean"] + np.float32(SHARE) * (learned - cues["mean"])
 
 
@@ -117,9 +125,8 @@ def network_planes(
     """What the network reads, float32 [CHANNELS, h, w], all but the colours in -1..1.
 
     ``image``: uint8 [h, w, 3]; ``coverage``: float32 [h, w] in 0..1 of the coarse mask; ``cues``:
-    what :meth:`Cues.first` gives for them. The planes: three colours with the picture's mean and
-    spread taken out, coverage, distance to the coarse outline, the guided filter's result, and
-    how frequent a colour is inside the coarse mask.
+    those of it. The planes: three colours with the picture's mean and spread taken out, coverage,
+    distance to the coarse outline, and ``READ_CUES``.
     """
     planes_read = np.empty((CHANNELS, *coverage.shape), np.float32)
     colours = planes_read[:3]
@@ -128,8 +135,8 @@ def network_planes(
     colours *= 1 / (colours.std() + 0.02)
     planes_read[3] = 2 * coverage - 1
     planes_read[4] = cues["distance"]
-    planes_read[5] = 2 * cues["guided"] - 1
-    planes_read[6] = 2 * cues["coarse_colour"] - 1
+    for plane, name in zip(planes_read[5:], READ_CUES, strict=True):
+        np.subtract(2 * cues[name], 1, out=plane)
     return planes_read
 
 

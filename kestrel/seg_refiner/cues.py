@@ -56,20 +56,17 @@ class Cues:
         # As in training, whatever is configured for the guided filter by itself.
         self.guided = GuidedRefiner(RefinerConfig())
 
-    def first(self, image: np.ndarray, coverage: np.ndarray) -> dict[str, np.ndarray]:
-        """What the network reads: ``guided``; ``coarse_colour``, the colours by the coarse mask;
-        ``distance``, -1..1, to the coarse outline in quarters of the object's size.
-        """
-        guided, _ = self.guided.passes(planes(image), coverage)
-        return {
-            "guided": np.clip(guided, 0, 1),
-            "coarse_colour": colour_share(_bins(image), coverage),
-            "distance": np.clip(signed_distance(coverage) * np.float32(4 / _size(coverage)), -1, 1),
-        }
-
     def __call__(self, image: np.ndarray, coverage: np.ndarray) -> dict[str, np.ndarray]:
-        """Keys: those of :meth:`first` and of ``MEAN_WEIGHTS``, and ``mean``."""
-        cues = self.first(image, coverage)
+        """Keys: those of ``MEAN_WEIGHTS`` and ``mean``; ``coarse_colour``, the colours by the
+        coarse mask; ``distance``, -1..1, to the coarse outline in quarters of the object's size.
+        """
+        first, _ = self.guided.passes(planes(image), coverage)
+        distance = signed_distance(coverage) * np.float32(4 / _size(coverage))
+        cues = {
+            "guided": np.clip(first, 0, 1),
+            "coarse_colour": colour_share(_bins(image), coverage),
+            "distance": np.clip(distance, -1, 1),
+        }
         guide, size, guided = planes(image), _size(coverage), cues["guided"]
         colour = colour_share(_bins(image), guided)
         blend = (coverage + colour) * np.float32(0.5)
