@@ -8,13 +8,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 pytest.importorskip("ray.serve")
 
-from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph
+from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph, body, enlarged
 
 from kestrel.api_keys import hash_key
 from serve_graph.__main__ import LOCAL, read_config, service_url
@@ -72,3 +73,17 @@ def graph() -> Iterator[Graph]:
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
     return load_samples()
+
+
+@pytest.fixture(scope="session")
+def huge(samples: list[Sample]) -> bytes:
+    """40 megapixels: each half is busy for a while with its pixels alone."""
+    return enlarged(samples[0], 8000, 5000)
+
+
+@pytest.fixture(scope="session")
+def answers(graph: Graph, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Each sample's plain answer with masks."""
+    replies = [graph.http.post("/v1/segment", json=body(s, return_base64=True)) for s in samples]
+    assert [reply.status_code for reply in replies] == [200] * len(samples)
+    return [reply.json() for reply in replies]

@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from kestrel.api import RequestError
@@ -41,6 +42,26 @@ async def leave_when_running(client: SegmentClient, ask: dict[str, Any]) -> None
     await asyncio.wait([pending])
 
 
+def leave_stream(client: SegmentClient, ask: dict[str, Any]) -> dict[str, Any]:
+    """The first event of a stream that is then left."""
+    events = client.segment(**ask, stream=True)
+    first = next(events)
+    events.close()
+    return first
+
+
+def with_deadline(client: SegmentClient, ask: dict[str, Any]) -> Any:
+    """A call of the ingress with its ``timeout_s``, waited for without one."""
+    from ray import serve
+    from ray.exceptions import RayTaskError
+
+    fields = {**ask, "image": Path(ask["image"]).read_bytes()}
+    try:
+        return serve.get_app_handle("segment").segment.remote(**fields).result(timeout_s=120)
+    except RayTaskError as error:
+        raise error.cause from error
+
+
 async def all_events(client: SegmentClient, ask: dict[str, Any]) -> list[dict[str, Any]]:
     return [event async for event in client.astream(**ask)]
 
@@ -56,6 +77,10 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
         return asyncio.run(all_events(client, ask))
     if command == "leave":
         return asyncio.run(leave_when_running(client, ask))
+    if command == "leave_stream":
+        return leave_stream(client, ask)
+    if command == "with_deadline":
+        return with_deadline(client, ask)
     if command == "stats":
         return stats()
     raise ValueError(command)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
+from serve_graph.demo import Sample
 from serve_graph.launch import REPOSITORY, LocalCluster
 from serve_graph.node import RayNode
 
@@ -132,3 +137,37 @@ def _listeners() -> list[tuple[str, int]]:
 
 def _table(name: str) -> list[str]:
     return Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+
+
+def body(sample: Sample, **fields: Any) -> dict[str, Any]:
+    image = base64.b64encode(sample.image).decode()
+    return {"object": sample.noun, "image_url": image, **fields}
+
+
+def sse(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data:"):
+            yield json.loads(line[5:])
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer in what does not change from call to call."""
+    skipped = ("request_id", "metrics", "type", "chunk", "completed")
+    return {key: value for key, value in answer.items() if key not in skipped}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def enlarged(sample: Sample, width: int, height: int) -> bytes:
+    """The picture as a PNG of many pixels, which nobody can decode in part."""
+    picture = io.BytesIO()
+    small = Image.open(io.BytesIO(sample.image)).convert("RGB")
+    small.resize((width, height), Image.Resampling.NEAREST).save(picture, "PNG", compress_level=1)
+    return picture.getvalue()

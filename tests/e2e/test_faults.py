@@ -17,8 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from hanging import ALWAYS, HANGING, ONCE, marked
-from running_graph import KEY, Graph
-from test_graph import body, enlarged, wait_for, without_times
+from running_graph import KEY, Graph, body, enlarged, wait_for, without_times
 
 from benchmarks.traffic import RIGHT, Expected, Traffic, learn
 from kestrel.api_keys import hash_key

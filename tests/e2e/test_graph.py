@@ -6,11 +6,11 @@ import asyncio
 import base64
 import contextlib
 import io
-import json
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,61 +20,20 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph
+from running_graph import (
+    REFINE_TIMEOUT_S,
+    Graph,
+    body,
+    enlarged,
+    sse,
+    wait_for,
+    without_times,
+)
 
 from kestrel.overlay import decode_mask
-from serve_graph.client import SegmentClient
 from serve_graph.demo import Sample, iou
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def body(sample: Sample, **fields: Any) -> dict[str, Any]:
-    image = base64.b64encode(sample.image).decode()
-    return {"object": sample.noun, "image_url": image, **fields}
-
-
-def sse(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
-        if line.startswith("data:"):
-            yield json.loads(line[5:])
-
-
-def without_times(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer in what does not change from call to call."""
-    skipped = ("request_id", "metrics", "type", "chunk", "completed")
-    return {key: value for key, value in answer.items() if key not in skipped}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def enlarged(sample: Sample, width: int, height: int) -> bytes:
-    """The picture as a PNG of many pixels, which nobody can decode in part."""
-    picture = io.BytesIO()
-    small = Image.open(io.BytesIO(sample.image)).convert("RGB")
-    small.resize((width, height), Image.Resampling.NEAREST).save(picture, "PNG", compress_level=1)
-    return picture.getvalue()
-
-
-@pytest.fixture(scope="module")
-def huge(samples: list[Sample]) -> bytes:
-    """40 megapixels: each half is busy for a while with its pixels alone."""
-    return enlarged(samples[0], 8000, 5000)
-
-
-@pytest.fixture(scope="module")
-def answers(graph: Graph, samples: list[Sample]) -> list[dict[str, Any]]:
-    """Each sample's plain answer with masks."""
-    replies = [graph.http.post("/v1/segment", json=body(s, return_base64=True)) for s in samples]
-    assert [reply.status_code for reply in replies] == [200] * len(samples)
-    return [reply.json() for reply in replies]
 
 
 def test_health_is_503_until_a_request_would_be_answered(
@@ -218,6 +177,46 @@ def test_truncated_picture_is_the_client_s_fault(graph: Graph, samples: list[Sam
     assert reply.status_code == 400
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_that_does_not_fit_the_model_is_a_422(
+    graph: Graph, samples: list[Sample], stream: bool
+) -> None:
+    # As many characters as a noun may have, and each is several tokens.
+    request = body(samples[0], stream=stream) | {"object": "\N{DOG FACE}" * 256}
+    reply = graph.http.post("/v1/segment", json=request)
+    assert reply.status_code == 422
+    assert "positions" in reply.json()["error"]
+
+
+@contextlib.contextmanager
+def short_of_memory(pids: list[int], left: int = 64 * 2**20) -> Iterator[None]:
+    """Processes that may have only so many bytes more than they have."""
+    before = {pid: resource.prlimit(pid, resource.RLIMIT_AS) for pid in pids}
+    for pid, (_, hard) in before.items():
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + left, hard))
+    try:
+        yield
+    finally:
+        for pid, limits in before.items():
+            resource.prlimit(pid, resource.RLIMIT_AS, limits)
+
+
+def test_fault_within_a_half_is_a_500_that_names_the_request_and_nothing_else(
+    graph: Graph, samples: list[Sample], huge: bytes
+) -> None:
+    request = body(replace(samples[0], image=huge))
+    pids = [replica["pid"] for replica in graph.stats()["Refiner"]]
+    with short_of_memory(pids):
+        reply = graph.http.post("/v1/segment", json=request)
+    assert reply.status_code == 500
+    named = reply.headers["x-request-id"]
+    assert reply.json() == {"error": "internal error", "request_id": named}
+    after = graph.http.post("/v1/segment", json=body(samples[0]))
+    assert after.status_code == 200 and "x-refinement" not in after.headers
+    assert sorted(replica["pid"] for replica in graph.stats()["Refiner"]) == sorted(pids)
+
+
 def test_documents_are_served(graph: Graph) -> None:
     assert graph.http.get("/v1/models").json()["data"][0]["id"] == "nano"
     document = graph.http.get("/openapi.json").json()
@@ -344,75 +343,6 @@ def test_without_a_refiner_the_path_is_the_model_s_and_masks_are_a_503(
         lambda: "x-refinement" not in graph.http.post("/v1/segment", json=body(samples[0])).headers,
         60,
     )
-
-
-@pytest.fixture(scope="module", params=["handle", "ray client"])
-def ray_driver(graph: Graph, request: pytest.FixtureRequest) -> Iterator[Driver]:
-    if request.param == "handle":
-        yield graph.driver
-        return
-    driver = Driver(graph.cluster.client_address, graph.environment)
-    yield driver
-    driver.close()
-
-
-def test_ray_doors_answer_like_http(
-    ray_driver: Driver, answers: list[dict[str, Any]], samples: list[Sample], tmp_path: Any
-) -> None:
-    picture = tmp_path / "picture"
-    picture.write_bytes(samples[0].image)
-    ask = {"object": samples[0].noun, "image": str(picture), "return_base64": True}
-    assert without_times(ray_driver.ask("segment", **ask)["ok"]) == without_times(answers[0])
-    assert without_times(ray_driver.ask("asegment", **ask)["ok"]) == without_times(answers[0])
-    for command in ("stream", "astream"):
-        first, *deltas, final = ray_driver.ask(command, **ask)["ok"]
-        assert first["type"] == "bbox" and {delta["type"] for delta in deltas} == {"path_delta"}
-        assert without_times(final) == without_times(answers[0])
-
-
-def test_ray_doors_raise_the_errors_of_the_contract(
-    ray_driver: Driver, samples: list[Sample], tmp_path: Any
-) -> None:
-    # Past the client's own validation: only the model notices that pixels are missing.
-    picture = tmp_path / "cut"
-    picture.write_bytes(samples[0].image[: len(samples[0].image) // 2])
-    for command in ("segment", "stream"):
-        reply = ray_driver.ask(command, object="dog", image=str(picture))
-        assert (reply["type"], reply["status"]) == ("InvalidRequest", 400)
-    assert ray_driver.ask("segment", object=" ")["field"] == "object"
-
-
-def test_http_client_gives_the_same_and_raises_the_same(
-    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
-) -> None:
-    from kestrel.api import InvalidRequest, Unauthorized
-
-    ask: dict[str, Any] = {"object": samples[0].noun, "return_base64": True}
-    with SegmentClient(graph.url, api_key=KEY) as client:
-        pixels = np.asarray(Image.open(io.BytesIO(samples[0].image)).convert("RGB"))
-        for image in (samples[0].image, pixels):
-            answer = client.segment(image=image, **ask)
-            assert without_times(answer) == without_times(answers[0])
-        *_, final = client.segment(image=samples[0].image, stream=True, **ask)
-        assert without_times(final) == without_times(answers[0])
-        with pytest.raises(InvalidRequest, match="object"):
-            client.segment(object="")
-        with pytest.raises(InvalidRequest):
-            client.segment(object="dog", image=samples[0].image[:200])
-    with SegmentClient(graph.url) as anonymous, pytest.raises(Unauthorized):
-        anonymous.segment(object="dog")
-
-    async def asynchronously() -> tuple[dict[str, Any], dict[str, Any]]:
-        async with SegmentClient(graph.url, api_key=KEY) as client:
-            image = samples[0].image
-            plain = await client.asegment(image=image, **ask)
-            *_, final = [event async for event in client.astream(image=image, **ask)]
-            with pytest.raises(InvalidRequest):
-                await client.asegment(object="dog", image=image[:200])
-            return plain, final
-
-    for answer in asyncio.run(asynchronously()):
-        assert without_times(answer) == without_times(answers[0])
 
 
 def test_nothing_but_the_token_opens_ray(graph: Graph) -> None:

@@ -12,8 +12,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running_graph import KEY, Graph
-from test_graph import body, wait_for
+from running_graph import KEY, Graph, body, wait_for
 
 from serve_graph.demo import Sample
 

@@ -7,8 +7,7 @@ import secrets
 import grpc
 import httpx
 import pytest
-from running_graph import Graph, listening_beyond_loopback
-from test_graph import body
+from running_graph import Graph, body, listening_beyond_loopback
 
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample
