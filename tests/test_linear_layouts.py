@@ -43,6 +43,21 @@ def test_a_product_differs_from_the_plain_one(rows, dtype):
     torch.testing.assert_close(bare.plus(x, rest), rest + F.linear(x, plain.weight), **close(dtype))
 
 
+@pytest.mark.parametrize("shape", [(72, 40), (576, 192), (192, 960), (1100, 1000)])
+@torch.inference_mode()
+def test_a_row_comes_out_otherwise_among_others(shape):
+    plain = layer(*shape)
+    if not linear.reorders(plain.weight):
+        pytest.skip("this processor has no order of its own")
+    product = Product(plain.weight, plain.bias, reorder=True)
+    x, rest = torch.randn(48, shape[1]), torch.randn(48, shape[0])
+    alone = torch.cat([product(x[i : i + 1]) for i in range(48)])
+    added = torch.cat([product.plus(x[i : i + 1], rest[i : i + 1]) for i in range(48)])
+    for rows in (2, 3, 7, 16, 48):
+        assert torch.equal(product(x[:rows]), alone[:rows])
+        assert torch.equal(product.plus(x[:rows], rest[:rows]), added[:rows])
+
+
 @torch.inference_mode()
 def test_large_weights_are_held_twice_and_small_ones_lost(monkeypatch):
     monkeypatch.setattr(linear, "SMALL", 72 * 40)

@@ -5,6 +5,10 @@ half of what the processor can do for many rows, and for two to sixteen rows, wh
 step of a batch, twice to six times what one row costs. oneDNN, which torch brings along, has its
 own order for them: reordered once, a step of a batch is about bound by reading the weights, as one
 row is. Elsewhere, and where a trial does not agree, the weights stay as they are.
+
+In oneDNN's order a row's product is the same to the last bit whatever other rows come with it, in
+torch's it is not: one row takes the same calls as many, so that a request is answered alike alone
+and in a batch.
 """
 
 from __future__ import annotations
@@ -19,8 +23,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 SMALL = 2**20
-"""Under so many weights a product of one row costs the call more than the reading: the plain
-weights are kept for it, and one row takes them."""
+"""Layers of fewer weights keep them under their names as well: that costs little."""
 ROWS = 16
 """Rows that the order is chosen for; it serves others as well (that for one row does not)."""
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -42,26 +45,23 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self._plain(x):
+        if self._ordered is None:
             return F.linear(x, self.weight, self._bias)  # type: ignore[arg-type]
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
         """The product's GELU (tanh form)."""
-        if self._plain(x):
+        if self._ordered is None:
             return F.gelu(F.linear(x, self.weight, self._bias), approximate="tanh")  # type: ignore[arg-type]
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "gelu", [], "tanh")
 
     def plus(self, x: Tensor, rest: Tensor) -> Tensor:
         """``rest`` [N, out] and the product of ``x`` [N, in]."""
-        if self._plain(x):
+        if self._ordered is None:
             assert self.weight is not None
             rest = rest if self._bias is None else rest + self._bias
             return torch.addmm(rest, x, self.weight.T)
         return torch.ops.mkldnn._linear_pointwise.binary(x, rest, self._ordered, self._bias, "add")
-
-    def _plain(self, x: Tensor) -> bool:
-        return self._ordered is None or (self.weight is not None and x.numel() == x.shape[-1])
 
 
 class FinalLinear(nn.Module):
