@@ -19,6 +19,11 @@ from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 from kestrel.ops.linear import Product, shape_of
 
+LANES = 16
+"""Attention reads this many positions, or a multiple: the CPU's kernel adds up what is left over
+from its vectors in another order, so that a request's last bits would depend on how far the others
+of its batch have come. Positions that nobody sees add exact zeros."""
+
 Attention = Callable[[int, Tensor], Tensor]
 """Attention of one layer's queries [B, heads, head_dim] over the cache, alike in shape."""
 
@@ -33,7 +38,7 @@ class _Layer:
     """What reads the normed input: qkv and fc1, as one where fused."""
     out: list[Product]
     """What adds to the residual: proj and fc2, as one where fused."""
-    tau: Tensor | None
+    tau: Product | None
     """[heads + 2 * kv_heads, packed]: token weights of q, zeros for k, those of v."""
     mixture: nn.Module | None
 
@@ -72,7 +77,8 @@ class CachedText:
         tau = None
         if attention.tau is not None:
             wq, wv = attention.tau.wq, attention.tau.wv
-            tau = torch.cat([wq, wq.new_zeros(self.config.n_kv_heads, wq.shape[1]), wv])
+            both = torch.cat([wq, wq.new_zeros(self.config.n_kv_heads, wq.shape[1]), wv])
+            tau = Product(both.detach(), None, reorder=fuse)
         return _Layer(
             block.ln.weight,
             block.ln.bias,
@@ -144,6 +150,7 @@ class CachedText:
         Gives hidden states [B, T, dim].
         """
         batch, length, dim = x.shape
+        span = _whole_lanes(span, cache)
         # Padding is written where a request goes on, or to the context's last position: nobody
         # reads it before it is written again.
         offsets = torch.arange(length, device=x.device)
@@ -185,6 +192,8 @@ class CachedText:
         the place of reading the cache and ``attend``. Gives hidden states [B, dim].
         """
         batch = len(x)
+        level = level and span % LANES == 0
+        span = _whole_lanes(span, cache)
         where = torch.arange(batch, device=x.device) if slots is None else slots
         write = cache.writer(where, positions)
         read = None
@@ -230,7 +239,7 @@ class CachedText:
         heads = packed.unflatten(1, (self._all_heads, -1))
         if tau is not None:
             assert layer.tau is not None
-            scale = F.linear(F.gelu(packed, approximate="tanh"), layer.tau).tanh_()
+            scale = layer.tau(F.gelu(packed, approximate="tanh")).tanh_()
             heads.mul_(scale[..., None].add_(tau[number]))
         qk = heads[:, : self._kv_heads]
         if qk.dtype == torch.float32:
@@ -271,6 +280,11 @@ class CachedText:
 
 def _as_it_is(linear: nn.Linear) -> Product:
     return Product(linear.weight, linear.bias, reorder=False)
+
+
+def _whole_lanes(span: int, cache: KVCache) -> int:
+    """``span`` rounded up to a multiple of ``LANES``, at most what the cache holds."""
+    return min(cache.positions, -(-span // LANES) * LANES)
 
 
 def _joined(linears: list[nn.Linear], dim: int) -> Product:
