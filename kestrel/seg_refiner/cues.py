@@ -60,15 +60,14 @@ class Cues:
         """Keys: those of ``MEAN_WEIGHTS`` and ``mean``; ``coarse_colour``, the colours by the
         coarse mask; ``distance``, -1..1, to the coarse outline in quarters of the object's size.
         """
-        first, _ = self.guided.passes(planes(image), coverage)
-        distance = signed_distance(coverage) * np.float32(4 / _size(coverage))
+        guide, bins, size = planes(image), _bins(image), _size(coverage)
+        guided = np.clip(self.guided.passes(guide, coverage)[0], 0, 1)
         cues = {
-            "guided": np.clip(first, 0, 1),
-            "coarse_colour": colour_share(_bins(image), coverage),
-            "distance": np.clip(distance, -1, 1),
+            "guided": guided,
+            "coarse_colour": colour_share(bins, coverage),
+            "distance": np.clip(signed_distance(coverage) * np.float32(4 / size), -1, 1),
         }
-        guide, size, guided = planes(image), _size(coverage), cues["guided"]
-        colour = colour_share(_bins(image), guided)
+        colour = colour_share(bins, guided)
         blend = (coverage + colour) * np.float32(0.5)
         for scale in BLEND_RADII:
             blend = _filtered(guide, blend, scale * size)
