@@ -121,7 +121,7 @@ class Batch:
         row.slot = len(self.rows)
         self.cache.reserve(row.slot, row.longest)
         self.cache.put(row.slot, prefix)
-        row.position, row.fed, row.token = prefix.shape[3], 0, None
+        row.position, row.fed, row.token = prefix.shape[2], 0, None
         self.rows.append(row)
 
     def release(self, row: Row) -> None:

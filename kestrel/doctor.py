@@ -7,23 +7,15 @@ configuration) do not.
 from __future__ import annotations
 
 import asyncio
-import glob
-import importlib
-import importlib.metadata
 import os
 import platform
 import re
-import shutil
-import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.config import ConfigError, RuntimeConfig
+from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, bad, ok, read_config
 
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
@@ -33,122 +25,7 @@ ACTIVATIONS_BYTES = 1.5e9
 """CUDA context, cuBLAS workspaces and activations of one step: an allowance, not a measurement."""
 
 
-class Verdict(Enum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    verdict: Verdict
-    text: str
-    remedy: str = ""
-    """A command or a change of the configuration."""
-
-    def __str__(self) -> str:
-        line = f"{self.verdict.value:>4}  {self.subject}: {self.text}"
-        return f"{line} -> {self.remedy}" if self.remedy else line
-
-
-class Machine:
-    """What the checks ask of the machine; tests answer in its place."""
-
-    def python(self) -> tuple[int, int]:
-        return sys.version_info[:2]
-
-    def version(self, distribution: str) -> str | None:
-        """Version of an installed distribution, None without one."""
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    def load(self, module: str) -> ModuleType:
-        """Import a module; raises ImportError or OSError as the import does."""
-        return importlib.import_module(module)
-
-    def which(self, command: str) -> str | None:
-        return shutil.which(command) or (
-            shutil.which(command, path=str(Path(sys.executable).parent))
-        )
-
-    def environment(self, name: str) -> str:
-        return os.environ.get(name, "")
-
-    def folders(self, suffix: str) -> list[Path]:
-        """Folders of ``sys.path`` that end so and hold shared libraries."""
-        found = (Path(entry) / suffix for entry in sys.path)
-        return [folder for folder in found if glob.glob(str(folder / "*.so*"))]
-
-    def port_free(self, host: str, port: int) -> bool:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                return False
-        return True
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be served."""
-
-    runtime: RuntimeConfig
-    refiner: RefinerConfig | None
-    http: tuple[str, int] = ("127.0.0.1", 8000)
-    graph: bool = False
-    """Whether it is a Serve config: Ray is needed."""
-
-
-def read_config(file: Path | None) -> Wanted:
-    """A Serve config, or a YAML file with ``runtime`` and ``refiner`` at its top; the defaults
-    without one. Raises ``ConfigError``."""
-    if file is None:
-        config = RuntimeConfig()
-        return Wanted(config, config.refiner)
-    try:
-        import yaml
-    except ImportError:
-        raise ConfigError("reading YAML needs PyYAML: pip install pyyaml") from None
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
-    applications = values.get("applications") if isinstance(values, dict) else None
-    try:
-        args = values if applications is None else applications[0]["args"]
-    except (LookupError, TypeError):
-        args = None
-    if not isinstance(args, dict):
-        raise ConfigError(f"{file}: no mapping with runtime and refiner")
-    runtime = dict(args.get("runtime") or {})
-    if isinstance(runtime.get("limits"), dict):
-        runtime["limits"] = from_mapping(Limits, runtime["limits"], "limits")
-    refiner = from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner")
-    http = (values.get("http_options") or {}) if applications else {}
-    return Wanted(
-        from_mapping(RuntimeConfig, {**runtime, "refiner": None}, "runtime"),
-        refiner,
-        (str(http.get("host", "127.0.0.1")), int(http.get("port", 8000))),
-        graph=bool(applications),
-    )
-
-
 Check = Callable[[Machine, Wanted], Iterator[Finding]]
-
-
-def ok(subject: str, text: str) -> Finding:
-    return Finding(subject, Verdict.OK, text)
-
-
-def bad(subject: str, text: str, remedy: str, *, needed: bool = True) -> Finding:
-    """A failure, or a warning where the configuration does not need it."""
-    return Finding(subject, Verdict.FAIL if needed else Verdict.WARN, text, remedy)
 
 
 # The checks.
@@ -249,6 +126,18 @@ def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         yield bad("torchvision", text, remedy, needed=needed)
     else:
         yield ok("torchvision", f"{vision}, belongs to torch {torch}")
+
+
+def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    if wanted.runtime.device not in ("cpu", "auto"):
+        return
+    try:
+        numba = machine.load("numba")
+    except Exception as error:  # it refuses a NumPy that it does not know
+        text = f"does not load ({_line(error)}): on a CPU, decoding takes twice the time"
+        yield bad("numba", text, "pip install --upgrade numba", needed=False)
+        return
+    yield ok("numba", f"{numba.__version__}, compiles decode steps for the CPU")
 
 
 def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
@@ -418,6 +307,7 @@ CHECKS: tuple[Check, ...] = (
     check_python,
     check_torch,
     check_torchvision,
+    check_numba,
     check_flashinfer,
     check_kernels,
     check_tracers,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -55,6 +56,10 @@ class Asking(Protocol):
     error: BaseException | None
 
 
+Encode = Callable[[np.ndarray, tuple[int, int]], Tensor]
+"""Crops uint8 [N, S, S, 3] of an image and their tiling to keys and values of BOS and image."""
+
+
 class Pictures:
     """Prepares pictures and remembers prefixes, the least recently used forgotten first.
 
@@ -62,8 +67,16 @@ class Pictures:
     """
 
     def __init__(
-        self, vision: VisionConfig, config: RuntimeConfig, wake: threading.Condition
+        self,
+        vision: VisionConfig,
+        config: RuntimeConfig,
+        wake: threading.Condition,
+        encode: Encode | None = None,
     ) -> None:
+        """``encode``: run by the worker threads, one at a time; without it pictures are left as
+        crops for the engine's thread."""
+        self._encode = encode
+        self._encoding = threading.Lock()
         self._vision = vision
         self._limits = config.limits
         self._keep_pixels = config.refiner is not None
@@ -135,6 +148,11 @@ class Pictures:
                 picture.crops = picture.crops[:1]
             if self._keep_pixels and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS:
                 picture.pixels = pixels
+            if self._encode is not None:
+                with self._encoding:
+                    picture.prefix = self._encode(picture.crops, picture.tiling)
+                picture.crops = None
+                self.keep(picture)
         except BaseException as error:  # every request about it is told
             picture.error = error
         with self._wake:

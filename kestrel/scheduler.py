@@ -15,7 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from kestrel.api import (
     DeadlineExceeded,
@@ -62,7 +64,6 @@ class Scheduler:
         """Admitted, in order: their prompts are not fed whole. Each has a slot, or will have."""
         self._closing = False
         self._outbox: list[Delivery] = []
-        self._pictures = Pictures(model.config.vision, config, self._wake)
         self._patches = model.config.vision.n_patches
         self._seconds = 1.0
         self.counts: Counter[str] = Counter()
@@ -75,6 +76,12 @@ class Scheduler:
                 kv_bytes=config.kv_cache_bytes,
                 kernels=config.kernels,
             )
+        # Where the model has one core, others encode pictures beside its steps. More threads, or a
+        # GPU, are better used one thing after the other.
+        beside = model.device.type == "cpu" and config.torch_threads == 1
+        self._pictures = Pictures(
+            model.config.vision, config, self._wake, self._encode_beside if beside else None
+        )
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -164,6 +171,17 @@ class Scheduler:
                 room -= 1
                 job.preparing = True
                 self._pictures.prepare(job)
+
+    def _encode_beside(self, crops: np.ndarray, tiling: tuple[int, int]) -> Tensor:
+        """A picture's prefix, made by the thread that cropped it."""
+        try:
+            torch.set_num_threads(1)
+            with torch.inference_mode():
+                prefix = self._batch.prefix(self._batch.features(crops), tiling)
+        except Exception as error:
+            raise _encoding_failed(error) from error
+        self.counts["images"] += 1
+        return prefix
 
     # The engine thread.
 
@@ -295,8 +313,7 @@ class Scheduler:
                 self.counts["images"] += 1
                 self._pictures.keep(picture)
         except Exception as error:
-            log.exception("an image could not be encoded; its requests fail")
-            picture.error = engine_error(error)
+            picture.error = _encoding_failed(error)
         return spent
 
     def _step(self) -> None:
@@ -374,3 +391,9 @@ class Scheduler:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._deliver(outbox)
+
+
+def _encoding_failed(error: Exception) -> EngineError:
+    """What the requests about a picture get that the model could not encode."""
+    log.error("an image could not be encoded; its requests fail", exc_info=error)
+    return engine_error(error)

@@ -16,7 +16,8 @@ from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkp
 from kestrel import doctor
 from kestrel.cli import main
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
-from kestrel.doctor import Finding, Machine, Verdict, Wanted, examine, read_config
+from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, read_config
+from kestrel.doctor import examine
 from kestrel.moondream.config import MOONDREAM_3
 from kestrel.seg_refiner import raster, tracers
 
@@ -207,6 +208,14 @@ def test_flashinfer_cannot_compile_at_the_first_request(tools, remedy):
     versions["flashinfer-jit-cache"] = "0.6.0"
     (finding,) = found(doctor.check_flashinfer, Fake(versions=versions))
     assert finding.verdict is Verdict.OK and "prebuilt" in finding.text
+
+
+def test_decoding_at_half_speed_goes_unnoticed():
+    machine = Fake(broken={"numba": ImportError("Numba needs NumPy 2.5 or less")})
+    (finding,) = found(doctor.check_numba, machine, wanted(device="cpu"))
+    assert finding.verdict is Verdict.WARN and "pip install" in finding.remedy
+    assert "Numba needs NumPy 2.5 or less" in finding.text
+    assert found(doctor.check_numba, machine, wanted(device="cuda")) == []
 
 
 def test_flashinfer_does_not_load():

@@ -47,11 +47,13 @@ async def start(tireless):
     async def begin(**changes: Any) -> InferenceEngine:
         config = RuntimeConfig(
             model={"path": str(tireless)},  # type: ignore[arg-type]
-            device="cpu",
-            torch_threads=1,
-            refiner=None,
-            allow_empty_paths=True,
-            **changes,
+            **{
+                "device": "cpu",
+                "torch_threads": 1,
+                "refiner": None,
+                "allow_empty_paths": True,
+                **changes,
+            },
         )
         started.append(await InferenceEngine.create(config))
         return started[-1]
@@ -135,7 +137,7 @@ async def test_a_long_prompt_stalls_those_that_decode(start, watch):
 
 
 async def test_a_large_picture_stalls_those_that_decode(start, watch):
-    engine = await start(prefill_tokens=4)
+    engine = await start(prefill_tokens=4, torch_threads=2)
     running = ask(engine, 100)
     await until(lambda: engine.stats()["running"] == 1 and len(watch.steps) > 12)
     watch.crops.clear()
@@ -144,6 +146,24 @@ async def test_a_large_picture_stalls_those_that_decode(start, watch):
     assert watch.crops == [1, 1, 1, 1, 1], "four patches are one crop of five"
     assert len(set(watch.encoded_before)) == 5, "two crops before one step"
     await running
+
+
+async def test_a_picture_that_is_encoded_stalls_those_that_decode(start, watch, monkeypatch):
+    engine = await start()
+    features, go_on = Batch.features, threading.Event()
+
+    def slow(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+        assert go_on.wait(30)
+        return features(batch, crops)
+
+    monkeypatch.setattr(Batch, "features", slow)
+    joining = ask(engine, 4, image=picture(112, 112))
+    try:
+        assert (await ask(engine, 30)).metrics.output_tokens == 30
+        assert not joining.done()
+    finally:
+        go_on.set()
+    assert (await joining).metrics.output_tokens == 4
 
 
 # Order
@@ -192,8 +212,11 @@ async def test_a_slow_picture_keeps_others_waiting_or_starves(start, watch, monk
 # One image, many questions
 
 
-async def test_one_picture_is_decoded_or_encoded_for_every_question(start, watch, monkeypatch):
-    engine = await start()
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_one_picture_is_decoded_or_encoded_for_every_question(
+    start, watch, monkeypatch, threads
+):
+    engine = await start(torch_threads=threads)
     decodes: list[int] = []
     decode = pictures.decode_image
     monkeypatch.setattr(
@@ -243,8 +266,11 @@ async def test_a_broken_picture_fails_one_of_those_who_ask_and_hangs_the_rest(st
 # Failures
 
 
-async def test_a_picture_that_cannot_be_encoded_takes_others_down(start, watch, monkeypatch):
-    engine = await start()
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_a_picture_that_cannot_be_encoded_takes_others_down(
+    start, watch, monkeypatch, threads
+):
+    engine = await start(torch_threads=threads)
     features = Batch.features
 
     def failing(batch: Batch, crops: np.ndarray) -> torch.Tensor:

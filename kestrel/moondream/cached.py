@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 from kestrel.ops.linear import Product, shape_of
+from kestrel.ops.rows import LayerRows, compiled
 
 LANES = 16
 """Attention reads this many positions, or a multiple: the CPU's kernel adds up what is left over
@@ -67,6 +69,12 @@ class CachedText:
         self._swap = torch.cat([swap[half : 2 * half], swap[:half], swap[2 * half :]])
         self._layers = [self._layer(block, fuse) for block in text.blocks]
         self._tau_table = self._position_scales() if c.tau_attn else None
+        plain = text.wte.device.type == "cpu" and text.wte.dtype == torch.float32
+        self._compiled = compiled() if fuse and plain else None
+        if self._compiled is not None:
+            self._tables = [
+                self._numbers(number, block) for number, block in enumerate(text.blocks)
+            ]
 
     def _layer(self, block: Block, fuse: bool) -> _Layer:
         attention, mlp = block.attn, block.mlp
@@ -99,10 +107,23 @@ class CachedText:
             scales.append(torch.cat([by_position, keys, by_position], dim=1))
         return torch.stack(scales)[..., None]
 
+    def _numbers(self, number: int, block: Block) -> list[np.ndarray]:
+        """What ``kestrel.ops.compiled.layer_rows`` reads of a layer: tau's weights and its rows by
+        position, cosines and sines."""
+        c, half = self.config, self.config.rotary_dim // 2
+        weights, by_position = torch.empty(0, self._packed), torch.empty(0, 0)
+        if block.attn.tau is not None:
+            assert self._tau_table is not None
+            weights = torch.cat([block.attn.tau.wq, block.attn.tau.wv])
+            scales = self._tau_table[number, ..., 0]
+            by_position = torch.cat([scales[:, : c.n_heads], scales[:, self._kv_heads :]], dim=1)
+        tables = [weights, by_position, self._cos[:, 0, :half], self._sin[:, 0, half : 2 * half]]
+        return [table.detach().contiguous().numpy() for table in tables]
+
     def new_cache(self, slots: int) -> SlotKV:
         """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
         c = self.config
-        shape = (c.n_layers, 2, slots, c.n_kv_heads, c.max_context, c.head_dim)
+        shape = (c.n_layers, 2, slots, c.max_context, c.n_kv_heads, c.head_dim)
         return SlotKV(self.text.wte.new_zeros(shape))
 
     def new_pages(self, slots: int, nbytes: int | None = None) -> PagedKV:
@@ -117,7 +138,7 @@ class CachedText:
     def prefix(self, x: Tensor) -> Tensor:
         """Keys and values of positions that all see each other: BOS and image.
 
-        ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, kv_heads, P, head_dim].
+        ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, P, kv_heads, head_dim].
         """
         length = len(x)
         kept = []
@@ -125,7 +146,7 @@ class CachedText:
         for number, layer in enumerate(self._layers):
             normed, heads, hidden = self._project(layer, number, x, step)
             q, k, v = self._split(heads[None])
-            kept.append(torch.stack([k[0], v[0]]))
+            kept.append(heads[:, self.config.n_heads :].unflatten(1, (2, -1)).transpose(0, 1))
             if number + 1 < len(self._layers):  # the last layer's output is nobody's input
                 x = self._residual(layer, x, normed, attend(q, k, v), hidden)
         return torch.stack(kept)
@@ -192,6 +213,9 @@ class CachedText:
         the place of reading the cache and ``attend``. Gives hidden states [B, dim].
         """
         batch = len(x)
+        if self._compiled is not None and isinstance(cache, SlotKV):
+            where = torch.arange(batch) if slots is None else slots
+            return self._decode_compiled(self._compiled, x, positions, cache, where)
         level = level and span % LANES == 0
         span = _whole_lanes(span, cache)
         where = torch.arange(batch, device=x.device) if slots is None else slots
@@ -216,6 +240,24 @@ class CachedText:
                 k, v = read(number)
                 seen = attend(q[:, :, None], k, v, mask)
             x = self._residual(layer, x, normed, seen, hidden)
+        return x
+
+    def _decode_compiled(
+        self, rows: LayerRows, x: Tensor, positions: Tensor, cache: SlotKV, slots: Tensor
+    ) -> Tensor:
+        """``decode`` with the products alone left to torch."""
+        kv, where, at = cache.kv.numpy(), slots.numpy(), positions.numpy()
+        heads = self.config.n_heads
+        for layer, tables, stretch in zip(self._layers, self._tables, kv, strict=True):
+            (into,), (out,) = layer.into, layer.out
+            normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
+            joined = into(normed)
+            width = joined.shape[1] - self._packed + heads * self.config.head_dim
+            seen = joined.new_empty(len(x), width)
+            rows(joined.numpy(), *tables, stretch, where, at, heads, seen.numpy())
+            if layer.mixture is not None:
+                x = x + layer.mixture(normed)
+            x = out.plus(seen, x)
         return x
 
     # One layer.

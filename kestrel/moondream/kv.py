@@ -25,20 +25,14 @@ Read = Callable[[int], Tensor]
 
 @dataclass
 class SlotKV:
-    """A stretch for every slot: [layers, 2, slots, kv_heads, max_context, head_dim], in which a
-    head's keys, then its values, lie one after the other as attention reads them.
+    """A stretch for every slot: [layers, 2, slots, max_context, kv_heads, head_dim], in which the
+    keys of all heads, then their values, lie position after position as attention reads them.
 
     What lies beyond a request's position is never read, so a slot needs no clearing before it is
     used again.
     """
 
     kv: Tensor
-
-    def __post_init__(self) -> None:
-        heads = self.kv.shape[3]
-        # Where slot 0 begins among all rows of a layer: its heads of keys, then of values.
-        lanes = torch.arange(2 * heads, device=self.kv.device)
-        self._lanes = (lanes + (lanes >= heads) * ((self.slots - 1) * heads)) * self.positions
 
     @property
     def slots(self) -> int:
@@ -47,12 +41,12 @@ class SlotKV:
     @property
     def positions(self) -> int:
         """Positions of a request at most."""
-        return self.kv.shape[4]
+        return self.kv.shape[3]
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position of one request."""
-        return self.kv[:, :, 0, :, 0].numel() * self.kv.element_size()
+        return self.kv[:, :, 0, 0].numel() * self.kv.element_size()
 
     @property
     def room(self) -> int:
@@ -70,12 +64,12 @@ class SlotKV:
         """Take back what a slot holds."""
 
     def put(self, slot: int, prefix: Tensor) -> None:
-        """Begin a slot with a prefix [layers, 2, kv_heads, positions, head_dim]."""
-        self.kv[:, :, slot, :, : prefix.shape[3]] = prefix
+        """Begin a slot with a prefix [layers, 2, positions, kv_heads, head_dim]."""
+        self.kv[:, :, slot, : prefix.shape[2]] = prefix
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Give the first ``positions`` of one slot to another, which is free."""
-        self.kv[:, :, target, :, :positions] = self.kv[:, :, source, :, :positions]
+        self.kv[:, :, target, :positions] = self.kv[:, :, source, :positions]
 
     def clear(self) -> None:
         """All slots free, nothing left in them."""
@@ -83,13 +77,13 @@ class SlotKV:
 
     def writer(self, slots: Tensor, positions: Tensor) -> Write:
         """Writes at ``positions`` of ``slots``, int64 [N] both."""
-        starts = slots * (self.kv.shape[3] * self.positions) + positions
-        rows = (starts[:, None] + self._lanes).flatten()
+        keys = slots * self.positions + positions
+        rows = torch.stack([keys, keys + self.slots * self.positions], dim=1).flatten()
+        width = self.kv.shape[4] * self.kv.shape[5]
 
         def write(layer: int, kv: Tensor) -> None:
-            # A view [2 * slots * kv_heads * positions, head_dim].
-            head_dim = kv.shape[-1]
-            self.kv[layer].view(-1, head_dim).index_copy_(0, rows, kv.reshape(-1, head_dim))
+            # A view [2 * slots * max_context, kv_heads * head_dim].
+            self.kv[layer].view(-1, width).index_copy_(0, rows, kv.reshape(-1, width))
 
         return write
 
@@ -97,8 +91,9 @@ class SlotKV:
         """Reads the first ``span`` positions of ``slots`` int64 [B], or of a stretch of them."""
 
         def read(layer: int) -> Tensor:
-            kv = self.kv[layer, ..., :span, :]
-            return kv[:, slots] if isinstance(slots, slice) else kv.index_select(1, slots)
+            kv = self.kv[layer, :, :, :span]
+            kv = kv[:, slots] if isinstance(slots, slice) else kv.index_select(1, slots)
+            return kv.transpose(2, 3)
 
         return read
 
@@ -148,10 +143,10 @@ class PagedKV:
         self.table[slot] = 0
 
     def put(self, slot: int, prefix: Tensor) -> None:
-        positions = torch.arange(prefix.shape[3], device=self.kv.device)
+        positions = torch.arange(prefix.shape[2], device=self.kv.device)
         write = self.writer(torch.full_like(positions, slot), positions)
-        for layer, kv in enumerate(prefix.flatten(1, 2)):
-            write(layer, kv.transpose(0, 1))
+        for layer, kv in enumerate(prefix):
+            write(layer, kv.transpose(0, 1).flatten(1, 2))
 
     def move(self, source: int, target: int, positions: int) -> None:
         self.held[target], self.held[source] = self.held[source], []

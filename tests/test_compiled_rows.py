@@ -1,0 +1,115 @@
+"""Decode steps that are compiled compute something else than torch's operators, or a machine that
+cannot compile them does not serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY_2, TINY_3, random_model
+
+from kestrel.config import SHIPPED_MODELS
+from kestrel.moondream import cached
+from kestrel.moondream.config import MoondreamConfig
+from kestrel.moondream.model import Moondream, load
+from kestrel.ops import rows
+
+NANO = SHIPPED_MODELS / "nano"
+CPU = torch.device("cpu")
+
+
+def grouped(config: MoondreamConfig) -> MoondreamConfig:
+    """Half as many heads of keys and values."""
+    text = dataclasses.replace(config.text, n_kv_heads=config.text.n_heads // 2)
+    return dataclasses.replace(config, text=text)
+
+
+CONFIGS = {"md2": TINY_2, "md3": TINY_3, "grouped": grouped(TINY_2)}
+
+
+def answers(model: Moondream, *, scale: float = 1.0) -> torch.Tensor:
+    """Hidden states of three slots, not in order, each of another length, over some steps."""
+    text, chance = model.cached, torch.Generator().manual_seed(5)
+    dim = model.config.text.dim
+    cache, lengths = model.new_cache(4), [3, 21, 40]
+    slots = torch.tensor([3, 0, 2])
+    for slot, length in zip(slots.tolist(), lengths, strict=True):
+        cache.put(slot, text.prefix(scale * torch.randn(length, dim, generator=chance)))
+    out = []
+    for step in range(6):
+        x = scale * torch.randn(3, dim, generator=chance)
+        at = torch.tensor(lengths) + step
+        out.append(text.decode(x, at, cache, slots, int(at.max()) + 1))
+    return torch.stack(out)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, config: MoondreamConfig) -> list[Moondream]:
+    """The same model with compiled steps and without."""
+    models = [random_model(config), random_model(config)]
+    models[0].fuse()
+    with monkeypatch.context() as patched:
+        patched.setattr(cached, "compiled", lambda: None)
+        models[1].fuse()
+    assert models[0].cached._compiled is not None and models[1].cached._compiled is None
+    return models
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_compiled_steps_give_other_numbers(monkeypatch, name):
+    compiled, plain = (answers(model) for model in both(monkeypatch, CONFIGS[name]))
+    assert compiled.std() > 0.1
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_large_numbers_overflow_when_compiled(monkeypatch):
+    compiled, plain = (answers(model, scale=1e4) for model in both(monkeypatch, TINY_3))
+    assert compiled.isfinite().all()
+    torch.testing.assert_close(compiled, plain, atol=1e-1, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_shipped_model_steps_otherwise_when_compiled(monkeypatch):
+    compiled = load(NANO, CPU, torch.float32)
+    monkeypatch.setattr(cached, "compiled", lambda: None)
+    plain = load(NANO, CPU, torch.float32)
+    assert plain.cached._compiled is None
+    torch.testing.assert_close(answers(compiled), answers(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_other_types_are_read_as_float32():
+    assert load(NANO, CPU, torch.bfloat16).cached._compiled is None
+
+
+def test_a_machine_without_numba_does_not_serve(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "kestrel.ops.compiled", raising=False)
+    rows.compiled.cache_clear()
+    try:
+        model = load(NANO, CPU, torch.float32)
+        with torch.inference_mode():
+            assert answers(model).isfinite().all()
+    finally:
+        rows.compiled.cache_clear()
+    assert "pip install numba" in caplog.text
+
+
+def test_a_machine_that_keeps_no_compiled_code_does_not_serve():
+    """A package that cannot be written to, run by somebody without a home."""
+    code = (
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"  # no place will do
+        "from kestrel.ops.rows import compiled\n"
+        "assert compiled() is not None\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
