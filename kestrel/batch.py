@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kestrel.api import SegmentSettings
-from kestrel.moondream.kv import PAGE, KVCache
+from kestrel.moondream.kv import PAGE, KVCache, SlotKV
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
@@ -148,13 +148,41 @@ class Batch:
         Gives the rows that have a new ``token``.
         """
         decoding = [row for row in self.rows if row.token is not None]
-        parts = [self._decode(decoding)] if decoding else []
-        if chunks:
-            parts.append(self._feed(chunks))
+        if self._text.compiled and isinstance(self.cache, SlotKV):
+            parts = [self._advance(decoding, chunks)]
+        else:
+            parts = [self._decode(decoding)] if decoding else []
+            if chunks:
+                parts.append(self._feed(chunks))
         sampled = decoding + [row for row, _ in chunks if not row.unfed]
         if sampled:
             self._sample(sampled, parts[0] if len(parts) == 1 else torch.cat(parts))
         return sampled
+
+    def _advance(self, rows: list[Row], chunks: Sequence[tuple[Row, int]]) -> Tensor:
+        """Feed every row's token and parts of prompts as rows of one step, each after those that it
+        sees; hidden states of ``rows``, then of the prompts that are whole."""
+        tokens: list[Token] = [row.token for row in rows if row.token is not None]
+        slots, positions = [row.slot for row in rows], [row.position for row in rows]
+        kept = list(range(len(rows)))
+        for row in rows:
+            row.position += 1
+        for row, count in chunks:
+            tokens += row.prompt.tokens[row.fed : row.fed + count]
+            slots += [row.slot] * count
+            positions += range(row.position, row.position + count)
+            row.position += count
+            row.fed += count
+            if not row.unfed:
+                kept.append(len(tokens) - 1)
+        hidden = self._text.decode(
+            self._embed(tokens),
+            torch.tensor(positions),
+            self.cache,
+            torch.tensor(slots),
+            1 + max(positions),
+        )
+        return hidden if len(kept) == len(tokens) else hidden[torch.tensor(kept, dtype=torch.int64)]
 
     def _decode(self, rows: list[Row]) -> Tensor:
         """Feed every row's token; hidden states [rows, dim]."""

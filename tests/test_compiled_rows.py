@@ -55,7 +55,7 @@ def both(monkeypatch: pytest.MonkeyPatch, config: MoondreamConfig) -> list[Moond
     with monkeypatch.context() as patched:
         patched.setattr(cached, "compiled", lambda: None)
         models[1].fuse()
-    assert models[0].cached._compiled is not None and models[1].cached._compiled is None
+    assert models[0].cached.compiled and not models[1].cached.compiled
     return models
 
 
@@ -79,12 +79,12 @@ def test_the_shipped_model_steps_otherwise_when_compiled(monkeypatch):
     compiled = load(NANO, CPU, torch.float32)
     monkeypatch.setattr(cached, "compiled", lambda: None)
     plain = load(NANO, CPU, torch.float32)
-    assert plain.cached._compiled is None
+    assert not plain.cached.compiled
     torch.testing.assert_close(answers(compiled), answers(plain), atol=1e-4, rtol=1e-4)
 
 
 def test_other_types_are_read_as_float32():
-    assert load(NANO, CPU, torch.bfloat16).cached._compiled is None
+    assert not load(NANO, CPU, torch.bfloat16).cached.compiled
 
 
 def test_a_machine_without_numba_does_not_serve(monkeypatch, caplog):

@@ -70,11 +70,17 @@ class CachedText:
         self._layers = [self._layer(block, fuse) for block in text.blocks]
         self._tau_table = self._position_scales() if c.tau_attn else None
         plain = text.wte.device.type == "cpu" and text.wte.dtype == torch.float32
-        self._compiled = compiled() if fuse and plain else None
-        if self._compiled is not None:
+        self._rows = compiled() if fuse and plain else None
+        if self._rows is not None:
             self._tables = [
                 self._numbers(number, block) for number, block in enumerate(text.blocks)
             ]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ``decode`` over a ``SlotKV`` runs compiled; a slot may then have several rows in
+        one step, in order of position."""
+        return self._rows is not None
 
     def _layer(self, block: Block, fuse: bool) -> _Layer:
         attention, mlp = block.attn, block.mlp
@@ -213,9 +219,9 @@ class CachedText:
         the place of reading the cache and ``attend``. Gives hidden states [B, dim].
         """
         batch = len(x)
-        if self._compiled is not None and isinstance(cache, SlotKV):
+        if self._rows is not None and isinstance(cache, SlotKV):
             where = torch.arange(batch) if slots is None else slots
-            return self._decode_compiled(self._compiled, x, positions, cache, where)
+            return self._decode_compiled(self._rows, x, positions, cache, where)
         level = level and span % LANES == 0
         span = _whole_lanes(span, cache)
         where = torch.arange(batch, device=x.device) if slots is None else slots
