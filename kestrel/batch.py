@@ -148,6 +148,8 @@ class Batch:
         Gives the rows that have a new ``token``.
         """
         decoding = [row for row in self.rows if row.token is not None]
+        if not decoding and not chunks:
+            return []
         if self._text.compiled and isinstance(self.cache, SlotKV):
             parts = [self._advance(decoding, chunks)]
         else:

@@ -177,17 +177,20 @@ class CachedText:
         Gives hidden states [B, T, dim].
         """
         batch, length, dim = x.shape
-        span = _whole_lanes(span, cache)
         # Padding is written where a request goes on, or to the context's last position: nobody
         # reads it before it is written again.
         offsets = torch.arange(length, device=x.device)
         positions = (starts[:, None] + offsets).clamp_(max=cache.positions - 1)
+        where = slots[:, None].expand_as(positions).flatten()
+        if self._rows is not None and isinstance(cache, SlotKV) and not prefix:
+            flat = x.reshape(-1, dim), positions.flatten(), cache, where
+            return self._decode_compiled(self._rows, *flat).view(batch, length, dim)
+        span = _whole_lanes(span, cache)
         keys = torch.arange(span, device=x.device)
         seen = keys <= positions[..., None]
         if prefix:
             seen |= (keys < prefix) & (positions[..., None] < prefix)
         mask = seen[:, None]
-        where = slots[:, None].expand_as(positions).flatten()
         write = cache.writer(where, positions.flatten())
         read = cache.reader(stretch or slots, span)
         step = self._step(positions.flatten())
@@ -252,7 +255,8 @@ class CachedText:
         self, rows: LayerRows, x: Tensor, positions: Tensor, cache: SlotKV, slots: Tensor
     ) -> Tensor:
         """``decode`` with the products alone left to torch."""
-        kv, where, at = cache.kv.numpy(), slots.numpy(), positions.numpy()
+        kv = cache.kv.numpy()
+        where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
         heads = self.config.n_heads
         for layer, tables, stretch in zip(self._layers, self._tables, kv, strict=True):
             (into,), (out,) = layer.into, layer.out
