@@ -2,8 +2,8 @@
 
     python benchmarks/path_size.py --out path_size.json
 
-Masks are outlines of ``benchmarks/refiner.py`` refined by the guided filter on its pictures, and
-smooth blobs; each option is changed alone from the defaults.
+Masks are outlines of ``benchmarks/refiner_cases.py`` refined by the guided filter on its pictures,
+and smooth blobs; each option is changed alone from the defaults.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from refiner import make_case, photo
+from refiner_cases import make_case, photo
 
 from kestrel.config import RefinerConfig
 from kestrel.image import decode

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import os
 import statistics
@@ -33,10 +32,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from refiner_cases import Bbox, Case, make_case, photo, tiled_photo, torn
 
 from kestrel.config import RefinerConfig
-from kestrel.image import decode
 from kestrel.seg_refiner import SegmentRefiner, bitmap_to_path
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.clean import clean_mask
@@ -50,74 +48,17 @@ COVERS = (0.01, 0.17, 0.6)
 STAGES = ("rasterise", "clean", "trace", "encode", "whole")
 WANTED_RATIO = {(1546, 1213): 50, (4032, 3024): 100}
 """How many times faster than the public way the whole is to be, by size: median over its cases."""
-WANTED_MS = {"guided": 60, "none": 25}
+WANTED_MS = {"boundary": 60, "guided": 60, "none": 25}
 """Milliseconds that a request with both masks may take at 1546x1213, by refiner."""
 MASKS_COST_MS = 4
 FIRST_RESULT_S = 1.0
-RESIDENT_MB = 200
+RESIDENT_MB = {"boundary": 400, "guided": 200}
 LARGEST = (10_000, 10_000)
 """The largest image that the default limits let in."""
 LARGEST_MB = 2000
 MAX_DISAGREEMENT = 0.001
 """Pixels of the coarse mask that may differ from resvg's, per pixel of the object."""
 MIN_TRACE_IOU = 0.995
-
-Bbox = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One outline with a hole, as a model would give it, on an image of so many pixels."""
-
-    width: int
-    height: int
-    vertices: int
-    cover: float
-    path: str
-    bbox: Bbox
-
-
-def outline(vertices: int, rng: np.random.Generator) -> np.ndarray:
-    """Float [vertices, 2] in 0..1: a rounded square with uneven rim."""
-    angle = (np.arange(vertices) + rng.uniform(0, 0.6, vertices)) * 2 * np.pi / vertices
-    unit = np.stack([np.cos(angle), np.sin(angle)], 1)
-    # A superellipse of exponent 8: it must fill its box to cover 60 % of an image.
-    reach = np.sum(unit**8, axis=1) ** (-1 / 8)
-    points = unit * (reach * (1 - 0.12 * rng.random(vertices)))[:, None]
-    low, high = points.min(0), points.max(0)
-    return (points - low) / (high - low)
-
-
-def area(points: np.ndarray) -> float:
-    """Shoelace formula; points in units of the box."""
-    x, y = points.T
-    return abs(float(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1)))) / 2
-
-
-def make_case(size: tuple[int, int], vertices: int, cover: float) -> Case:
-    rng = np.random.default_rng([*size, vertices, round(cover * 100)])
-    rim = outline(vertices, rng)
-    # A third as wide and the other way round, so that non-zero winding leaves it out.
-    hole = (outline(max(4, vertices // 4), rng) - 0.5)[::-1] / 3 + 0.5
-    side = (cover / (area(rim) - area(hole))) ** 0.5
-    x0, y0 = (1 - side) * rng.uniform(0.1, 0.9, 2)
-    path = "".join(
-        "M" + "L".join(f"{x:.4f} {y:.4f}" for x, y in points) + "Z" for points in (rim, hole)
-    )
-    bbox = {"x_min": x0, "y_min": y0, "x_max": x0 + side, "y_max": y0 + side}
-    return Case(*size, vertices, cover, path, bbox)
-
-
-def torn(coarse: np.ndarray, seed: int) -> np.ndarray:
-    """The mask with specks and pinholes, as a refinement leaves them for the clean-up."""
-    rng = np.random.default_rng(seed)
-    height, width = coarse.shape
-    mask = coarse.copy()
-    for _ in range(24):
-        x, y, r = rng.integers(width), rng.integers(height), 1 + width // 600
-        mask[max(0, y - r) : y + r, max(0, x - r) : x + r] ^= 1
-    return mask
-
 
 # --- the two pipelines, by the same four stages ------------------------------------------------
 
@@ -210,36 +151,11 @@ def agreement(case: Case, public: Pipeline, theirs: Run, ours: Run) -> dict[str,
 # --- whole requests ----------------------------------------------------------------------------
 
 
-def photo(case: Case) -> bytes:
-    """A JPEG (quality 90) of a textured scene with the case's object in it."""
-    rng = np.random.default_rng(case.vertices)
-    size = (case.width, case.height)
-    light = cv2.resize(
-        rng.random((9, 11, 3)).astype(np.float32), size, interpolation=cv2.INTER_CUBIC
-    )
-    grain = cv2.GaussianBlur(rng.standard_normal((*size[::-1], 3)).astype(np.float32), (0, 0), 1.2)
-    scene = np.clip(255 * (0.15 + 0.5 * light + 0.1 * grain), 0, 255).astype(np.uint8)
-    inside = rasterize_relative(case.path, case.bbox, *size) > 0
-    scene[inside] = np.minimum(scene[inside].astype(np.int16) + 70, 255)
-    content = io.BytesIO()
-    Image.fromarray(scene).save(content, "JPEG", quality=90)
-    return content.getvalue()
-
-
-def tiled_photo(case: Case) -> bytes:
-    """A JPEG of pieces of one picture, for sizes that :func:`photo` would take minutes for."""
-    piece = decode(photo(make_case((500, 500), case.vertices, case.cover)))
-    scene = np.tile(piece, (case.height // 500, case.width // 500, 1))
-    done, content = cv2.imencode(".jpg", scene)
-    assert done
-    return content.tobytes()
-
-
 def requests(size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     """JPEG bytes in; path, and masks when asked for, out: both refiners in turn."""
     case = make_case(size, 32, 0.17)
     image = photo(case)
-    refiners = {name: SegmentRefiner(RefinerConfig(refiner=name)) for name in ("guided", "none")}
+    refiners = {name: SegmentRefiner(RefinerConfig(refiner=name)) for name in WANTED_MS}
     times: dict[tuple[str, bool], list[float]] = {
         (name, masks): [] for name in refiners for masks in (False, True)
     }
@@ -275,13 +191,14 @@ def requests(size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
 
 FRESH = """
 import json, sys, time
-image, path, bbox = json.load(open(sys.argv[1]))
+name, image, path, bbox = json.load(open(sys.argv[1]))
 import base64
 began = time.perf_counter(), time.process_time()
 import cv2
 cv2.setNumThreads(1)
+from kestrel.config import RefinerConfig
 from kestrel.seg_refiner import SegmentRefiner
-refiner = SegmentRefiner()
+refiner = SegmentRefiner(RefinerConfig(refiner=name, selectable=()))
 result = refiner.refine_encoded(base64.b64decode(image), path, bbox, return_base64=True)
 done = time.perf_counter(), time.process_time()
 assert result.reason == "refined", result.reason
@@ -297,6 +214,7 @@ print(json.dumps({
 
 
 def fresh_process(
+    refiner: str,
     size: tuple[int, int],
     rounds: int,
     cover: float = 0.17,
@@ -308,7 +226,7 @@ def fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder, "request.json")
         image = base64.b64encode(picture(case)).decode()
-        asked.write_text(json.dumps([image, case.path, case.bbox]))
+        asked.write_text(json.dumps([refiner, image, case.path, case.bbox]))
         for _ in range(rounds):
             said = subprocess.run(
                 [sys.executable, "-c", FRESH, str(asked)],
@@ -402,11 +320,11 @@ def missed_figures(report: dict[str, Any]) -> Iterator[str]:
             yield f"a request ({row['refiner']}) takes {row['path_and_masks_ms']:.0f} ms"
         if row["masks_cost_ms"] > MASKS_COST_MS:
             yield f"masks ({row['refiner']}) cost {row['masks_cost_ms']:.1f} ms"
-    fresh = report["fresh_process"]
-    if fresh["first_result_cpu_s"] > FIRST_RESULT_S:
-        yield f"the first result takes {fresh['first_result_cpu_s']:.2f} s"
-    if fresh["resident_mb"] > RESIDENT_MB:
-        yield f"a refiner process holds {fresh['resident_mb']:.0f} MB"
+    for name, fresh in report["fresh_process"].items():
+        if fresh["first_result_cpu_s"] > FIRST_RESULT_S:
+            yield f"the first result ({name}) takes {fresh['first_result_cpu_s']:.2f} s"
+        if fresh["resident_mb"] > RESIDENT_MB[name]:
+            yield f"a refiner process ({name}) holds {fresh['resident_mb']:.0f} MB"
     if report["largest"]["peak_mb"] > LARGEST_MB:
         yield f"an image of {LARGEST} takes {report['largest']['peak_mb']:.0f} MB"
 
@@ -427,13 +345,14 @@ def measured(sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
     asked = [row for size in sizes for row in requests(size, 5 * rounds)]
     for row in asked:
         show_request(row)
-    fresh = fresh_process((1546, 1213), rounds)
-    largest = fresh_process(LARGEST, 1, 0.6, tiled_photo)
-    print(
-        f"fresh process: first result after {fresh['first_result_s']:.2f} s "
-        f"({fresh['first_result_cpu_s']:.2f} s CPU), {fresh['resident_mb']:.0f} MB resident, "
-        f"{fresh['peak_mb']:.0f} MB at most"
-    )
+    fresh = {name: fresh_process(name, (1546, 1213), rounds) for name in RESIDENT_MB}
+    largest = fresh_process("boundary", LARGEST, 1, 0.6, tiled_photo)
+    for name, one in fresh.items():
+        print(
+            f"fresh process ({name}): first result after {one['first_result_s']:.2f} s "
+            f"({one['first_result_cpu_s']:.2f} s CPU), {one['resident_mb']:.0f} MB resident, "
+            f"{one['peak_mb']:.0f} MB at most"
+        )
     print(
         f"{LARGEST[0]}x{LARGEST[1]}: {largest['first_result_cpu_s']:.1f} s CPU, "
         f"{largest['peak_mb']:.0f} MB at most"

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--model-path", metavar="P", help="checkpoint; default: the shipped model")
-    common.add_argument("--refiner", default="guided", help="guided (default), none, ...")
+    common.add_argument("--refiner", default="boundary", help="boundary (default), guided, ...")
     common.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
 
     segment = commands.add_parser("segment", parents=[common], help="segment one picture")

@@ -82,9 +82,9 @@ FEWEST_VERTICES = 16
 class RefinerConfig:
     """The CPU half: rasterise, refine, clean, trace."""
 
-    refiner: str = "guided"
-    """Backend by name: ``none`` traces the coarse mask as it is, ``guided`` snaps it to edges,
-    ``boundary`` does so with more rules and a small network beside them (ONNX Runtime),
+    refiner: str = "boundary"
+    """Backend by name: ``boundary`` snaps the coarse mask to the picture's edges with several rules
+    and a small network (ONNX Runtime), ``guided`` with one fast filter, ``none`` does not,
     ``seghead`` is Moondream's neural head, ``hq-sam`` a SAM-HQ model of ``transformers``."""
     selectable: tuple[str, ...] = ("none", "guided")
     """Further backends that are loaded, so that a request may choose one (``settings.refiner``)."""

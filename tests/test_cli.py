@@ -172,7 +172,7 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{png}", "dog", "--spatial-ref", "nan,0.5"], "0..1"),
         (["{png}", "dog", "--spatial-ref", "0.9,0.1,0.1,0.9"], "ordered"),
         (["{png}", "dog", *["--spatial-ref", "0.5,0.5"] * 17], "at most 16"),
-        (["{png}", "dog", "--refiner", "magic"], "guided"),
+        (["{png}", "dog", "--refiner", "magic"], "boundary"),
         (["{png}", "dog", "--device", "abacus"], "device must be"),
         (["{png}", "dog", "--model-path", "{folder}/no-model"], "no-model"),
         (["{png}", "dog", "--model-path", "{folder}"], "{folder}"),

@@ -80,10 +80,11 @@ def test_a_request_chooses_its_refiner_among_those_loaded(
 
     coarse = asked("none").json()
     assert coarse["refined_mask_base64"] == coarse["coarse_mask_base64"]
-    assert without_times(asked("guided").json()) == without_times(answers[0])
+    assert without_times(asked("boundary").json()) == without_times(answers[0])
+    assert asked("guided").json()["path"] not in (coarse["path"], answers[0]["path"])
     refused = asked("hq-sam")
     assert (refused.status_code, refused.json()["field"]) == (400, "settings.refiner")
-    assert "loaded are guided, none" in refused.json()["error"]
+    assert "loaded are boundary, none, guided" in refused.json()["error"]
 
 
 def test_stream_is_box_then_path_then_the_plain_answer(
