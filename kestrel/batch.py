@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kestrel.api import SegmentSettings
-from kestrel.moondream.kv import PAGE, KVCache, SlotKV
+from kestrel.moondream.kv import PAGE, KVCache
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
@@ -150,7 +150,9 @@ class Batch:
         decoding = [row for row in self.rows if row.token is not None]
         if not decoding and not chunks:
             return []
-        if self._text.compiled and isinstance(self.cache, SlotKV):
+        count = len(decoding) + sum(count for _, count in chunks)
+        span = 1 + max(row.position for row in self.rows) + sum(count for _, count in chunks)
+        if self._text.compiles(self.cache, count, span):
             parts = [self._advance(decoding, chunks)]
         else:
             parts = [self._decode(decoding)] if decoding else []

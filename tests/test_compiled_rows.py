@@ -48,6 +48,10 @@ def answers(model: Moondream, *, scale: float = 1.0) -> torch.Tensor:
     return torch.stack(out)
 
 
+def compiles(model: Moondream) -> bool:
+    return model.cached.compiles(model.new_cache(4), 3, 46)
+
+
 def both(monkeypatch: pytest.MonkeyPatch, config: MoondreamConfig) -> list[Moondream]:
     """The same model with compiled steps and without."""
     models = [random_model(config), random_model(config)]
@@ -55,7 +59,7 @@ def both(monkeypatch: pytest.MonkeyPatch, config: MoondreamConfig) -> list[Moond
     with monkeypatch.context() as patched:
         patched.setattr(cached, "compiled", lambda: None)
         models[1].fuse()
-    assert models[0].cached.compiled and not models[1].cached.compiled
+    assert compiles(models[0]) and not compiles(models[1])
     return models
 
 
@@ -79,12 +83,22 @@ def test_the_shipped_model_steps_otherwise_when_compiled(monkeypatch):
     compiled = load(NANO, CPU, torch.float32)
     monkeypatch.setattr(cached, "compiled", lambda: None)
     plain = load(NANO, CPU, torch.float32)
-    assert not plain.cached.compiled
+    assert not compiles(plain)
     torch.testing.assert_close(answers(compiled), answers(plain), atol=1e-4, rtol=1e-4)
 
 
+def test_several_threads_wait_for_one(monkeypatch):
+    text = load(NANO, CPU, torch.float32).cached
+    slots, pages = text.new_cache(16), text.new_pages(16)
+    for threads, large in ((1, True), (2, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert text.compiles(slots, 16, 130)
+        assert text.compiles(slots, 16, 500) is large
+        assert not text.compiles(pages, 1, 100)
+
+
 def test_other_types_are_read_as_float32():
-    assert not load(NANO, CPU, torch.bfloat16).cached.compiled
+    assert not compiles(load(NANO, CPU, torch.bfloat16))
 
 
 def test_a_machine_without_numba_does_not_serve(monkeypatch, caplog):

@@ -19,12 +19,16 @@ from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 from kestrel.ops.linear import Product, shape_of
-from kestrel.ops.rows import LayerRows, compiled
+from kestrel.ops.rows import compiled
 
 LANES = 16
 """Attention reads this many positions, or a multiple: the CPU's kernel adds up what is left over
 from its vectors in another order, so that a request's last bits would depend on how far the others
 of its batch have come. Positions that nobody sees add exact zeros."""
+
+ONE_THREAD = 2**20
+"""Products in the attention of a layer up to which one thread has done it, compiled, before several
+have by torch's operators."""
 
 Attention = Callable[[int, Tensor], Tensor]
 """Attention of one layer's queries [B, heads, head_dim] over the cache, alike in shape."""
@@ -76,11 +80,13 @@ class CachedText:
                 self._numbers(number, block) for number, block in enumerate(text.blocks)
             ]
 
-    @property
-    def compiled(self) -> bool:
-        """Whether ``decode`` over a ``SlotKV`` runs compiled; a slot may then have several rows in
-        one step, in order of position."""
-        return self._rows is not None
+    def compiles(self, cache: KVCache, rows: int, span: int) -> bool:
+        """Whether ``decode`` of so many rows, of ``span`` positions at most, runs compiled, on one
+        thread. A slot may then have several rows in one step, in order of position."""
+        if self._rows is None or not isinstance(cache, SlotKV):
+            return False
+        products = 2 * rows * span * self.config.n_heads * self.config.head_dim
+        return products <= ONE_THREAD or torch.get_num_threads() == 1
 
     def _layer(self, block: Block, fuse: bool) -> _Layer:
         attention, mlp = block.attn, block.mlp
@@ -182,9 +188,9 @@ class CachedText:
         offsets = torch.arange(length, device=x.device)
         positions = (starts[:, None] + offsets).clamp_(max=cache.positions - 1)
         where = slots[:, None].expand_as(positions).flatten()
-        if self._rows is not None and isinstance(cache, SlotKV) and not prefix:
+        if not prefix and self.compiles(cache, batch * length, span):
             flat = x.reshape(-1, dim), positions.flatten(), cache, where
-            return self._decode_compiled(self._rows, *flat).view(batch, length, dim)
+            return self._decode_compiled(*flat).view(batch, length, dim)
         span = _whole_lanes(span, cache)
         keys = torch.arange(span, device=x.device)
         seen = keys <= positions[..., None]
@@ -222,9 +228,9 @@ class CachedText:
         the place of reading the cache and ``attend``. Gives hidden states [B, dim].
         """
         batch = len(x)
-        if self._rows is not None and isinstance(cache, SlotKV):
+        if attention is None and self.compiles(cache, batch, span):
             where = torch.arange(batch) if slots is None else slots
-            return self._decode_compiled(self._rows, x, positions, cache, where)
+            return self._decode_compiled(x, positions, cache, where)
         level = level and span % LANES == 0
         span = _whole_lanes(span, cache)
         where = torch.arange(batch, device=x.device) if slots is None else slots
@@ -252,9 +258,10 @@ class CachedText:
         return x
 
     def _decode_compiled(
-        self, rows: LayerRows, x: Tensor, positions: Tensor, cache: SlotKV, slots: Tensor
+        self, x: Tensor, positions: Tensor, cache: KVCache, slots: Tensor
     ) -> Tensor:
         """``decode`` with the products alone left to torch."""
+        assert self._rows is not None
         kv = cache.kv.numpy()
         where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
         heads = self.config.n_heads
@@ -264,7 +271,7 @@ class CachedText:
             joined = into(normed)
             width = joined.shape[1] - self._packed + heads * self.config.head_dim
             seen = joined.new_empty(len(x), width)
-            rows(joined.numpy(), *tables, stretch, where, at, heads, seen.numpy())
+            self._rows(joined.numpy(), *tables, stretch, where, at, heads, seen.numpy())
             if layer.mixture is not None:
                 x = x + layer.mixture(normed)
             x = out.plus(seen, x)
