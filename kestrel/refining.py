@@ -37,9 +37,12 @@ def refined_by(
     request: SegmentRequest,
 ) -> SegmentRefineBitmapsResult:
     """Refine in a worker thread; the refiner logs what it could not do."""
+    from kestrel.seg_refiner.refiner import ASKING
+
     refine: Any = (
         refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
     )
+    asking = ASKING.set(model.request_id)
     try:
         return refine(
             image,
@@ -51,3 +54,5 @@ def refined_by(
     except Exception:
         log.exception("request %s: refinement failed", model.request_id)
         return SegmentRefineBitmapsResult(reason="refine_failed")
+    finally:
+        ASKING.reset(asking)

@@ -164,7 +164,10 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
             f"lost at once, back after {starts.model_s:g} and {starts.refiner_s:g} s"
         )
     if prices is None:
-        lines.append(f"  costs         {plan.models} GPU-hours and {cpus:g} CPU-hours per hour")
+        lines.append(
+            f"  costs         {plan.models} hours of model replicas and {cpus:g} CPU-hours of "
+            "refiners per hour"
+        )
     else:
         gpu, cpu = prices
         total = plan.models * gpu + cpus * cpu

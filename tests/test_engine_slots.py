@@ -173,6 +173,13 @@ async def test_a_request_that_is_cancelled_in_refinement_leaves_nothing_behind(e
     assert segment(await engine.segment(**ask))["svg_path"]
 
 
+async def test_a_rejected_refinement_is_logged_without_its_request(engine, ask, switch, caplog):
+    switch.behave = lambda image, mask: np.eye(*mask.shape, dtype=np.uint8)
+    result = await engine.segment(**ask, request_id="the-one")
+    assert segment(result)["svg_path"] == segment(result)["coarse_path"]
+    assert "request the-one: not refined (rejected)" in caplog.text
+
+
 async def test_a_picture_that_cannot_be_decoded_takes_no_slot_for_long(engine, ask):
     broken = ask["image"][: len(ask["image"]) // 2]
     with pytest.raises(InvalidRequest) as caught:

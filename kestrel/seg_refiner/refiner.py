@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from kestrel.svg import parse_path, place_path
 log = logging.getLogger(__name__)
 
 Bbox = dict[str, float]
+
+ASKING: ContextVar[str] = ContextVar("asking", default="")
+"""The request that a thread refines for, named in log lines where the caller sets it."""
 
 
 class _Stopped(Exception):
@@ -141,7 +145,14 @@ class SegmentRefiner:
         except _Stopped as stop:
             result.reason = stop.reason
             # The cause's traceback says where; a stop without a cause needs none.
-            log.warning("not refined (%s): %s", stop.reason, stop, exc_info=stop.__cause__)
+            whose = ASKING.get()
+            log.warning(
+                "%snot refined (%s): %s",
+                f"request {whose}: " if whose else "",
+                stop.reason,
+                stop,
+                exc_info=stop.__cause__,
+            )
         return result
 
     def _run(
