@@ -9,7 +9,7 @@ spent, so that the schedule ends on time on any machine. Interrupted runs resume
 ``RUN/state.pt``; ``RUN/log.csv`` holds the losses and evaluations, ``RUN/curves.png`` their plot,
 ``--ship`` the checkpoint of the best evaluation (averaged weights). ``--warm FOLDER`` goes on from
 a shipped checkpoint with a schedule of its own, for instance after ``nouns.CORE`` has grown;
-``--first-phase`` leaves out what it knows.
+``--phases`` leaves out what it knows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,19 @@ class Phase:
     questions: int
 
 
-PHASES = (Phase("vision", 0.15, 0), Phase("boxes", 0.27, 5), Phase("paths", 1.0, 3))
+QUESTIONS = {"vision": 0, "boxes": 5, "paths": 3}
+"""Questions per scene in each kind of phase."""
+
+
+def phases(text: str) -> list[Phase]:
+    """``vision=0.15,paths=1``: each phase with the share of the budget at which it ends."""
+    ends = [part.partition("=") for part in text.split(",")]
+    try:
+        return [Phase(name, float(until), QUESTIONS[name]) for name, _, until in ends]
+    except (KeyError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: phases are {', '.join(QUESTIONS)}, each with =SHARE"
+        ) from error
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -67,13 +79,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--ship", type=Path, default=None, help="folder of the best checkpoint")
     parser.add_argument("--warm", type=Path, help="checkpoint folder to go on from")
-    parser.add_argument("--first-phase", choices=[p.name for p in PHASES], default="vision")
+    parser.add_argument(
+        "--phases",
+        type=phases,
+        default="vision=0.15,boxes=0.27,paths=1",
+        help="what is trained, each until a share of the budget",
+    )
     parser.add_argument("--store", type=Path, default=Path("runs/scenes"), help="drawn scenes")
     parser.add_argument("--store-scenes", type=int, default=120_000)
     parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per step")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--eval-every", type=float, default=6.0, help="minutes")
+    parser.add_argument("--eval-every", type=float, default=6.0, help="minutes to save after")
     parser.add_argument("--eval-scenes", type=int, default=120)
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matrix products")
@@ -124,11 +141,8 @@ class Run:
 
     @property
     def phase(self) -> Phase:
-        names = [phase.name for phase in PHASES]
-        first = names.index(self.args.first_phase)
-        skipped = PHASES[first - 1].until if first else 0.0
-        place = skipped + self.progress * (1 - skipped)
-        return next(phase for phase in PHASES if place < phase.until or phase is PHASES[-1])
+        planned = self.args.phases
+        return next((phase for phase in planned if self.progress < phase.until), planned[-1])
 
     def batches(self, phase: Phase):
         """Endless batches of a phase; a resumed run draws other ones."""
@@ -255,8 +269,9 @@ def main() -> None:
         row["step"] = run.step
         row["phase"] = phase.name
         row["scenes_per_s"] = round(len(parts_seen) * args.scenes / (time.monotonic() - since), 1)
-        if phase.questions and run.spent - last_eval > 60 * args.eval_every:
-            row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
+        if run.spent - last_eval > 60 * args.eval_every:
+            if phase.questions:
+                row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
             last_eval = run.spent
             run.save()
         with log.open("a") as file:
