@@ -44,6 +44,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         import grounds
         import nano_checkpoint
         import nano_questions
+        import nano_start
         import nano_training
         import outlines
         import scene_store
@@ -71,7 +72,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {
             module.__name__: module
             for module in (
-                *(assets, grounds, nano_checkpoint, nano_questions, nano_training),
+                *(assets, grounds, nano_checkpoint, nano_questions, nano_start, nano_training),
                 *(outlines, scene_store, scenes),
             )
         }
@@ -148,8 +149,8 @@ def test_a_store_teaches_a_step(tools, tmp_path):
     torch.manual_seed(0)
     model = Moondream(tools["nano_checkpoint"].nano_config(tokenizer))
     numbers = [tokenizer.token_to_id(str(value)) for value in range(961)]
-    patches = tools["nano_training"].picture_patches(store.images, 14)
-    tools["nano_training"].initialise(model, numbers, patches)
+    patches = tools["nano_start"].picture_patches(store.images, 14)
+    tools["nano_start"].initialise(model, numbers, patches)
     losses = tools["nano_training"].Losses(model, questions.noun_ids, numbers)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = next(iter(maker))

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from nano_checkpoint import build_tokenizer, nano_config
 from nano_questions import BatchMaker, SceneQuestions
-from nano_training import Batch, Losses, initialise, picture_patches
-from nouns import CORE, CORE_STYLES, vocabulary_words
+from nano_start import initialise, picture_patches
+from nano_training import Batch, Losses
+from nouns import CORE, CORE_STYLES
 from scene_store import SceneStore, build_store
+from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from nouns import CORE, CORE_STYLES, KINDS
+from nouns import CORE, CORE_STYLES
 from scenes import HELD_OUT_STYLE, Scene, SceneGenerator, SceneObject
+from words import KINDS
 
 from kestrel.config import RefinerConfig, RuntimeConfig
 from kestrel.engine import InferenceEngine

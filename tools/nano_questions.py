@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from nano_training import QUANTUM, Batch, Question, lay_out, outline_tokens
-from nouns import KINDS, SYNONYMS
 from scene_store import GRID, VERTICES, SceneStore, mirrored
 from tokenizers import Tokenizer
+from words import KINDS, SYNONYMS
 
 from kestrel.moondream.config import PromptConfig
 

@@ -3,28 +3,23 @@
 A scene is sampled as a description in units of the shorter side of a virtual canvas, which may be
 wider or taller than the rendered image: the model squashes every aspect to a square, so training
 images are rendered squashed. The same description renders at any size.
-
-    python tools/scenes.py --contact-sheet /tmp/sheet.png --split eval
 """
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import cv2
 import numpy as np
 from assets import LEVELS, SIDE, SOURCES, Pack, held_out
+from effects import TRAIN_SIZE, finish, shade
 from grounds import background, photos
-from nouns import LOOKALIKES, NOUNS, wanted_names
-from outlines import contour, outline
+from nouns import NOUNS, wanted_names
+from words import LOOKALIKES
 
-TRAIN_SIZE = 126
-"""Side of the model's input, px."""
 MIN_VISIBLE = 0.35
 """Objects of which less can be seen are taken out of the scene."""
 MIN_PIXELS = 60 / TRAIN_SIZE**2
@@ -300,7 +295,7 @@ class SceneGenerator:
             pixels, (x0, y0), _ = warped[number]
             h, w = pixels.shape[:2]
             if placement.shadow:
-                _shade(canvas, pixels[..., 3], x0, y0, placement.shadow)
+                shade(canvas, pixels[..., 3], x0, y0, placement.shadow)
             part = canvas[y0 : y0 + h, x0 : x0 + w]
             alpha = pixels[..., 3:]
             coloured = cv2.transform(pixels, placement.colour)[..., :3]
@@ -316,7 +311,7 @@ class SceneGenerator:
             objects.append(
                 SceneObject(placement.noun, owner == number, placement.style, placement.name)
             )
-        return Scene(_finish(canvas, scene.effects, rng), objects, scene)
+        return Scene(finish(canvas, scene.effects, rng), objects, scene)
 
     def _warp(
         self, placement: Placement, canvas: tuple[float, float], width: int, height: int
@@ -393,80 +388,3 @@ class SceneGenerator:
             if worst < 0:
                 return kept
             kept.remove(worst)
-
-
-def _shade(canvas: np.ndarray, alpha: np.ndarray, x0: int, y0: int, darkness: float) -> None:
-    """Darken the canvas with a blurred copy of ``alpha`` a little down and right, in place."""
-    height, width = canvas.shape[:2]
-    step = max(1, round(0.02 * min(width, height)))
-    spread = 3 * step
-    edges = [spread] * 4
-    soft = cv2.copyMakeBorder(alpha, *edges, cv2.BORDER_CONSTANT, value=0.0)
-    soft = cv2.GaussianBlur(soft, (0, 0), 0.7 * step + 0.5)
-    left, top = x0 + step - spread, y0 + step - spread
-    soft = soft[max(0, -top) :, max(0, -left) :]
-    left, top = max(0, left), max(0, top)
-    part = canvas[top : top + soft.shape[0], left : left + soft.shape[1]]
-    part *= 1 - darkness * soft[: part.shape[0], : part.shape[1], None]
-
-
-def _finish(canvas: np.ndarray, effects: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """Effects on the whole picture, and the way to uint8."""
-    height, width = canvas.shape[:2]
-    canvas *= 255 * effects.get("gain", 1.0)
-    if "bias" in effects:
-        canvas += effects["bias"]
-    if "blur" in effects:
-        sigma = effects["blur"] * min(width, height) / TRAIN_SIZE
-        canvas = cv2.GaussianBlur(canvas, (0, 0), sigma)
-    if "noise" in effects:
-        noise = np.empty(canvas.shape, np.int16)
-        cv2.setRNGSeed(int(rng.integers(1 << 31)))
-        cv2.randn(noise, 0, effects["noise"])  # a tenth of numpy's time
-        canvas += noise
-    image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    if "jpeg" in effects:
-        _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(effects["jpeg"])])
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    return image
-
-
-def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom: int) -> np.ndarray:
-    """Scenes with outlines, numbers at the first vertex, and names; uint8 RGB."""
-    tiles = []
-    for index in range(first, first + columns * rows):
-        scene = generator.scene(index)
-        tile = cv2.resize(scene.image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-        for number, found in enumerate(scene.objects):
-            hue = np.array([[[(number * 47) % 180, 255, 255]]], np.uint8)
-            colour = tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
-            points = np.round(outline(contour(found.mask)) * zoom).astype(np.int32)
-            cv2.polylines(tile, [points], True, colour, 1, cv2.LINE_AA)
-            for point in points[1:]:
-                cv2.circle(tile, point.tolist(), 2, colour, -1)
-            cv2.circle(tile, points[0].tolist(), 4, (255, 255, 255), -1)
-            corner = (int(points[:, 0].min()), int(points[:, 1].mean()))
-            for width, ink in ((3, (0, 0, 0)), (1, (255, 255, 255))):
-                text = f"{found.noun}/{found.style[:5]}"
-                cv2.putText(tile, text, corner, cv2.FONT_HERSHEY_PLAIN, 0.9, ink, width)
-        tiles.append(cv2.copyMakeBorder(tile, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(0, 0, 0)))
-    return np.vstack([np.hstack(tiles[r * columns : (r + 1) * columns]) for r in range(rows)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contact-sheet", type=Path, required=True)
-    parser.add_argument("--split", choices=["train", "eval"], default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--grid", type=int, nargs=2, default=(6, 4), metavar=("COLUMNS", "ROWS"))
-    parser.add_argument("--zoom", type=int, default=2)
-    args = parser.parse_args()
-    generator = SceneGenerator(args.split, args.seed)
-    columns, rows = args.grid
-    sheet = _sheet(generator, args.first, columns, rows, args.zoom)
-    cv2.imwrite(str(args.contact_sheet), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-
-
-if __name__ == "__main__":
-    main()

@@ -27,10 +27,12 @@ import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
 from nano_questions import BatchMaker, SceneQuestions
-from nano_training import Batch, Losses, initialise, picture_patches
-from nouns import CORE, CORE_STYLES, vocabulary_words
+from nano_start import initialise, picture_patches
+from nano_training import Batch, Losses
+from nouns import CORE, CORE_STYLES
 from safetensors.torch import load_file
 from scene_store import build_store
+from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 
