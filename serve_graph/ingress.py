@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,7 @@ class IngressDeployment:
 
     async def stream(
         self, *, timeout_s: Any = None, **fields: Any
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
         with _counted() as ended, self._backend.room.enter() as place:
             seconds = api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s)
@@ -113,8 +113,10 @@ class IngressDeployment:
     async def stream_into(self, queue: Queue, **fields: Any) -> None:
         """``stream`` for Ray Client, which has no streaming calls: the events go into a queue."""
         try:
-            async for event in self.stream(**fields):
-                await queue.put_async(event)
+            # A caller that is gone has ended the queue: then the request ends here, at once.
+            async with contextlib.aclosing(self.stream(**fields)) as events:
+                async for event in events:
+                    await queue.put_async(event)
         except RequestError as error:
             await queue.put_async(error)
 
