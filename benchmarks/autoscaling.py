@@ -31,6 +31,7 @@ from starlette.requests import Request
 
 from serve_graph.__main__ import LOCAL, read_config, sample_request, service_url
 from serve_graph.args import LookAhead, Pool, RefinerPool
+from serve_graph.arrivals import Paced
 from serve_graph.launch import LocalCluster, free_port
 from serve_graph.profile import Profile
 from serve_graph.simulation import PoolPlan, Scenario, Simulation
@@ -287,10 +288,9 @@ def simulated(policy: str, load: Load, seconds: float) -> dict[str, float]:
             profile=profile,
             model=PoolPlan(1, max_ongoing=MODEL_POOL.max_ongoing_requests),
             refiner=refiner,
-            rate=lambda at: load.rate(at - BEFORE_S),
+            arrivals=Paced(lambda at: load.rate(at - BEFORE_S)),
             seconds=BEFORE_S + seconds,
             warmup_s=BEFORE_S,
-            regular=True,
         )
     ).run()
     queued = [end for end, took in outcome.finished if took - MODEL_S > 2 * REFINE_S]
