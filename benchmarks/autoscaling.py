@@ -120,7 +120,7 @@ def build(args: dict[str, Any]) -> Application:
     ingress = serve.deployment(
         name="Ingress", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
     )(StandInIngress)
-    return ingress.bind(model.bind(), refiner.bind())  # type: ignore[attr-defined]
+    return ingress.bind(model.bind(), refiner.bind())
 
 
 def config(policy: str, port: int) -> dict[str, Any]:
@@ -318,7 +318,8 @@ def cold_start(rounds: int) -> dict[str, Any]:
     )
     application["args"]["model_pool"].update(metrics_interval_s=0.5, look_back_period_s=2)
     url = service_url(settings)
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     with LocalCluster() as cluster, httpx.Client(base_url=url, timeout=120) as http:
         cluster.deploy(settings)
         cluster.wait_ready(f"{url}/healthz")

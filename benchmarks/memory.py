@@ -66,7 +66,7 @@ def write_shards(folder: Path, shapes: dict[str, torch.Size]) -> None:
             size = 0
         shards[-1].append(name)
         size += 2 * shape.numel()
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: filled(shapes[name]) for name in names}, str(folder / file))

@@ -96,7 +96,9 @@ def cases(folder: Path, split: str, perfect: bool) -> Iterator[Case]:
         if not found:
             continue
         truth = found[0] if len(found) == 1 else found[int(picks.integers(len(found)))]
-        image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        read = cv2.imread(str(file))
+        assert read is not None, f"{file} is no picture"
+        image = cv2.cvtColor(read, cv2.COLOR_BGR2RGB)
         yield Case(file.stem, image, truth, truth.copy() if perfect else coarsened(truth, noise))
 
 
@@ -140,9 +142,16 @@ def _trimap(coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return inside, cv2.distanceTransform(1 - coarse, cv2.DIST_L2, 5) > reach
 
 
+def _grown(mask: np.ndarray, *by: float) -> tuple[int, int, int, int]:
+    """The box that a refiner looks at for a mask uint8 [H, W] that is not empty."""
+    box = mask_box(mask)
+    assert box is not None
+    return grown_box(box, mask.shape[1], mask.shape[0], *by)
+
+
 def grabcut(image: np.ndarray, coarse: np.ndarray, held: bool) -> np.ndarray:
     """Rother et al. 2004 as OpenCV has it; ``held`` to the band around the coarse outline."""
-    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0])
+    x0, y0, x1, y1 = _grown(coarse)
     crop, mask = np.ascontiguousarray(image[y0:y1, x0:x1]), coarse[y0:y1, x0:x1]
     labels = np.where(mask > 0, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     if held:
@@ -150,7 +159,7 @@ def grabcut(image: np.ndarray, coarse: np.ndarray, held: bool) -> np.ndarray:
         labels[inside], labels[outside] = cv2.GC_FGD, cv2.GC_BGD
     refined = coarse.copy()
     try:
-        cv2.grabCut(crop, labels, None, np.empty(0), np.empty(0), 3, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(crop, labels, (0, 0, 0, 0), np.empty(0), np.empty(0), 3, cv2.GC_INIT_WITH_MASK)
     except cv2.error:  # no pixel left for one of its colour models
         return refined
     refined[y0:y1, x0:x1] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
@@ -162,7 +171,7 @@ def matting(image: np.ndarray, coarse: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_matrix, diags
     from scipy.sparse.linalg import spsolve
 
-    x0, y0, x1, y1 = grown_box(mask_box(coarse), coarse.shape[1], coarse.shape[0])
+    x0, y0, x1, y1 = _grown(coarse)
     crop, mask = image[y0:y1, x0:x1], coarse[y0:y1, x0:x1]
     scale = min(1.0, MATTING_SIDE / max(mask.shape))
     size = (max(3, round(mask.shape[1] * scale)), max(3, round(mask.shape[0] * scale)))
@@ -204,8 +213,7 @@ def refiners() -> dict[str, Refine]:
 
 def drawn(case: Case, refined: np.ndarray, note: str) -> np.ndarray:
     """The crop, with coarse (yellow) and true (green) outline, and with ours (red) and true."""
-    height, width = case.truth.shape
-    x0, y0, x1, y1 = grown_box(mask_box(case.truth | case.coarse), width, height, 0.15)
+    x0, y0, x1, y1 = _grown(case.truth | case.coarse, 0.15)
     scale = CELL / max(x1 - x0, y1 - y0)
     cells = []
     for outlines in ((), ((case.coarse, (255, 220, 0)),), ((refined, (255, 0, 0)),)):

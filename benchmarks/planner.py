@@ -136,7 +136,7 @@ def simulated(
             )
         ).run()
         per_s = outcome.answered_per_s
-        if closed:
+        if isinstance(arrivals, ClosedLoop):
             # As it is measured: nobody ever pauses.
             per_s = arrivals.clients / float(outcome.latency.mean())
         rows.append(asdict(Seen.of(outcome.latency, per_s)))

@@ -67,7 +67,7 @@ def talkative(model: Moondream) -> Moondream:
         bias[TOLD] += 20.0
         bias[model.config.prompt.coord_id] += 5.0
         # As large as what the layers add, so that a token depends on those before it.
-        model.text.wte *= 20.0
+        model.text.wte.mul_(20.0)
     return model
 
 
@@ -101,12 +101,12 @@ class PublicModel:
 
     def __init__(self, checkout: Path, folder: Path, config: MoondreamConfig) -> None:
         sys.path.insert(0, str(checkout))
-        from moondream.torch import moondream as public  # type: ignore[import-not-found]
+        from moondream.torch import moondream as public
         from moondream.torch import region, text
-        from moondream.torch.config import (  # type: ignore[import-not-found]
+        from moondream.torch.config import (
             MoondreamConfig as PublicConfig,
         )
-        from moondream.torch.image_crops import (  # type: ignore[import-not-found]
+        from moondream.torch.image_crops import (
             overlap_crop_image,
         )
 

@@ -47,7 +47,7 @@ def clean(mask: np.ndarray) -> np.ndarray:
     least = max(1.0, SMALL * mask.size)
     for value in (0, 1):
         looked_at = (mask == value).astype(np.uint8)
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(looked_at, 8)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(looked_at, connectivity=8)
         areas = stats[1:, cv2.CC_STAT_AREA]
         small = [label + 1 for label, area in enumerate(areas) if area < least]
         if not small:

@@ -383,7 +383,8 @@ def main() -> int:
 
     if TRACER != "pypotrace":
         parser.error("the public way needs pypotrace: build it as the head of this file says")
-    report = measured([tuple(map(int, size.split("x"))) for size in args.sizes], args.rounds)
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    report = measured([(width, height) for width, height in sizes], args.rounds)
     report["failures"] = [*wrong_outputs(report["cases"]), *missed_figures(report)]
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
