@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import RefinerConfig
-from kestrel.seg_refiner.guided import GuidedRefiner, apply_coefficients, coefficients, planes
+from kestrel.seg_refiner.guided import GuidedRefiner, Windows, apply_coefficients, planes
 
 LEVELS = 16
 """Levels of each channel that the colour histograms tell apart."""
@@ -70,7 +70,7 @@ class Cues:
         colour = colour_share(bins, guided)
         blend = (coverage + colour) * np.float32(0.5)
         for scale in BLEND_RADII:
-            blend = _filtered(guide, blend, scale * size)
+            blend = apply_coefficients(guide, _windows(guide, scale * size).fit(blend))
         cues |= {
             "colour": colour,
             "flooded": flooded(image, coverage, COARSE_BASIN * size),
@@ -143,9 +143,8 @@ def flooded(image: np.ndarray, share: np.ndarray, reach: float) -> np.ndarray:
     return cv2.GaussianBlur(share, (0, 0), 1.0)
 
 
-def _filtered(guide: Sequence[np.ndarray], share: np.ndarray, radius: float) -> np.ndarray:
-    fitted = coefficients(guide, share, max(1, round(radius)), FILTER_EPS)
-    return apply_coefficients(guide, fitted)
+def _windows(guide: Sequence[np.ndarray], radius: float) -> Windows:
+    return Windows(guide, max(1, round(radius)), FILTER_EPS)
 
 
 def _smoothed_colours(
@@ -157,8 +156,8 @@ def _smoothed_colours(
     """
     own = np.float32(DISTANCE_WEIGHT) * cues["distance"]
     own += np.float32(COLOUR_WEIGHT) * (2 * colour - 1)
-    share = cues["guided"]
+    share, windows = cues["guided"], _windows(guide, radius)
     for _ in range(3):
-        around = np.clip(_filtered(guide, share, radius), 0, 1)
+        around = np.clip(apply_coefficients(guide, windows.fit(share)), 0, 1)
         share = 1 / (1 + np.exp(-(own + np.float32(AROUND_WEIGHT) * (2 * around - 1))))
     return share

@@ -89,33 +89,48 @@ def apply_coefficients(guide: _Planes, fitted: _Planes) -> np.ndarray:
 
 def coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _Planes:
     """Window means of ``a`` (three planes) and ``b`` (eq. 18 to 20), float32 [h, w]."""
-    window = (2 * radius + 1, 2 * radius + 1)
+    return Windows(guide, radius, eps).fit(soft)
 
-    def mean(plane: np.ndarray) -> np.ndarray:
-        return cv2.blur(plane, window, borderType=cv2.BORDER_REFLECT)
 
-    r, g, b = guide
-    mr, mg, mb, mp = mean(r), mean(g), mean(b), mean(soft)
-    # Covariance of the guide in each window, symmetric 3x3, eps on its diagonal.
-    rr = mean(r * r) - mr * mr + eps
-    gg = mean(g * g) - mg * mg + eps
-    bb = mean(b * b) - mb * mb + eps
-    rg = mean(r * g) - mr * mg
-    rb = mean(r * b) - mr * mb
-    gb = mean(g * b) - mg * mb
-    # Covariance of the guide and the mask.
-    pr = mean(r * soft) - mr * mp
-    pg = mean(g * soft) - mg * mp
-    pb = mean(b * soft) - mb * mp
-    # Solved by the adjugate. A covariance has no negative eigenvalue, so det >= eps^3; the bound
-    # guards against float32 cancellation.
-    irr, irg, irb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
-    igg, igb, ibb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
-    scale = 1 / np.maximum(rr * irr + rg * irg + rb * irb, np.float32(eps**3))
-    ar = (irr * pr + irg * pg + irb * pb) * scale
-    ag = (irg * pr + igg * pg + igb * pb) * scale
-    ab = (irb * pr + igb * pg + ibb * pb) * scale
-    return mean(ar), mean(ag), mean(ab), mean(mp - ar * mr - ag * mg - ab * mb)
+class Windows:
+    """What the windows of one size see of a guide; made once for several masks."""
+
+    def __init__(self, guide: _Planes, radius: int, eps: float) -> None:
+        self._guide, self._size = guide, (2 * radius + 1, 2 * radius + 1)
+        r, g, b = guide
+        mean = self._mean
+        mr, mg, mb = self._means = mean(r), mean(g), mean(b)
+        # Covariance of the guide in each window, symmetric 3x3, eps on its diagonal.
+        rr = mean(r * r) - mr * mr + eps
+        gg = mean(g * g) - mg * mg + eps
+        bb = mean(b * b) - mb * mb + eps
+        rg = mean(r * g) - mr * mg
+        rb = mean(r * b) - mr * mb
+        gb = mean(g * b) - mg * mb
+        # Its adjugate.
+        irr, irg, irb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
+        igg, igb, ibb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
+        self._inverse = (irr, irg, irb, igg, igb, ibb)
+        # A covariance has no negative eigenvalue, so det >= eps^3; the bound guards against
+        # float32 cancellation.
+        self._scale = 1 / np.maximum(rr * irr + rg * irg + rb * irb, np.float32(eps**3))
+
+    def _mean(self, plane: np.ndarray) -> np.ndarray:
+        return cv2.blur(plane, self._size, borderType=cv2.BORDER_REFLECT)
+
+    def fit(self, soft: np.ndarray) -> _Planes:
+        """:func:`coefficients` of a soft mask float32 [h, w]."""
+        (r, g, b), (mr, mg, mb), mean = self._guide, self._means, self._mean
+        irr, irg, irb, igg, igb, ibb = self._inverse
+        mp = mean(soft)
+        # Covariance of the guide and the mask.
+        pr = mean(r * soft) - mr * mp
+        pg = mean(g * soft) - mg * mp
+        pb = mean(b * soft) - mb * mp
+        ar = (irr * pr + irg * pg + irb * pb) * self._scale
+        ag = (irg * pr + igg * pg + igb * pb) * self._scale
+        ab = (irb * pr + igb * pg + ibb * pb) * self._scale
+        return mean(ar), mean(ag), mean(ab), mean(mp - ar * mr - ag * mg - ab * mb)
 
 
 def _at_full_size(image: np.ndarray, soft: np.ndarray, fitted: _Planes, factor: int) -> np.ndarray:
