@@ -291,7 +291,8 @@ class RuntimeConfig:
     request_timeout_s: float = 60.0
     """Deadline of a request from arrival, seconds; then its work is cancelled (504)."""
     torch_threads: int | None = None
-    """Intra-op CPU threads of the model; None leaves torch's own choice."""
+    """Intra-op CPU threads of the model; None: one for a small model on a CPU, else torch's own
+    choice. With one, pictures are encoded by another thread beside the steps that decode."""
     refiner: RefinerConfig | None = field(default_factory=RefinerConfig)
     """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
     refiner_threads: int = 1

@@ -36,6 +36,8 @@ from kestrel.skills.segment import Phase
 
 log = logging.getLogger(__name__)
 
+SMALL_MODEL = 30_000_000
+"""Parameters under which a model on a CPU gets one thread, unless the configuration says more."""
 AHEAD = 8
 """Waiting requests whose images may be held decoded: bounds memory, not the queue."""
 
@@ -69,6 +71,7 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         self.last_success = 0.0
         """When a request last completed without an engine failure after it, monotonic seconds."""
+        self._threads = config.torch_threads or _threads_of(model)
         with torch.inference_mode():
             self._batch = Batch(
                 model,
@@ -78,7 +81,7 @@ class Scheduler:
             )
         # Where the model has one core, others encode pictures beside its steps. More threads, or a
         # GPU, are better used one thing after the other.
-        beside = model.device.type == "cpu" and config.torch_threads == 1
+        beside = model.device.type == "cpu" and self._threads == 1
         self._pictures = Pictures(
             model.config.vision, config, self._wake, self._encode_beside if beside else None
         )
@@ -186,8 +189,8 @@ class Scheduler:
     # The engine thread.
 
     def _main(self) -> None:
-        if self._config.torch_threads is not None:
-            torch.set_num_threads(self._config.torch_threads)
+        # Set even to torch's own choice: a thread in which it is not set takes twice the time.
+        torch.set_num_threads(self._threads)
         reason: BaseException | None = None
         try:
             with torch.inference_mode():
@@ -391,6 +394,12 @@ class Scheduler:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._deliver(outbox)
+
+
+def _threads_of(model: Moondream) -> int:
+    """Threads that torch's operators pay with: in a small model they mostly wait for each other."""
+    small = sum(weights.numel() for weights in model.parameters()) < SMALL_MODEL
+    return 1 if small and model.device.type == "cpu" else torch.get_num_threads()
 
 
 def _encoding_failed(error: Exception) -> EngineError:

@@ -17,7 +17,7 @@ from PIL import Image
 from serving import encoded, picture
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
-from kestrel import InferenceEngine, RuntimeConfig, pictures
+from kestrel import InferenceEngine, RuntimeConfig, pictures, scheduler
 from kestrel.api import DeadlineExceeded, InvalidRequest, SegmentSettings
 from kestrel.batch import Batch, Row
 from kestrel.engine import EngineError, EngineResult
@@ -164,6 +164,26 @@ async def test_a_picture_that_is_encoded_stalls_those_that_decode(start, watch, 
     finally:
         go_on.set()
     assert (await joining).metrics.output_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("threads", "small", "thread"),
+    [(None, True, "crop"), (None, False, "engine"), (1, False, "crop"), (2, True, "engine")],
+)
+async def test_a_small_model_waits_for_several_threads(start, monkeypatch, threads, small, thread):
+    monkeypatch.setattr(scheduler, "SMALL_MODEL", 10**9 if small else 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    names: list[str] = []
+    features = Batch.features
+
+    def named(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+        names.append(threading.current_thread().name)
+        return features(batch, crops)
+
+    monkeypatch.setattr(Batch, "features", named)
+    engine = await start(torch_threads=threads)
+    await ask(engine, 4, image=picture(50, 50))
+    assert names and all(name.startswith(thread) for name in names)
 
 
 # Order
