@@ -126,7 +126,7 @@ def simulated(
             Scenario(
                 profile=profile,
                 model=PoolPlan(1, max_ongoing=args["model_pool"]["max_ongoing_requests"]),
-                refiner=PoolPlan(1, max_ongoing=args["refiner_pool"]["max_ongoing_requests"]),
+                refiner=PoolPlan(1, max_ongoing=args["refiner_pool"]["threads"]),
                 arrivals=arrivals,
                 seconds=seconds,
                 warmup_s=WARMUP * seconds if closed else 0.0,

@@ -52,7 +52,7 @@ def build(args: GraphArgs) -> Application:
         refiner.bind(
             args.refiner.served_with(args.runtime),
             args.runtime.limits,
-            args.refiner_pool.max_ongoing_requests,
+            args.refiner_pool.threads,
             args.refiner_pool.stuck_s,
         ),
     )

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
 
+FULL_RETRY_S = 0.05
+"""How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 leaves
+them idle for most of it, where answers take less."""
+
 
 class Pool(BaseModel):
     """How many replicas of one deployment, what each holds, and how long its queue may get."""
@@ -74,6 +78,7 @@ class Pool(BaseModel):
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "health_check_period_s": self.health_check_period_s,
             "health_check_timeout_s": self.health_check_timeout_s,
+            "request_router_config": {"max_backoff_s": FULL_RETRY_S},
             "backpressure_config": {"status_code": 503, "retry_after_s": 1.0},
             "ray_actor_options": {
                 "num_cpus": self.num_cpus,
@@ -117,13 +122,25 @@ class LookAhead(BaseModel):
 class RefinerPool(Pool):
     """The refiner pool; it may shrink to nothing."""
 
-    max_ongoing_requests: int = Field(default=2, ge=1)
-    """Requests that one replica runs at once: its threads."""
+    max_ongoing_requests: int = Field(default=16, ge=1)
+    """Requests that one replica holds: those it runs and some that wait, so that its threads never
+    wait for the next."""
+    threads: int = Field(default=2, ge=1)
+    """Requests that one replica runs at once."""
     stuck_s: float = Field(default=30.0, gt=0)
     """A refinement that runs for longer fails the health check of its replica, seconds; after the
     third in a row the replica is replaced. Over ``refine_timeout_s``, after which nobody waits."""
     lookahead: LookAhead = LookAhead()
     """Used where the application's ``autoscaling_policy`` is ``serve_graph.autoscaling:Policy``."""
+
+    @model_validator(mode="after")
+    def _threads_have_work(self) -> RefinerPool:
+        if self.threads > self.max_ongoing_requests:
+            raise ValueError(
+                f"threads ({self.threads}) must not exceed max_ongoing_requests "
+                f"({self.max_ongoing_requests}): the rest would never run"
+            )
+        return self
 
     def options(self, *, watched: bool = False) -> dict[str, Any]:
         options = super().options(watched=watched)
@@ -149,7 +166,7 @@ class IngressSettings(BaseModel):
 
 ELSEWHERE = {
     "refiner": "args.refiner",
-    "refiner_threads": "refiner_pool.max_ongoing_requests",
+    "refiner_threads": "refiner_pool.threads",
     "source": "runtime.model, with the keys of kestrel.config.ModelSource",
 }
 """Fields of ``RuntimeConfig`` that a graph's ``runtime`` does not take, and where they are."""

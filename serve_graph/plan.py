@@ -244,7 +244,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--rps", type=float, help="requests per second to carry")
     add("--p99", type=float, help="seconds within which 99 of 100 answers must come")
     add("--refined-share", type=float, default=1.0, help="part of the requests that is refined")
-    add("--refiner-threads", type=int, default=2, help="refiner_pool.max_ongoing_requests")
+    add("--refiner-threads", type=int, default=2, help="refiner_pool.threads")
     add("--seconds", type=float, default=60, help="simulated time of each trial")
     add("--model-start", type=float, default=60, help="assumed start of a model replica, seconds")
     add("--refiner-start", type=float, default=10, help="assumed start of a refiner, seconds")
