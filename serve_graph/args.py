@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
 
 FULL_RETRY_S = 0.05
-"""How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 leaves
-them idle for most of it, where answers take less."""
+"""How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
+leave them idle for most of it, where answers take less."""
 
 
 class Pool(BaseModel):
