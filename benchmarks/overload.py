@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soak import FLAT, Growth, flat
+from benchmarks.soak import FLAT, SERVING, Growth, flat
 from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, learn
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
@@ -182,6 +182,8 @@ async def soak(node: RayNode, url: str, options: argparse.Namespace) -> dict[str
             f"{row['process'][:32]:32} {row['pid']:7}  {row['mb_first']:7.1f} MB -> "
             f"{row['mb_last']:7.1f} MB  {row['mb_per_minute']:+.3f} MB/minute"
         )
+        if row["process"] in SERVING:
+            print(" " * 34 + " ".join(f"{held:.0f}" for held in row["mb_by_minute"]))
     outcomes = dict(traffic.outcomes())
     print(f"{options.soak:g} minutes at {rate:.1f} requests/s: {outcomes}")
     judged = {

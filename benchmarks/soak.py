@@ -66,6 +66,11 @@ class Growth:
         """Of each process that was there all the time after the warm-up: MB at the beginning and
         the end of that time, and MB per minute of the line through it; growing ones first."""
         first = round(WARMUP * len(self.at))
+        # A line through a curve that levels out says nothing of what comes after.
+        by_minute = [
+            int(np.searchsorted(self.at, self.at[0] + 60 * minute))
+            for minute in range(int((self.at[-1] - self.at[0]) / 60) + 1)
+        ]
         minutes = (np.array(self.at[first:]) - self.at[first]) / 60
         samples = self.held[first:]
         rows = []
@@ -78,6 +83,7 @@ class Growth:
                 "mb_first": round(float(megabytes[0]), 1),
                 "mb_last": round(float(megabytes[-1]), 1),
                 "mb_per_minute": round(slope, 3),
+                "mb_by_minute": [round(self.held[n].get(key, 0.0), 1) for n in by_minute],
             }
             rows.append(row)
         return sorted(rows, key=lambda row: -float(row["mb_per_minute"]))
