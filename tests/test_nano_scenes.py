@@ -154,6 +154,12 @@ def test_a_store_teaches_a_step(tools, tmp_path):
     losses = tools["nano_training"].Losses(model, questions.noun_ids, numbers)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = next(iter(maker))
+    # What is fed errs as the model does, in its numbers only.
+    fed, said = batch.tokens[..., 1:], batch.target[..., :-1]
+    number = losses.level_of[said.clamp(min=0)] >= 0
+    command = (said > 0) & ~number & (batch.kind[..., 1:] == 0)
+    assert (fed[command] == said[command]).all() and command.any()
+    assert 0.3 < (fed[number] != said[number]).float().mean() < 1
     totals = []
     for _ in range(4):
         total, parts = losses(batch)

@@ -151,9 +151,37 @@ class BatchMaker:
             if nouns.count(noun) > 1 or rng.random() < 0.12:
                 refs = [self._reference(boxes[slot], points[slot])]
             prompt = asker.prompt(asker.wording(asker.nouns[noun], rng))
-            path = None if self.boxes_only else outline_tokens(outlines[slot], box, asker.ids)
-            questions.append(Question(prompt, refs, box, path))
+            if self.boxes_only:
+                questions.append(Question(prompt, refs, box, None))
+                continue
+            fed_box = self._missed(boxes[slot])
+            path = outline_tokens(outlines[slot], fed_box, asker.ids)
+            fed_path = outline_tokens(self._shaken(outlines[slot], boxes[slot]), fed_box, asker.ids)
+            questions.append(Question(prompt, refs, box, path, fed_box, fed_path))
         return questions
+
+    def _missed(self, box: np.ndarray) -> tuple[float, float, float, float]:
+        """A box (cx, cy, w, h) as the model would say it: a little off, within the picture."""
+        if self.rng.random() < 0.25:
+            return tuple(box.tolist())
+        size = box[2:]
+        centre = box[:2] + self.rng.normal(0, 0.03, 2) * size
+        size = size * np.exp(self.rng.normal(0, 0.05, 2))
+        return (*np.clip(centre, 0, 1).tolist(), *np.clip(size, 0.01, 1).tolist())
+
+    def _shaken(self, outline: np.ndarray, box: np.ndarray) -> np.ndarray:
+        """An outline [24, 2] as the model would say it: too wide here, too narrow there.
+
+        Fed with true vertices only, it learns to go on from the one before and not to look.
+        """
+        if self.rng.random() < 0.2:
+            return outline
+        turn = np.arange(len(outline)) * (2 * np.pi / len(outline))
+        waves = self.rng.normal(0, 0.09, 3)[:, None] * np.cos(
+            np.arange(1, 4)[:, None] * turn + self.rng.uniform(0, 2 * np.pi, 3)[:, None]
+        )
+        reach = 1 + self.rng.normal(0, 0.05) + waves.sum(0) + self.rng.normal(0, 0.04, len(turn))
+        return box[:2] + (outline - box[:2]) * reach[:, None]
 
     def _reference(self, box: np.ndarray, points: np.ndarray) -> tuple[float, float, float, float]:
         """A point on the object, or its box a little off."""

@@ -28,13 +28,16 @@ class Question:
 
     ``prompt`` token ids; ``refs`` rows (x, y, w, h), w and h 0 for a point; ``box`` (cx, cy, w, h)
     or None when the object is absent; ``path`` token ids of the outline without the final EOS, or
-    None when the box is all that is asked for.
+    None when the box is all that is asked for. ``fed_box`` and ``fed_path`` are fed in the place of
+    what is to be answered, with errors as the model's own; ``path`` is relative to ``fed_box``.
     """
 
     prompt: list[int]
     refs: list[tuple[float, float, float, float]]
     box: tuple[float, float, float, float] | None
     path: list[int] | None
+    fed_box: tuple[float, float, float, float] | None = None
+    fed_path: list[int] | None = None
 
 
 @dataclass
@@ -91,23 +94,36 @@ def lay_out(questions: list[list[Question]], length: int, coord_id: int, size_id
                     steps.append((size_id, (w, h)))
             steps += [(t, (0.0, 0.0)) for t in question.prompt[3:]]
             start = len(steps)
+            fed = list(steps)
             if question.box is not None:
-                cx, cy, w, h = question.box
-                steps += [(coord_id, (cx, 0.0)), (coord_id, (cy, 0.0)), (size_id, (w, h))]
-                steps += [(t, (0.0, 0.0)) for t in question.path or []]
+                steps += _answer(question.box, question.path, coord_id, size_id)
+                fed += _answer(
+                    question.fed_box or question.box,
+                    question.fed_path or question.path,
+                    coord_id,
+                    size_id,
+                )
             if question.box is None or question.path is not None:
                 steps.append((eos, (0.0, 0.0)))
             if len(steps) - 1 > length:
                 raise ValueError(f"a question of {len(steps)} tokens does not fit {length}")
+            for n, (token, pair) in enumerate(fed[: len(steps) - 1]):
+                tokens[i, j, n] = token
+                kind[i, j, n] = 1 if token == coord_id else 2 if token == size_id else 0
+                value[i, j, n] = pair
             for n, (token, pair) in enumerate(steps):
-                if n < len(steps) - 1:
-                    tokens[i, j, n] = token
-                    kind[i, j, n] = 1 if token == coord_id else 2 if token == size_id else 0
-                    value[i, j, n] = pair
                 if n >= start:
                     target[i, j, n - 1] = token
                     target_value[i, j, n - 1] = pair
     return tokens, kind, value, target, target_value
+
+
+def _answer(
+    box: tuple[float, float, float, float], path: list[int] | None, coord_id: int, size_id: int
+) -> list[tuple[int, tuple[float, float]]]:
+    cx, cy, w, h = box
+    steps = [(coord_id, (cx, 0.0)), (coord_id, (cy, 0.0)), (size_id, (w, h))]
+    return steps + [(token, (0.0, 0.0)) for token in path or []]
 
 
 def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
