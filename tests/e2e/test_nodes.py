@@ -90,7 +90,8 @@ def nodes() -> Iterator[Nodes]:
     args["refiner_pool"].update(
         quick, resources={"cpu_node": 0.001}, max_replicas=2, target_ongoing_requests=1
     )
-    # A slow machine takes half a minute to start them anew, and the traffic goes on.
+    # A slow machine takes a minute to start them anew, and the traffic goes on.
+    args["runtime"]["max_held_requests"] = 1000
     for pool in ("model_pool", "refiner_pool"):
         args[pool]["max_queued_requests"] = 1000
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
