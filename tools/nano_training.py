@@ -177,8 +177,9 @@ class Losses:
         self.level_ids = torch.tensor([integer_ids[v] for v in levels])
         self.level_of = torch.full((model.config.text.vocab_size,), -1, dtype=torch.long)
         self.level_of[self.level_ids] = torch.arange(len(levels))
-        # Row l: target distribution over the vocabulary for level l (sigma 1 level).
-        self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 1.0)
+        # Row l: target distribution over the vocabulary for level l (sigma 3 levels): where the
+        # model is not sure, the likeliest level is then near the middle of the likely ones.
+        self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 3.0)
         self.dense_weight = 1.0
         self.box_weight = 2.0
         self.outline_weight = 2.0
