@@ -6,9 +6,11 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -84,10 +86,13 @@ class LaunchError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on at this moment, below those that systems lend to outgoing
+    connections: one of these could take it before it is used."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError("no TCP port from 20000 to 32000 is free")
 
 
 def token_variables(private_dir: Path) -> dict[str, str]:
