@@ -150,9 +150,9 @@ class Batch:
         decoding = [row for row in self.rows if row.token is not None]
         if not decoding and not chunks:
             return []
-        count = len(decoding) + sum(count for _, count in chunks)
-        span = 1 + max(row.position for row in self.rows) + sum(count for _, count in chunks)
-        if self._text.compiles(self.cache, count, span):
+        fed = sum(count for _, count in chunks)
+        span = 1 + max(row.position for row in self.rows) + fed
+        if self._text.compiles(self.cache, len(decoding) + fed, span):
             parts = [self._advance(decoding, chunks)]
         else:
             parts = [self._decode(decoding)] if decoding else []
