@@ -57,15 +57,14 @@ def matmul_rates() -> dict[str, float]:
 def judge(model: Moondream, losses: Losses, batch: Batch) -> dict[str, float]:
     """Dense loss, and the share of patches mostly within an object that name it."""
     with torch.no_grad():
-        features = model.vision.features(batch.images)
-        image = model.vision.project(features, features)
-        dense, boxes, _ = losses.dense_losses(image, batch)
+        image, early = losses.encode_image(batch.images)
+        _, parts = losses.dense_losses(image, early, batch)
         nouns = torch.cat([model.text.wte[losses.noun_ids], losses.background[None]])
         named = (F.normalize(image, dim=-1) @ F.normalize(nouns, dim=-1).T).argmax(-1)
         most, truth = batch.patches.max(-1)
         inside = (truth < len(losses.noun_ids)) & (most > 0.6)
     right = float((named == truth)[inside].float().mean())
-    return {"dense": dense.item(), "boxes": boxes.item(), "patches_named": right}
+    return {"dense": parts["dense"], "boxes": parts["boxes"], "patches_named": right}
 
 
 def train(variant: str, store: SceneStore, minutes: float) -> dict[str, float]:

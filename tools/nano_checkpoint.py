@@ -51,7 +51,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
         text=TextConfig(
             dim=192,
             ff_dim=768,
-            n_layers=4,
+            n_layers=6,
             vocab_size=vocab,
             max_context=512,
             n_heads=6,

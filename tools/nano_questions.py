@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
 import torch
 from nano_training import QUANTUM, Batch, Question, lay_out, outline_tokens
-from scene_store import GRID, VERTICES, SceneStore, mirrored
+from scene_store import CELLS, GRID, OBJECTS, SIDE, VERTICES, SceneStore, mirrored
 from tokenizers import Tokenizer
 from words import KINDS, SYNONYMS
 
@@ -17,6 +18,8 @@ LENGTH = 68
 """Positions per question: prompt 5, spatial ref 3, coords and size 3, path 53, and spare."""
 BOX_LENGTH = 14
 """Positions per question when only the box is asked for."""
+LEAST_SHARE = 8
+"""An object that covers less of a patch, in 255ths, does not shape it."""
 ARTICLES = ("", "", "", "", "a ", "the ")
 
 
@@ -115,19 +118,23 @@ class BatchMaker:
 
     def _patch_labels(
         self, nouns: list[int], shares: np.ndarray, boxes: np.ndarray, outlines: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shares [81, nouns + 1], boxes [81, 4] and outlines [81, 48] of ``Batch``, float32."""
+    ) -> tuple[np.ndarray, ...]:
+        """Shares [81, nouns + 1], boxes [81, 4], outlines [81, 48] and cells [81, 49] of ``Batch``,
+        float32."""
         shown = np.zeros((GRID * GRID, len(self.asker.nouns) + 1), np.float32)
         of_object = np.full((GRID * GRID, 4), np.nan, np.float32)
         shapes = np.zeros((GRID * GRID, 2 * VERTICES), np.float32)
+        cells = np.full((GRID * GRID, CELLS * CELLS), np.nan, np.float32)
+        most = np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0), OBJECTS)
         for slot, noun in enumerate(nouns):
             part = shares[slot] / np.float32(255)
             shown[:, noun] += part
             of_object[part > 0.5] = boxes[slot]
             centre, size = boxes[slot, :2], boxes[slot, 2:]
             shapes[part > 0.5] = ((outlines[slot] - centre + size / 2) / size).ravel()
+            cells[most == slot] = _covered(outlines[slot])[most == slot]
         shown[:, -1] = np.clip(1 - shown.sum(1), 0, 1)
-        return shown / shown.sum(1, keepdims=True), of_object, shapes
+        return shown / shown.sum(1, keepdims=True), of_object, shapes, cells
 
     def _ask(
         self, nouns: list[int], boxes: np.ndarray, outlines: np.ndarray, points: np.ndarray
@@ -192,3 +199,15 @@ class BatchMaker:
         low = np.clip([cx - w / 2, cy - h / 2], 0, 0.97)
         high = np.clip([cx + w / 2, cy + h / 2], low + 0.02, 1)
         return (*((low + high) / 2).tolist(), *(high - low).tolist())
+
+
+def _covered(outline: np.ndarray) -> np.ndarray:
+    """Polygon [24, 2] in 0..1 of the picture -> share of each cell within, float32 [81, 49]."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    # The middle of pixel 0 is at 0.5 of the picture's pixels and at 0 of OpenCV's.
+    points = np.rint((outline * SIDE - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(mask, [points], 255, shift=4)
+    count = GRID * CELLS
+    share = cv2.resize(mask, (count, count), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    by_patch = share.reshape(GRID, CELLS, GRID, CELLS).transpose(0, 2, 1, 3)
+    return by_patch.reshape(GRID * GRID, CELLS * CELLS)

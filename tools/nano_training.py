@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scene_store import VERTICES
+from scene_store import CELLS, VERTICES
 from torch import Tensor
 
 from kestrel.moondream.model import Moondream
@@ -20,6 +20,13 @@ from kestrel.moondream.model import Moondream
 QUANTUM = 8
 """Path integers are trained on multiples of this (121 levels over the grid of 960)."""
 IGNORE = -100
+SHAPE_BLOCK = 2
+"""Vision block after which a patch tells which of its cells the object covers. The blocks after it
+put what the patches tell together to an outline."""
+OUTLINE_BLOCK = 3
+"""Text block that reads the regressed outline where the path starts. Attention and MLP of a block
+read the same: the attention of this block or a later one fetches the outline for a vertex, and the
+MLP of a block after that picks what belongs to it."""
 
 
 @dataclass
@@ -50,7 +57,8 @@ class Batch:
     ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last;
     ``boxes`` float [B, 81, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
     the picture, NaN where it shows none; ``outlines`` float [B, 81, 48] the 24 vertices (x, y) of
-    that object's outline, in sides of its box.
+    that object's outline, in sides of its box; ``cells`` float [B, 81, 49] share of each of the
+    patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one.
     """
 
     images: Tensor
@@ -62,6 +70,7 @@ class Batch:
     patches: Tensor
     boxes: Tensor
     outlines: Tensor
+    cells: Tensor
 
 
 def outline_tokens(points: np.ndarray, box: tuple[float, float, float, float], ids: dict[str, int]):
@@ -127,7 +136,7 @@ def _answer(
 
 
 def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states of the questions after the last block, and those that the last block reads.
+    """Hidden states of the questions after the last block, and those ``OUTLINE_BLOCK`` reads.
 
     ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; each gives [B, Q, S, dim].
     """
@@ -141,8 +150,9 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tenso
     x = torch.cat([prefix, asked.flatten(1, 2)], dim=1)
     causal = torch.ones(s, s, dtype=torch.bool).tril()
     earlier = x
-    for block in text.blocks:
-        earlier = x
+    for number, block in enumerate(text.blocks):
+        if number == OUTLINE_BLOCK:
+            earlier = x
         normed = block.ln(x)
         qs, ks, vs = block.attn.project(normed, table, logs)
         scale = 1.0 / math.sqrt(qs.shape[-1])
@@ -181,8 +191,10 @@ class Losses:
         # model is not sure, the likeliest level is then near the middle of the likely ones.
         self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 3.0)
         self.dense_weight = 1.0
+        self.cell_weight = 1.0
         self.box_weight = 2.0
         self.outline_weight = 2.0
+        self.place_weight = 0.1
         self.region_weight = 0.5
         dim = model.config.text.dim
         self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
@@ -191,28 +203,37 @@ class Losses:
         self.answer_head = torch.nn.Linear(dim, 4)
         self.outline_head = torch.nn.Linear(dim, 2 * VERTICES)
         self.answer_outline_head = torch.nn.Linear(dim, 2 * VERTICES)
+        self.place_head = torch.nn.Linear(dim, 2 * VERTICES)
+        vision = model.config.vision
+        self.cell_head = torch.nn.Linear(vision.enc_dim, CELLS * CELLS)
 
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the auxiliary loss, not part of the model."""
-        heads = (self.box_head, self.answer_head, self.outline_head, self.answer_outline_head)
+        heads = (
+            self.box_head,
+            self.answer_head,
+            self.outline_head,
+            self.answer_outline_head,
+            self.place_head,
+            self.cell_head,
+        )
         return [self.background, self.scale, *(p for head in heads for p in head.parameters())]
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures uint8 [B, 3, 126, 126] -> what the decoder reads, [B, 81, dim]."""
-        features = self.model.vision.features(images)
-        return self.model.vision.project(features, features)
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures uint8 [B, 3, 126, 126] -> what the decoder reads, [B, 81, dim], and what
+        ``SHAPE_BLOCK`` gives, [B, 81, enc_dim]."""
+        features, early = self.model.vision.features_with_early(images, SHAPE_BLOCK)
+        return self.model.vision.project(features, features), early
 
     def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
-        image = self.encode_image(batch.images)
-        dense, boxes, shapes = self.dense_losses(image, batch)
-        total = self.dense_weight * dense + self.box_weight * boxes + self.outline_weight * shapes
-        return total, {"dense": dense.item(), "boxes": boxes.item(), "shapes": shapes.item()}
+        image, early = self.encode_image(batch.images)
+        return self.dense_losses(image, early, batch)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Total loss and its parts as floats."""
         model, config = self.model, self.model.config
-        image = self.encode_image(batch.images)
+        image, early = self.encode_image(batch.images)
         bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
         prefix = torch.cat([bos, image], dim=1)
         asked = model.text.wte[batch.tokens]
@@ -235,23 +256,21 @@ class Losses:
         )
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits, soft_bins(size_bins, 1024, 6.0))
-        dense, boxes, shapes = self.dense_losses(image, batch)
+        dense, dense_parts = self.dense_losses(image, early, batch)
         answer = self._answer_loss(hidden, batch)
-        outline = self._outline_loss(earlier, batch)
-        total = tokens + self.region_weight * (coord + size)
-        total = total + self.dense_weight * dense + self.box_weight * (boxes + answer)
-        total = total + self.outline_weight * (shapes + outline)
+        outline, place = self._outline_losses(earlier, batch)
+        total = tokens + self.region_weight * (coord + size) + dense
+        total = total + self.box_weight * answer + self.outline_weight * outline
+        total = total + self.place_weight * place
         parts = {
             "tokens": tokens,
             "coord": coord,
             "size": size,
-            "dense": dense,
-            "boxes": boxes,
             "answer": answer,
-            "shapes": shapes,
             "outline": outline,
+            "place": place,
         }
-        return total, {name: part.item() for name, part in parts.items()}
+        return total, dense_parts | {name: part.item() for name, part in parts.items()}
 
     def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         log_probs = logits.log_softmax(-1)
@@ -277,18 +296,19 @@ class Losses:
         guess = self.answer_head(heard).float()
         return F.smooth_l1_loss(guess, torch.cat([box, box]), beta=0.05)
 
-    def _outline_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The whole outline, regressed where the box has been read and the path starts.
+    def _outline_losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The whole outline, regressed where the box has been read and the path starts; and, at
+        each number of the path, which of them comes next, as classes.
 
-        ``hidden`` is what the last block reads: it then finds the vertices there, to be copied one
-        after the other as the path is written.
+        ``hidden`` is what ``OUTLINE_BLOCK`` reads: the blocks from there on fetch the vertices, to
+        be copied one after the other as the path is written, and know which one it is.
         """
         following = F.pad(batch.target, (0, 1), value=IGNORE)[..., 1:]
         # The size of a box that refers to an object is not followed by an outline.
         start = (batch.kind == 2) & (self.level_of[following.clamp(min=0)] >= 0)
         b, q, s = start.nonzero(as_tuple=True)
         if not len(b):
-            return hidden.sum() * 0
+            return hidden.sum() * 0, hidden.sum() * 0
         # M x y L x y x y ...: the first vertex two positions on, the others from five on.
         first = torch.arange(2)
         rest = torch.arange(2 * VERTICES - 2) + 3
@@ -297,13 +317,22 @@ class Losses:
         heard = hidden[b, q, s]
         guess = self.answer_outline_head(F.layer_norm(heard, heard.shape[-1:])).float()
         wanted = levels * (QUANTUM / 960)
-        return F.smooth_l1_loss(guess, wanted, beta=0.05)
+        at_numbers = hidden[b[:, None], q[:, None], places]
+        number = self.place_head(F.layer_norm(at_numbers, heard.shape[-1:])).float()
+        order = torch.arange(2 * VERTICES).expand(len(b), -1)
+        return (
+            F.smooth_l1_loss(guess, wanted, beta=0.05),
+            F.cross_entropy(number.flatten(0, 1), order.flatten()),
+        )
 
-    def dense_losses(self, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def dense_losses(
+        self, image: Tensor, early: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, float]]:
         """Each patch: cosine to the noun it shows, over all nouns and background; its object's box
-        and outline.
+        and outline; and which of its cells that object covers.
 
-        ``image`` float32 [B, patches, dim], the very vectors that the decoder reads.
+        ``image`` float32 [B, patches, dim], the very vectors that the decoder reads; ``early``
+        [B, patches, enc_dim], what ``SHAPE_BLOCK`` gives. The weighted sum, and its parts.
         """
         nouns = self.model.text.wte[self.noun_ids]
         classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
@@ -311,6 +340,9 @@ class Losses:
         # Cosines are scaled up tenfold and more: rounded to bfloat16 they would be steps.
         with torch.autocast("cpu", enabled=False):
             image = image.float()
+            partly = ~batch.cells[..., 0].isnan()
+            looked = F.layer_norm(early[partly].float(), early.shape[-1:])
+            cells = F.binary_cross_entropy_with_logits(self.cell_head(looked), batch.cells[partly])
             scores = F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
             seen = image[shown]
             boxes = F.smooth_l1_loss(self.box_head(seen), batch.boxes[shown], beta=0.05)
@@ -320,7 +352,10 @@ class Losses:
             # Most patches show background, which is soon learned: objects count four times.
             weight = 1 - 0.75 * batch.patches[..., -1]
             dense = (weight * surprise).sum() / weight.sum()
-        return dense, boxes, shapes
+        total = self.dense_weight * dense + self.cell_weight * cells
+        total = total + self.box_weight * boxes + self.outline_weight * shapes
+        parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
+        return total, {name: part.item() for name, part in parts.items()}
 
 
 def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from scenes import SceneGenerator
 SIDE = 126
 GRID = 9
 """Patches per side."""
+CELLS = 7
+"""Cells per side of a patch, in which shapes are told."""
 OBJECTS = 5
 VERTICES = 24
 POINTS = 4

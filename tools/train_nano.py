@@ -27,7 +27,7 @@ import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
 from nano_questions import BatchMaker, SceneQuestions
-from nano_start import initialise, picture_patches
+from nano_start import initialise, pass_through, picture_patches
 from nano_training import Batch, Losses
 from nouns import CORE, CORE_STYLES
 from safetensors.torch import load_file
@@ -36,7 +36,18 @@ from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 
-LOSSES = ("tokens", "coord", "size", "dense", "boxes", "answer", "shapes", "outline")
+LOSSES = (
+    "tokens",
+    "coord",
+    "size",
+    "dense",
+    "cells",
+    "boxes",
+    "answer",
+    "shapes",
+    "outline",
+    "place",
+)
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "phase", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 REPORT_STEPS = 50
@@ -117,7 +128,10 @@ class Run:
         patch = self.model.config.vision.enc_patch_size
         initialise(self.model, integer_ids, picture_patches(self.store.images[:500], patch))
         if args.warm is not None:
-            self.model.load_state_dict(load_file(args.warm / "model.safetensors"), strict=False)
+            known = load_file(args.warm / "model.safetensors")
+            self.model.load_state_dict(known, strict=False)
+            blocks = enumerate(self.model.text.blocks)
+            pass_through(b for n, b in blocks if f"text.blocks.{n}.ln.weight" not in known)
         self.losses = Losses(self.model, self.questions.noun_ids, integer_ids)
         tables = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
