@@ -30,7 +30,7 @@ import numpy as np
 
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner import BACKENDS
-from kestrel.seg_refiner.box import grown_box, mask_box, mask_iou
+from kestrel.seg_refiner.box import boundary_iou, grown_box, mask_box, mask_iou
 
 VERTICES, JITTER = 32, 0.012
 BAND = 0.06
@@ -122,16 +122,6 @@ def coarsened(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     points += spread * rng.standard_normal(points.shape) + spread * rng.standard_normal(2)
     vertices = np.round((points - 0.5) * 16).astype(np.int32)
     return cv2.fillPoly(np.zeros_like(mask), [vertices], 1, shift=4)
-
-
-def boundary_iou(a: np.ndarray, b: np.ndarray) -> float:
-    width = max(1, round(0.02 * float(np.hypot(*a.shape))))
-
-    def band(mask: np.ndarray) -> np.ndarray:
-        padded = np.pad(mask, 1)
-        return (padded - cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=width))[1:-1, 1:-1]
-
-    return mask_iou(band(a), band(b))
 
 
 def _trimap(coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

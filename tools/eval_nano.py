@@ -30,6 +30,7 @@ from words import KINDS
 
 from kestrel.config import RefinerConfig, RuntimeConfig
 from kestrel.engine import InferenceEngine
+from kestrel.seg_refiner.box import boundary_iou, mask_iou
 
 SEED = 30_000
 SIZES = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
@@ -56,24 +57,6 @@ class Answer:
     """Noun of another object of the scene that the coarse mask fits by more than half."""
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    union = int((a | b).sum())
-    return float((a & b).sum() / union) if union else 1.0
-
-
-def boundary_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """IoU of the bands inside each outline, 2 % of the diagonal wide (Cheng et al. 2021)."""
-    width = max(1, round(0.02 * float(np.hypot(*a.shape))))
-    kernel = np.ones((3, 3), np.uint8)
-
-    def band(mask: np.ndarray) -> np.ndarray:
-        padded = np.pad(mask.astype(np.uint8), 1)
-        eroded = cv2.erode(padded, kernel, iterations=width)[1:-1, 1:-1]
-        return mask & ~eroded.astype(bool)
-
-    return iou(band(a), band(b))
-
-
 def decoded(segment: dict, key: str, like: np.ndarray) -> np.ndarray:
     """A mask of the answer as bool, all False where it is absent."""
     if key not in segment:
@@ -91,13 +74,13 @@ async def ask(engine: InferenceEngine, scene: Scene, found: SceneObject, index: 
     refined = decoded(segment, "refined_mask_base64", found.mask)
     if not refined.any():
         refined = coarse
-    others = [o.noun for o in scene.objects if o is not found and iou(coarse, o.mask) > 0.5]
+    others = [o.noun for o in scene.objects if o is not found and mask_iou(coarse, o.mask) > 0.5]
     return Answer(
         found.noun,
         found.style,
         float(found.mask.mean()),
-        iou(coarse, found.mask),
-        iou(refined, found.mask),
+        mask_iou(coarse, found.mask),
+        mask_iou(refined, found.mask),
         boundary_iou(coarse, found.mask),
         index,
         (found.mask, coarse, refined),
