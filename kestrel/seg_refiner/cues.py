@@ -34,6 +34,9 @@ AROUND_WEIGHT = 3.0
 FILTER_EPS = 1e-4
 """Regularisation of those filters, squared intensity with channels in 0..1."""
 
+BASINS = np.array([0.5, 0, 1, 0], np.float32)
+"""Share of the object where the watershed has its line (-1), nothing (0), the object, the rest."""
+
 HELD_SLOPE = 16.0
 """Logit of the coarse mask itself per quarter of the object's size."""
 
@@ -139,8 +142,7 @@ def flooded(image: np.ndarray, share: np.ndarray, reach: float) -> np.ndarray:
     # Thin objects keep a core.
     markers[depth > min(reach, 0.6 * float(depth.max()))] = 1
     cv2.watershed(cv2.GaussianBlur(image, (0, 0), 1.0), markers)
-    share = np.choose(markers + 1, (0.5, 0.0, 1.0, 0.0)).astype(np.float32)
-    return cv2.GaussianBlur(share, (0, 0), 1.0)
+    return cv2.GaussianBlur(BASINS[markers + 1], (0, 0), 1.0)
 
 
 def _windows(guide: Sequence[np.ndarray], radius: float) -> Windows:
