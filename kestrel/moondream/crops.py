@@ -7,10 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from kestrel.moondream.config import VisionConfig
+from kestrel.ops.lanczos import resized
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -44,8 +44,7 @@ def overlap_crops(image: UInt8Array, config: VisionConfig) -> tuple[UInt8Array, 
     neighbours sharing ``overlap_margin`` patches on each side.
     """
     side = config.crop_size
-    picture = Image.fromarray(image)
-    whole = np.array(picture.resize((side, side), Image.Resampling.LANCZOS))
+    whole = resized(image, side, side)
     if config.max_crops == 0:
         return whole[None], (1, 1)
     margin = config.enc_patch_size * config.overlap_margin
@@ -55,10 +54,9 @@ def overlap_crops(image: UInt8Array, config: VisionConfig) -> tuple[UInt8Array, 
     )
     if (rows, columns) == (1, 1):
         return np.stack([whole, whole]), (1, 1)
-    size = (columns * step + 2 * margin, rows * step + 2 * margin)
-    resized = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+    grid = resized(image, rows * step + 2 * margin, columns * step + 2 * margin)
     local = [
-        resized[y : y + side, x : x + side]
+        grid[y : y + side, x : x + side]
         for y in range(0, rows * step, step)
         for x in range(0, columns * step, step)
     ]

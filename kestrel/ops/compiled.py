@@ -5,7 +5,7 @@ pass over the rows: tau, rotation, storing keys and values, attention, GELU. Eac
 itself, so that its numbers do not depend on the rows beside it. ``kestrel.moondream.cached`` holds
 the same in torch's operators, for other devices and types.
 
-The one module that imports ``numba``; ``kestrel.ops.rows`` says whether it can be had.
+``kestrel.ops.rows`` says whether ``numba`` can be had.
 """
 
 from __future__ import annotations
