@@ -129,15 +129,17 @@ def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 
 
 def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    if wanted.runtime.device not in ("cpu", "auto"):
-        return
+    on_cpu = wanted.runtime.device in ("cpu", "auto")
     try:
         numba = machine.load("numba")
     except Exception as error:  # it refuses a NumPy that it does not know
-        text = f"does not load ({_line(error)}): on a CPU, decoding takes twice the time"
+        slow = "pictures are cropped several times as slowly"
+        slow += ", and on a CPU decoding takes twice the time" if on_cpu else ""
+        text = f"does not load ({_line(error)}): {slow}"
         yield bad("numba", text, "pip install --upgrade numba", needed=False)
         return
-    yield ok("numba", f"{numba.__version__}, compiles decode steps for the CPU")
+    steps = " and decode steps for the CPU" if on_cpu else ""
+    yield ok("numba", f"{numba.__version__}, compiles crops{steps}")
 
 
 def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
