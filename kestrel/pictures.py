@@ -4,6 +4,7 @@ what the model makes of them kept for further questions."""
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from kestrel.image import decode as decode_image
 from kestrel.moondream.config import VisionConfig
 from kestrel.moondream.crops import overlap_crops
 
-CROP_THREADS = 2
-"""Images that are decoded and cropped at once."""
+CROP_THREADS = 4
+"""Images that are decoded and cropped at once, at most; one core is left to the engine's thread,
+which else loses part of its own to them."""
 KEEP_PIXELS = 8_000_000
 """Larger pictures are not held for the refiner, which then decodes them again."""
 
@@ -85,7 +87,8 @@ class Pictures:
         self._live: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept_bytes = 0
-        self._workers = ThreadPoolExecutor(CROP_THREADS, thread_name_prefix="crop")
+        threads = max(1, min(CROP_THREADS, _cores() - 1))
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
     def prepare(self, asking: Asking) -> None:
         """Begin to find or make the picture of a request, in a worker thread."""
@@ -158,6 +161,13 @@ class Pictures:
         with self._wake:
             picture.prepared = True
             self._wake.notify()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def digest(image: bytes | np.ndarray) -> bytes:
