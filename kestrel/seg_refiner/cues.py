@@ -57,7 +57,7 @@ class Cues:
 
     def __init__(self) -> None:
         # As in training, whatever is configured for the guided filter by itself.
-        self.guided = GuidedRefiner(RefinerConfig())
+        self.guided = GuidedRefiner(RefinerConfig(), halve=True)
 
     def __call__(self, image: np.ndarray, coverage: np.ndarray) -> dict[str, np.ndarray]:
         """Keys: those of ``MEAN_WEIGHTS`` and ``mean``; ``coarse_colour``, the colours by the
@@ -146,7 +146,7 @@ def flooded(image: np.ndarray, share: np.ndarray, reach: float) -> np.ndarray:
 
 
 def _windows(guide: Sequence[np.ndarray], radius: float) -> Windows:
-    return Windows(guide, max(1, round(radius)), FILTER_EPS)
+    return Windows(guide, max(1, round(radius)), FILTER_EPS, halve=True)
 
 
 def _smoothed_colours(
