@@ -50,6 +50,7 @@ REFINER_POOL = RefinerPool(
     max_replicas=8,
     target_ongoing_requests=1,
     max_ongoing_requests=1,
+    threads=1,
     max_queued_requests=1000,
     upscale_delay_s=0,
     downscale_delay_s=20,
