@@ -28,7 +28,17 @@ from typing import Any
 
 import httpx
 
-from benchmarks.traffic import GRACE_S, KINDS, LEFT, REFUSED, RIGHT, UNREFINED, Traffic, learn
+from benchmarks.traffic import (
+    GRACE_S,
+    KINDS,
+    LEFT,
+    REFUSED,
+    RIGHT,
+    UNREFINED,
+    Traffic,
+    connections,
+    learn,
+)
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
 from serve_graph.launch import LaunchError, LocalCluster, free_port
@@ -174,7 +184,7 @@ def turns(names: list[str], chance: random.Random) -> Iterator[str]:
 
 
 async def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    async with httpx.AsyncClient(timeout=120) as client:
+    async with connections(120) as client:
         expected = await learn(client, bench.doors[0], load_samples())
     traffic = Traffic(bench.doors, expected, rate=options.rate, leave_every=50)
     seconds = options.minutes * 60

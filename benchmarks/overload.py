@@ -23,10 +23,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from benchmarks.soak import FLAT, SERVING, Growth, flat
-from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, learn
+from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, connections, learn
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
 from serve_graph.launch import LocalCluster, free_port
@@ -51,12 +51,12 @@ async def capacity(url: str, expected: list[Expected], clients: int, seconds: fl
     traffic = Traffic([url], expected)
     began = time.monotonic()
 
-    async def client(number: int, http: httpx.AsyncClient) -> None:
+    async def client(number: int, http: aiohttp.ClientSession) -> None:
         while time.monotonic() < began + seconds:
             await traffic.one(http, number)
             number += clients
 
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+    async with connections(120) as http:
         await asyncio.gather(*(client(number, http) for number in range(clients)))
     return traffic.outcomes()[RIGHT] / (time.monotonic() - began)
 
@@ -138,7 +138,7 @@ def tell(judged: dict[str, bool]) -> None:
 
 
 async def learned(url: str) -> list[Expected]:
-    async with httpx.AsyncClient(timeout=120) as client:
+    async with connections(120) as client:
         return await learn(client, url, load_samples())
 
 

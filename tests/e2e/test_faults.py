@@ -19,7 +19,7 @@ import pytest
 from hanging import ALWAYS, HANGING, ONCE, marked
 from running_graph import KEY, Graph, body, enlarged, wait_for, without_times
 
-from benchmarks.traffic import RIGHT, Expected, Traffic, learn
+from benchmarks.traffic import RIGHT, Expected, Traffic, connections, learn
 from kestrel.api_keys import hash_key
 from serve_graph.demo import Sample
 
@@ -35,7 +35,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def expected(graph: Graph, samples: list[Sample]) -> list[Expected]:
     async def ask() -> list[Expected]:
-        async with httpx.AsyncClient(headers=HEADERS, timeout=60) as client:
+        async with connections(60, HEADERS) as client:
             return await learn(client, graph.url, samples[:4])
 
     return asyncio.run(ask())

@@ -22,7 +22,7 @@ from PIL import Image
 from running_graph import listening_beyond_loopback
 from test_faults import load_while, wrong
 
-from benchmarks.traffic import Expected, learn
+from benchmarks.traffic import Expected, connections, learn
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
 from serve_graph.launch import LocalCluster, free_port
@@ -177,7 +177,7 @@ def death_of(nodes: Nodes, door: str, die: Callable[[], None]) -> None:
     """A node dies under traffic and another takes its place: every request is answered right."""
 
     async def undisturbed() -> list[Expected]:
-        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        async with connections(PATIENCE_S) as client:
             return await learn(client, nodes.doors[0], load_samples()[:2])
 
     began: list[float] = []
