@@ -215,10 +215,12 @@ class Run:
         torch._foreach_lerp_([self.average[n] for n in names], [p.detach() for p in live], 1 - keep)
         return parts
 
-    def evaluated(self) -> dict[str, float]:
-        """Figures of the averaged weights on held-out scenes; ships them when they are the best."""
+    def evaluated(self, *, averaged: bool = True) -> dict[str, float]:
+        """Figures of the averaged weights, or the last ones, on held-out scenes; ships them when
+        they are the best."""
         live = {k: v.detach().clone() for k, v in self.model.named_parameters()}
-        self.model.load_state_dict(self.average, strict=False)
+        judged = self.average if averaged else live
+        self.model.load_state_dict(judged, strict=False)
         figures = evaluate(
             self.model, self.questions, self.args.eval_scenes, self.phase.name == "boxes"
         )
@@ -226,7 +228,7 @@ class Run:
         if figures["iou"] > self.best:
             self.best = figures["iou"]
             for folder in filter(None, [self.args.run / "best", self.args.ship]):
-                write_checkpoint(folder, self.model, self.average, self.tokenizer)
+                write_checkpoint(folder, self.model, judged, self.tokenizer)
         return figures
 
 
@@ -296,9 +298,12 @@ def main() -> None:
             plot(log)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         parts_seen, since = [], time.monotonic()
-    final = run.evaluated()
+    # After a short run the averages still hold much of its beginning.
+    for averaged in (True, False):
+        final = {k: round(v, 4) for k, v in run.evaluated(averaged=averaged).items()}
+        print("averaged weights:" if averaged else "last weights:", final)
     run.save()
-    print("finished:", {k: round(v, 4) for k, v in final.items()}, "best", round(run.best, 4))
+    print("best", round(run.best, 4))
 
 
 if __name__ == "__main__":
