@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from kestrel.ops.jit import compiled
+
 # Sums may be taken in the order that vectors want; nothing is assumed about NaN and infinity.
 _OPTIONS: dict[str, Any] = {
     "fastmath": {"contract", "reassoc", "nsz", "arcp"},
@@ -127,7 +129,4 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
                     out[n, h * dim + d] += share * values[s, h // group, d]
 
 
-try:
-    layer_rows = njit(_SIGNATURE, cache=True, **_OPTIONS)(_layer_rows)
-except RuntimeError:  # no folder to keep it in can be written
-    layer_rows = njit(_SIGNATURE, **_OPTIONS)(_layer_rows)
+layer_rows = compiled(_SIGNATURE, _layer_rows, **_OPTIONS)

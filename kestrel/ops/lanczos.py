@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from kestrel.ops.jit import compiled
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -70,23 +72,12 @@ def resized_by_pillow(image: NDArray[np.uint8], height: int, width: int) -> NDAr
 
 @cache
 def _passes() -> tuple[Callable[..., Any], Callable[..., None]] | None:
-    """``_weights`` and ``_weighted``, compiled; None, with a warning, where they cannot be.
-
-    The first process of a machine takes some seconds for it, others find them beside the package or
-    in the user's cache (``NUMBA_CACHE_DIR`` names another folder).
-    """
+    """``_weights`` and ``_weighted``, compiled; None, with a warning, where they cannot be."""
     try:
-        from numba import njit
-
         matrix, first = "uint8[:, ::1]", "int64[::1]"
         signature = f"void({matrix}, {first}, {first}, int32[:, ::1], {matrix})"
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-        try:
-            weights = njit("(int64, int64)", cache=True, **options)(_weights)
-            weighted = njit(signature, cache=True, **options)(_weighted)
-        except RuntimeError:  # no folder to keep them in can be written
-            weights = njit("(int64, int64)", **options)(_weights)
-            weighted = njit(signature, **options)(_weighted)
+        weights = compiled("(int64, int64)", _weights)
+        weighted = compiled(signature, _weighted)
     except Exception as error:  # not installed, or not for this Python, NumPy or processor
         log.warning(
             "pictures are resized by Pillow, which is slower (%s: %s); pip install numba",
