@@ -114,7 +114,7 @@ class Expected:
 
 def connections(timeout_s: float, headers: dict[str, str] | None = None) -> aiohttp.ClientSession:
     """As many as there are requests; each has so many seconds. The load shares its machine with
-    the graph: this client takes a fifth of the time of the one that is nicer to use."""
+    the graph, and this client takes far less of its time than httpx."""
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=timeout_s)
     return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
 
