@@ -69,6 +69,7 @@ class Batch:
         self.model = model
         self.rows: list[Row] = []
         self._text = model.cached
+        self._stacked = self._text.stacked
         config, device = model.config, model.device
         self.cache: KVCache
         self._steps: DecodeSteps | None = None
@@ -86,9 +87,8 @@ class Batch:
         self._bos = model.embed_tokens(torch.tensor([config.prompt.bos_id], device=device))
         # What a request without an image begins with: BOS alone.
         self._bare = self._text.prefix(self._bos)
-        self._region_ids = torch.tensor(
-            [config.prompt.coord_id, config.prompt.size_id], device=device
-        )
+        self._regions = [config.prompt.coord_id, config.prompt.size_id]
+        self._region_ids = torch.tensor(self._regions, device=device)
         self._first_ids = [config.prompt.coord_id, config.prompt.eos_id]
         self._coord_id = config.prompt.coord_id
         region = config.region
@@ -179,13 +179,15 @@ class Batch:
             row.fed += count
             if not row.unfed:
                 kept.append(len(tokens) - 1)
-        hidden = self._text.decode(
-            self._embed(tokens),
-            torch.tensor(positions),
-            self.cache,
-            torch.tensor(slots),
-            1 + max(positions),
-        )
+        embeds = self._embed(tokens)
+        if self._stacked is not None:
+            at, where = np.array(positions), np.array(slots)
+            hidden = torch.from_numpy(self._stacked(embeds.numpy(), at, self.cache.kv, where))
+        else:
+            span = 1 + max(positions)
+            hidden = self._text.decode(
+                embeds, torch.tensor(positions), self.cache, torch.tensor(slots), span
+            )
         return hidden if len(kept) == len(tokens) else hidden[torch.tensor(kept, dtype=torch.int64)]
 
     def _decode(self, rows: list[Row]) -> Tensor:
@@ -241,7 +243,10 @@ class Batch:
     def _embed(self, tokens: list[Token]) -> Tensor:
         """Embeddings [n, dim]; region tokens by their encoders."""
         ids = [token if isinstance(token, int) else 0 for token in tokens]
-        embeds = self.model.embed_tokens(torch.tensor(ids, device=self._device))
+        if self._stacked is not None:
+            embeds = torch.from_numpy(self._stacked.embed(ids))
+        else:
+            embeds = self.model.embed_tokens(torch.tensor(ids, device=self._device))
         coords = {i: token.value for i, token in enumerate(tokens) if isinstance(token, Coord)}
         if coords:
             embeds[[*coords]] = self.model.encode_coord(self._floats([*coords.values()]))
@@ -260,9 +265,11 @@ class Batch:
         sizes = [i for i, r in enumerate(rows) if r.decode.phase is Phase.SIZE]
         parts = []
         if texts:
-            parts.append(
-                self._choose(self._token_logits(rows, hidden, texts), [rows[i] for i in texts])
-            )
+            asking = [rows[i] for i in texts]
+            likely = self._likely(asking, self._pick(hidden, texts))
+            if likely is None:
+                likely = self._choose(self._token_logits(rows, hidden, texts), asking)
+            parts.append(likely)
         if coords:
             logits = self.model.coord_logits(self._pick(hidden, coords))
             parts.append(self._choose(logits, [rows[i] for i in coords]))
@@ -281,6 +288,17 @@ class Batch:
 
     def _pick(self, hidden: Tensor, which: list[int]) -> Tensor:
         return hidden if len(which) == len(hidden) else hidden[which]
+
+    def _likely(self, rows: list[Row], hidden: Tensor) -> Tensor | None:
+        """The likeliest tokens of rows that take them, all within their paths, without an operator
+        of torch; None: not so simple."""
+        if self._stacked is None or not all(
+            row.decode.phase is Phase.TEXT and is_greedy(row.settings.temperature) for row in rows
+        ):
+            return None
+        logits = self._stacked.logits(hidden.numpy())
+        logits[:, self._regions] = -np.inf
+        return torch.from_numpy(logits.argmax(-1))
 
     def _token_logits(self, rows: list[Row], hidden: Tensor, which: list[int]) -> Tensor:
         """Token logits [rows, vocab] with -inf where the grammar allows no token."""

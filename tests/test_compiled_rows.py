@@ -14,7 +14,7 @@ import torch
 from tiny_models import TINY_2, TINY_3, random_model
 
 from kestrel.config import SHIPPED_MODELS
-from kestrel.moondream import cached
+from kestrel.moondream import cached, stacked
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.model import Moondream, load
 from kestrel.ops import rows
@@ -57,7 +57,7 @@ def both(monkeypatch: pytest.MonkeyPatch, config: MoondreamConfig) -> list[Moond
     models = [random_model(config), random_model(config)]
     models[0].fuse()
     with monkeypatch.context() as patched:
-        patched.setattr(cached, "compiled", lambda: None)
+        patched.setattr(cached, "compiled", lambda build: None)
         models[1].fuse()
     assert compiles(models[0]) and not compiles(models[1])
     return models
@@ -71,6 +71,23 @@ def test_compiled_steps_give_other_numbers(monkeypatch, name):
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "float32"])
+@torch.inference_mode()
+def test_a_small_model_steps_otherwise_in_one_call(monkeypatch, exact):
+    models = [random_model(TINY_2), random_model(TINY_2)]
+    for model in models if exact else []:
+        for weights in model.parameters():
+            weights.copy_(weights.bfloat16())
+    models[0].fuse()
+    monkeypatch.setattr(stacked, "SMALL", 0)
+    models[1].fuse()
+    assert [model.cached.stacked is None for model in models] == [False, True]
+    hidden = [answers(model) for model in models]
+    torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
+    logits = [model.logits(hidden[0].flatten(0, 1)) for model in models]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 @torch.inference_mode()
 def test_large_numbers_overflow_when_compiled(monkeypatch):
     compiled, plain = (answers(model, scale=1e4) for model in both(monkeypatch, TINY_3))
@@ -81,13 +98,14 @@ def test_large_numbers_overflow_when_compiled(monkeypatch):
 @torch.inference_mode()
 def test_the_shipped_model_steps_otherwise_when_compiled(monkeypatch):
     compiled = load(NANO, CPU, torch.float32)
-    monkeypatch.setattr(cached, "compiled", lambda: None)
+    monkeypatch.setattr(cached, "compiled", lambda build: None)
     plain = load(NANO, CPU, torch.float32)
     assert not compiles(plain)
     torch.testing.assert_close(answers(compiled), answers(plain), atol=1e-4, rtol=1e-4)
 
 
 def test_several_threads_wait_for_one(monkeypatch):
+    monkeypatch.setattr(stacked, "SMALL", 0)
     text = load(NANO, CPU, torch.float32).cached
     slots, pages = text.new_cache(16), text.new_pages(16)
     for threads, large in ((1, True), (2, False)):
@@ -104,13 +122,10 @@ def test_other_types_are_read_as_float32():
 def test_a_machine_without_numba_does_not_serve(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "kestrel.ops.compiled", raising=False)
-    rows.compiled.cache_clear()
-    try:
-        model = load(NANO, CPU, torch.float32)
-        with torch.inference_mode():
-            assert answers(model).isfinite().all()
-    finally:
-        rows.compiled.cache_clear()
+    rows._warn.cache_clear()
+    model = load(NANO, CPU, torch.float32)
+    with torch.inference_mode():
+        assert answers(model).isfinite().all()
     assert "pip install numba" in caplog.text
 
 
@@ -120,7 +135,7 @@ def test_a_machine_that_keeps_no_compiled_code_does_not_serve():
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"  # no place will do
         "from kestrel.ops.rows import compiled\n"
-        "assert compiled() is not None\n"
+        "assert compiled(lambda made: made.layer_rows()) is not None\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

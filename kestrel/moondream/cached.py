@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
+from kestrel.moondream.stacked import StackedLayers, stackable
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 from kestrel.ops.linear import Product, shape_of
@@ -71,20 +72,28 @@ class CachedText:
         self._sin = torch.cat([-sin, sin, 0 * rest], dim=1)[:, None]
         swap = torch.arange(c.head_dim, device=cos.device)
         self._swap = torch.cat([swap[half : 2 * half], swap[:half], swap[2 * half :]])
-        self._layers = [self._layer(block, fuse) for block in text.blocks]
         self._tau_table = self._position_scales() if c.tau_attn else None
         plain = text.wte.device.type == "cpu" and text.wte.dtype == torch.float32
-        self._rows = compiled() if fuse and plain else None
-        if self._rows is not None:
-            self._tables = [
-                self._numbers(number, block) for number, block in enumerate(text.blocks)
-            ]
+        self.stacked: StackedLayers | None = None
+        """Where ``decode`` is one compiled call."""
+        self._rows: Callable[..., None] | None = None
+        """What a layer does between its products, compiled."""
+        if fuse and plain:
+            tables = [self._numbers(number, block) for number, block in enumerate(text.blocks)]
+            if stackable(text):
+                self.stacked = compiled(lambda made: StackedLayers(text, made, tables))
+            else:
+                self._rows = compiled(lambda made: made.layer_rows())
+            self._tables = tables
+        self._layers = [self._layer(block, fuse) for block in text.blocks]
 
     def compiles(self, cache: KVCache, rows: int, span: int) -> bool:
         """Whether ``decode`` of so many rows, of ``span`` positions at most, runs compiled, on one
         thread. A slot may then have several rows in one step, in order of position."""
-        if self._rows is None or not isinstance(cache, SlotKV):
+        if not isinstance(cache, SlotKV):
             return False
+        if self.stacked is not None or self._rows is None:
+            return self.stacked is not None
         products = 2 * rows * span * self.config.n_heads * self.config.head_dim
         return products <= ONE_THREAD or torch.get_num_threads() == 1
 
@@ -120,7 +129,7 @@ class CachedText:
         return torch.stack(scales)[..., None]
 
     def _numbers(self, number: int, block: Block) -> list[np.ndarray]:
-        """What ``kestrel.ops.compiled.layer_rows`` reads of a layer: tau's weights and its rows by
+        """What ``kestrel.ops.compiled`` reads of a layer: tau's weights and its rows by
         position, cosines and sines."""
         c, half = self.config, self.config.rotary_dim // 2
         weights, by_position = torch.empty(0, self._packed), torch.empty(0, 0)
@@ -260,7 +269,11 @@ class CachedText:
     def _decode_compiled(
         self, x: Tensor, positions: Tensor, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        """``decode`` with the products alone left to torch."""
+        """``decode`` in one call, or with the products alone left to torch."""
+        if self.stacked is not None:
+            rows = np.array(x.numpy(), order="C")
+            where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
+            return torch.from_numpy(self.stacked(rows, at, cache.kv, where))
         assert self._rows is not None
         kv = cache.kv.numpy()
         where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
@@ -276,6 +289,12 @@ class CachedText:
                 x = x + layer.mixture(normed)
             x = out.plus(seen, x)
         return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, dim] -> [N, vocabulary]."""
+        if self.stacked is not None:
+            return torch.from_numpy(self.stacked.logits(hidden.numpy()))
+        return self.text.logits(hidden)
 
     # One layer.
 

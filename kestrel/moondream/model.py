@@ -94,7 +94,7 @@ class Moondream(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, dim] -> [B, vocab]."""
-        return self.text.logits(hidden)
+        return self.text.logits(hidden) if self._cached is None else self._cached.logits(hidden)
 
     def coord_logits(self, hidden: Tensor) -> Tensor:
         """[B, dim] -> [B, coord bins]."""

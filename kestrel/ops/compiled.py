@@ -1,19 +1,23 @@
-"""What a decode step does with each row between a layer's matrix products, compiled by Numba.
+"""Decode steps compiled by Numba: what a layer does with each row between its matrix products, and
+the whole step of a small model, products included.
 
-Called operator by operator it is two thirds of a step of a small model on a CPU. Here it is one
-pass over the rows: tau, rotation, storing keys and values, attention, GELU. Each row is computed by
-itself, so that its numbers do not depend on the rows beside it. ``kestrel.moondream.cached`` holds
-the same in torch's operators, for other devices and types.
+Called operator by operator the former is two thirds of a step of a small model on a CPU. Here it is
+one pass over the rows: tau, rotation, storing keys and values, attention, GELU. Each row is
+computed by itself, so that its numbers do not depend on the rows beside it.
+``kestrel.moondream.cached`` holds the same in torch's operators, for other devices and types.
 
 ``kestrel.ops.rows`` says whether ``numba`` can be had.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from kestrel.ops.jit import compiled
 
@@ -129,4 +133,186 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
                     out[n, h * dim + d] += share * values[s, h // group, d]
 
 
-layer_rows = compiled(_SIGNATURE, _layer_rows, **_OPTIONS)
+@cache
+def layer_rows() -> Callable[..., None]:
+    """``_layer_rows``, compiled."""
+    return compiled(_SIGNATURE, _layer_rows, **_OPTIONS)
+
+
+_rows_of_layer = njit(**_OPTIONS)(_layer_rows)
+
+# Products add in order of their inputs, whichever rows they take together, so that a row's numbers
+# do not depend on the others: no reordering here.
+_IN_ORDER: dict[str, Any] = _OPTIONS | {"fastmath": {"contract", "nsz"}}
+
+
+def _number(weight):
+    """A weight as float32: itself, or of a bfloat16's bits."""
+    raise NotImplementedError
+
+
+@overload(_number, inline="always")
+def _number_of(weight):
+    if weight == types.uint16:
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: weight
+
+
+@njit(inline="always", **_IN_ORDER)
+def _add_one(x, weights, out, n):
+    row, to = x[n], out[n]
+    for k in range(0, weights.shape[0], 8):
+        a0, a1, a2, a3 = row[k], row[k + 1], row[k + 2], row[k + 3]
+        a4, a5, a6, a7 = row[k + 4], row[k + 5], row[k + 6], row[k + 7]
+        for j in range(weights.shape[1]):
+            total = to[j]
+            total += a0 * _number(weights[k, j])
+            total += a1 * _number(weights[k + 1, j])
+            total += a2 * _number(weights[k + 2, j])
+            total += a3 * _number(weights[k + 3, j])
+            total += a4 * _number(weights[k + 4, j])
+            total += a5 * _number(weights[k + 5, j])
+            total += a6 * _number(weights[k + 6, j])
+            total += a7 * _number(weights[k + 7, j])
+            to[j] = total
+
+
+@njit(inline="always", **_IN_ORDER)
+def _add_two(x, weights, out, n):
+    row0, row1, to0, to1 = x[n], x[n + 1], out[n], out[n + 1]
+    for k in range(0, weights.shape[0], 4):
+        a0, a1, a2, a3 = row0[k], row0[k + 1], row0[k + 2], row0[k + 3]
+        b0, b1, b2, b3 = row1[k], row1[k + 1], row1[k + 2], row1[k + 3]
+        for j in range(weights.shape[1]):
+            w0, w1 = _number(weights[k, j]), _number(weights[k + 1, j])
+            w2, w3 = _number(weights[k + 2, j]), _number(weights[k + 3, j])
+            a, b = to0[j], to1[j]
+            a += a0 * w0
+            b += b0 * w0
+            a += a1 * w1
+            b += b1 * w1
+            a += a2 * w2
+            b += b2 * w2
+            a += a3 * w3
+            b += b3 * w3
+            to0[j], to1[j] = a, b
+
+
+@njit(inline="always", **_IN_ORDER)
+def _add_four(x, weights, out, n):
+    row0, row1, row2, row3 = x[n], x[n + 1], x[n + 2], x[n + 3]
+    to0, to1, to2, to3 = out[n], out[n + 1], out[n + 2], out[n + 3]
+    for k in range(0, weights.shape[0], 4):
+        a0, a1, a2, a3 = row0[k], row0[k + 1], row0[k + 2], row0[k + 3]
+        b0, b1, b2, b3 = row1[k], row1[k + 1], row1[k + 2], row1[k + 3]
+        c0, c1, c2, c3 = row2[k], row2[k + 1], row2[k + 2], row2[k + 3]
+        d0, d1, d2, d3 = row3[k], row3[k + 1], row3[k + 2], row3[k + 3]
+        for j in range(weights.shape[1]):
+            w0, w1 = _number(weights[k, j]), _number(weights[k + 1, j])
+            w2, w3 = _number(weights[k + 2, j]), _number(weights[k + 3, j])
+            a, b, c, d = to0[j], to1[j], to2[j], to3[j]
+            a += a0 * w0
+            b += b0 * w0
+            c += c0 * w0
+            d += d0 * w0
+            a += a1 * w1
+            b += b1 * w1
+            c += c1 * w1
+            d += d1 * w1
+            a += a2 * w2
+            b += b2 * w2
+            c += c2 * w2
+            d += d2 * w2
+            a += a3 * w3
+            b += b3 * w3
+            c += c3 * w3
+            d += d3 * w3
+            to0[j], to1[j], to2[j], to3[j] = a, b, c, d
+
+
+@njit(**_IN_ORDER)
+def _add_product(x, weights, out):
+    """``out`` [N, to] += ``x`` [N, from] @ ``weights`` [from, to]; ``from`` a multiple of 8."""
+    rows = x.shape[0]
+    whole = rows - rows % 4
+    for n in range(0, whole, 4):
+        _add_four(x, weights, out, n)
+    if rows - whole >= 2:
+        _add_two(x, weights, out, whole)
+    if rows % 2:
+        _add_one(x, weights, out, rows - 1)
+
+
+@njit(**_OPTIONS)
+def _layer_norm(x, scale_shift, out):
+    dim = x.shape[1]
+    for n in range(x.shape[0]):
+        mean = np.float32(0)
+        for i in range(dim):
+            mean += x[n, i]
+        mean /= np.float32(dim)
+        spread = np.float32(0)
+        for i in range(dim):
+            off = x[n, i] - mean
+            spread += off * off
+        factor = _ONE / np.sqrt(spread / np.float32(dim) + np.float32(1e-5))
+        for i in range(dim):
+            out[n, i] = (x[n, i] - mean) * factor * scale_shift[0, i] + scale_shift[1, i]
+
+
+def _all_layers(
+    x, norms, into, into_bias, out, out_bias, tau_weights, tau_rows, cos, sin, kv, slots, positions,
+    heads,
+):  # fmt: skip
+    """Every layer of rows ``x`` [N, dim], which become hidden states in place.
+
+    ``norms`` [layers, 2, dim]: scale and shift. ``into`` [layers, dim, packed + inner] and ``out``
+    [layers, heads * head_dim + inner, dim], float32 or the bits of bfloat16, with their biases
+    [layers, ...]. The others as ``_layer_rows`` takes them, by layer.
+    """
+    rows, width = x.shape[0], out.shape[1]
+    normed = np.empty_like(x)
+    joined = np.empty((rows, into.shape[2]), np.float32)
+    seen = np.empty((rows, width), np.float32)
+    for layer in range(into.shape[0]):
+        _layer_norm(x, norms[layer], normed)
+        for n in range(rows):
+            joined[n] = into_bias[layer]
+        _add_product(normed, into[layer], joined)
+        _rows_of_layer(
+            joined, tau_weights[layer], tau_rows[layer], cos, sin, kv[layer], slots, positions,
+            heads, seen,
+        )  # fmt: skip
+        for n in range(rows):
+            for i in range(x.shape[1]):
+                x[n, i] += out_bias[layer, i]
+        _add_product(seen, out[layer], x)
+
+
+def _head(x, norm, weights, bias, out):
+    """Logits ``out`` [N, vocabulary] of hidden states ``x`` [N, dim]; ``norm`` [2, dim],
+    ``weights`` [dim, vocabulary]."""
+    normed = np.empty_like(x)
+    _layer_norm(x, norm, normed)
+    for n in range(x.shape[0]):
+        out[n] = bias
+    _add_product(normed, weights, out)
+
+
+@cache
+def all_layers(weights: str) -> Callable[..., None]:
+    """``_all_layers`` of ``weights`` that are float32 or uint16, compiled."""
+    by_layer = "float32[:, :, ::1]"
+    signature = (
+        f"void({_MATRIX}, {by_layer}, {weights}[:, :, ::1], {_MATRIX}, {weights}[:, :, ::1], "
+        f"{_MATRIX}, {by_layer}, {by_layer}, {_MATRIX}, {_MATRIX}, "
+        f"float32[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, int64)"
+    )
+    return compiled(signature, _all_layers, **_OPTIONS)
+
+
+@cache
+def head(weights: str) -> Callable[..., None]:
+    """``_head`` of ``weights`` that are float32 or uint16, compiled."""
+    signature = f"void({_MATRIX}, {_MATRIX}, {weights}[:, ::1], float32[::1], {_MATRIX})"
+    return compiled(signature, _head, **_OPTIONS)

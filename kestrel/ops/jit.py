@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 
-def compiled(signature: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``function`` compiled for one signature, without the GIL. ImportError without Numba.
+def compiled(
+    signature: str | list[str], function: Callable[..., Any], **options: Any
+) -> Callable[..., Any]:
+    """``function`` compiled for its signatures, without the GIL. ImportError without Numba.
 
     The first process of a machine takes seconds for it, others find the result beside the package
     or in the user's cache (``NUMBA_CACHE_DIR`` names another folder).

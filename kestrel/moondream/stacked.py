@@ -1,0 +1,103 @@
+"""The layers of a small model stacked, as its compiled steps read them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kestrel.moondream.text import DenseMlp, TextDecoder
+
+SMALL = 16_000_000
+"""Parameters of all layers up to which they are held once more for steps: larger ones are bound by
+reading their weights, which the products of ``kestrel.ops.linear`` do as fast."""
+STRIDE = 8
+"""Inputs that a compiled product takes at once."""
+
+
+def stackable(text: TextDecoder) -> bool:
+    """Whether a decoder's steps can run as one compiled call: float32 on a CPU, small, layers all
+    alike."""
+    c = text.config
+    if not all(isinstance(block.mlp, DenseMlp) for block in text.blocks):
+        return False
+    sizes = [c.dim, c.n_heads * c.head_dim + c.ff_dim]
+    few = sum(weights.numel() for weights in text.blocks.parameters()) <= SMALL  # type: ignore[attr-defined]
+    return few and all(size % STRIDE == 0 for size in sizes)
+
+
+class StackedLayers:
+    """Runs every layer, and the head, of a few rows in one call each.
+
+    A copy of the weights, in the bits of bfloat16 where all of them are exact in it (half of what
+    a step reads), else in float32. To be made while ``text`` still holds its own weights.
+    """
+
+    def __init__(
+        self, text: TextDecoder, functions: ModuleType, tables: list[list[np.ndarray]]
+    ) -> None:
+        """``functions``: ``kestrel.ops.compiled``. ``tables`` by layer, as it takes them: tau's
+        weights and rows, cosines, sines."""
+        self._heads = text.config.n_heads
+        norms, into, into_bias, out, out_bias = [], [], [], [], []
+        for block in text.blocks:
+            attention, mlp = block.attn, block.mlp
+            assert isinstance(mlp, DenseMlp)
+            norms.append(torch.stack([block.ln.weight, block.ln.bias]))
+            into.append(torch.cat([attention.qkv.weight, mlp.fc1.weight]).T)
+            into_bias.append(torch.cat([attention.qkv.bias, mlp.fc1.bias]))
+            out.append(torch.cat([attention.proj.weight, mlp.fc2.weight], dim=1).T)
+            out_bias.append(attention.proj.bias + mlp.fc2.bias)
+        matrices = [torch.stack(into), torch.stack(out), text.lm_head.weight.T]
+        exact = all(torch.equal(m.bfloat16().float(), m) for m in matrices)
+        read_into, read_out, self._head_weights = (_held(m, bits=exact) for m in matrices)
+        kind = read_into.dtype.name
+        self._run, self._head = functions.all_layers(kind), functions.head(kind)
+        tau_weights, tau_rows, cos, sin = (list(table) for table in zip(*tables, strict=True))
+        self._layers = (
+            _array(torch.stack(norms)),
+            read_into,
+            _array(torch.stack(into_bias)),
+            read_out,
+            _array(torch.stack(out_bias)),
+            np.stack(tau_weights),
+            np.stack(tau_rows),
+            cos[0],
+            sin[0],
+        )
+        self._table = _array(text.wte)
+        self._head_norm = _array(torch.stack([text.post_ln.weight, text.post_ln.bias]))
+        self._head_bias = _array(text.lm_head.bias)
+
+    def embed(self, ids: list[int]) -> np.ndarray:
+        """Embeddings [N, dim] of tokens."""
+        return self._table[ids]
+
+    def __call__(
+        self, rows: np.ndarray, positions: np.ndarray, kv: Tensor, slots: np.ndarray
+    ) -> np.ndarray:
+        """Embeddings ``rows`` [N, dim] at ``positions`` of ``slots``, int64 [N], become hidden
+        states in place; keys and values are written into ``kv`` [layers, 2, slots, max_context,
+        kv_heads, head_dim]."""
+        self._run(rows, *self._layers, kv.numpy(), slots, positions, self._heads)
+        return rows
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """[N, dim] -> [N, vocabulary]."""
+        out = np.empty((len(hidden), len(self._head_bias)), np.float32)
+        self._head(
+            np.ascontiguousarray(hidden), self._head_norm, self._head_weights, self._head_bias, out
+        )
+        return out
+
+
+def _array(numbers: Tensor) -> np.ndarray:
+    return numbers.detach().contiguous().numpy()
+
+
+def _held(matrix: Tensor, *, bits: bool) -> np.ndarray:
+    """A float32 matrix, or its upper halves as uint16."""
+    array = _array(matrix)
+    return (array.view(np.uint32) >> 16).astype(np.uint16) if bits else array
