@@ -328,14 +328,16 @@ def plot(levels: dict[int, dict[str, float]], file: Path) -> None:
 
 
 def machine() -> str:
-    """Processor and cores of this machine."""
+    """Processor, its vectors as torch uses them, and cores of this machine."""
     cpus = Path("/proc/cpuinfo")
     names = {
         line.split(":")[1].strip()
         for line in (cpus.read_text().splitlines() if cpus.exists() else [])
         if line.startswith("model name")
     }
-    return f"{', '.join(names) or platform.machine()}, {os.cpu_count()} cores, no GPU used"
+    name = ", ".join(names) or platform.machine()
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({vectors}), {os.cpu_count()} cores, no GPU used"
 
 
 def main() -> None:
