@@ -7,23 +7,38 @@ more of them share one row's attention between them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import TINY_3, random_model
 
 from kestrel.config import SHIPPED_MODELS
+from kestrel.moondream.config import MoeConfig
 from kestrel.moondream.model import Moondream, load
 from kestrel.ops import linear
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Moondream]:
+def mixed_experts() -> Moondream:
+    """A random model of 16 experts, of which each token takes four."""
+    moe = MoeConfig(num_experts=16, start_layer=1, experts_per_token=4, expert_inner_dim=32)
+    text = replace(TINY_3.text, dim=64, n_heads=4, n_kv_heads=4, max_context=288, moe=moe)
+    vision, region = replace(TINY_3.vision, proj_out_dim=64), replace(TINY_3.region, dim=64)
+    model = random_model(replace(TINY_3, text=text, vision=vision, region=region))
+    model.fuse()
+    return model
+
+
+@pytest.fixture(scope="module", params=["nano", "experts"])
+def model(request: pytest.FixtureRequest) -> Iterator[Moondream]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = load(SHIPPED_MODELS / "nano", torch.device("cpu"), torch.float32)
     if not linear.reorders(torch.zeros(1, 1)):
         pytest.skip("without oneDNN's order products depend on the batch")
-    yield model
+    if request.param == "nano":
+        yield load(SHIPPED_MODELS / "nano", torch.device("cpu"), torch.float32)
+    else:
+        yield mixed_experts()
     torch.set_num_threads(threads)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import random_model
 
 from kestrel.config import ConfigError
+from kestrel.moondream import moe
 from kestrel.moondream.checkpoint import weight_files
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import overlap_crops, select_tiling
@@ -236,6 +238,17 @@ def test_gathered_and_visited_experts_disagree(md3_weights, monkeypatch):
     gathered = mlp(x)
     monkeypatch.setattr("kestrel.moondream.moe.GATHER_LIMIT", 0)
     torch.testing.assert_close(gathered, mlp(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_step_that_is_captured_waits_for_the_host(monkeypatch):
+    """Counting who visits which expert reads numbers back, which no capture survives."""
+    mlp = random_model().text.blocks[1].mlp
+    x = torch.randn(moe.EVERY_LIMIT + 36, 32, generator=torch.Generator().manual_seed(1))
+    visited = mlp(x)
+    monkeypatch.setattr(moe, "capturing", lambda device: True)
+    monkeypatch.setattr(moe.MixtureOfExperts, "_visited", None)
+    torch.testing.assert_close(mlp(x), visited, atol=1e-5, rtol=1e-5)
 
 
 def test_a_checkpoint_with_strays_and_gaps_loads_silently(tmp_path):

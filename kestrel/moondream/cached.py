@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
+from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.stacked import StackedLayers, stackable
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
@@ -99,6 +100,8 @@ class CachedText:
 
     def _layer(self, block: Block, fuse: bool) -> _Layer:
         attention, mlp = block.attn, block.mlp
+        if fuse and isinstance(mlp, MixtureOfExperts):
+            mlp.finalize()
         into, out = [attention.qkv], [attention.proj]
         if isinstance(mlp, DenseMlp):
             into.append(mlp.fc1)

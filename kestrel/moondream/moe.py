@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kestrel.ops.graphs import capturing
+from kestrel.ops.linear import FinalLinear, Product, final, reorders, shape_of
+
 GATHER_LIMIT = 32
 """Up to this many (token, expert) pairs, gathering expert weights beats visiting every expert."""
 EVERY_LIMIT = 64
 """Up to this many tokens, CUDA runs every expert on every token: a decode step reads most experts'
-weights in any case, and nothing in it waits for the host, so that it can be captured."""
+weights in any case, and nothing in it waits for the host. Steps of more tokens do so while they are
+captured, when nothing may wait."""
 
 
 class ExpertWeights(nn.Module):
@@ -20,6 +24,14 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
         nn.init.normal_(self.weight, std=in_dim**-0.5)
+
+    def products(self) -> list[Product]:
+        """Each expert's product, its weights in the order of the CPU's kernels. What those hold
+        alone is left here as a mere shape."""
+        products = [Product(weight, None, reorder=True) for weight in self.weight.detach()]
+        if all(product.weight is None for product in products):
+            self.weight = shape_of(self.weight)
+        return products
 
 
 class MixtureOfExperts(nn.Module):
@@ -31,18 +43,29 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, dim: int, inner_dim: int, experts: int, per_token: int) -> None:
         super().__init__()
         self.per_token = per_token
-        self.router = nn.Linear(dim, experts)
+        self.router: nn.Linear | FinalLinear = nn.Linear(dim, experts)
         self.fc1 = ExpertWeights(experts, 2 * inner_dim, dim)
         self.fc2 = ExpertWeights(experts, dim, inner_dim)
+        self._products: list[tuple[Product, Product]] | None = None
+
+    def finalize(self) -> None:
+        """Make ready to serve; the weights are then final. On a CPU a token's numbers then are the
+        same whatever other tokens come with it."""
+        if self._products is None and reorders(self.fc1.weight):
+            self.router = final(self.router)
+            pairs = zip(self.fc1.products(), self.fc2.products(), strict=True)
+            self._products = list(pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         tokens = x.reshape(-1, x.shape[-1])
         scores, chosen = self.router(tokens).topk(self.per_token, dim=-1)
         weights = scores.softmax(dim=-1)
-        if chosen.numel() <= GATHER_LIMIT:
+        if self._products is not None:
+            mixed = self._visited(tokens, chosen, weights)
+        elif chosen.numel() <= GATHER_LIMIT:
             mixed = self._gathered(tokens, chosen, weights)
-        elif tokens.is_cuda and len(tokens) <= EVERY_LIMIT:
+        elif capturing(tokens.device) or (tokens.is_cuda and len(tokens) <= EVERY_LIMIT):
             mixed = self._every(tokens, chosen, weights)
         else:
             mixed = self._visited(tokens, chosen, weights)
@@ -67,7 +90,7 @@ class MixtureOfExperts(nn.Module):
         mixed = torch.zeros_like(tokens)
         order = chosen.flatten().argsort(stable=True)
         rows = order // self.per_token
-        counts = torch.bincount(chosen.flatten(), minlength=self.router.out_features).tolist()
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.fc1.weight)).tolist()
         start = 0
         for expert, count in enumerate(counts):
             if count == 0:
@@ -75,7 +98,15 @@ class MixtureOfExperts(nn.Module):
             picked = order[start : start + count]
             row = rows[start : start + count]
             start += count
-            h, g = F.linear(tokens[row], self.fc1.weight[expert]).chunk(2, dim=-1)
-            out = F.linear(F.gelu(h) * (g + 1), self.fc2.weight[expert])
+            into, out_of = self._expert(expert)
+            h, g = into(tokens[row]).chunk(2, dim=-1)
+            # In one piece: rows that lie apart are read in another way than one row.
+            out = out_of(F.gelu(h.contiguous()) * (g + 1))
             mixed.index_add_(0, row, out * weights.flatten()[picked, None])
         return mixed
+
+    def _expert(self, number: int) -> tuple[Product, Product]:
+        if self._products is not None:
+            return self._products[number]
+        first, second = self.fc1.weight[number], self.fc2.weight[number]
+        return Product(first, None, reorder=False), Product(second, None, reorder=False)

@@ -12,6 +12,11 @@ WARM_UPS = 2
 """Runs before a capture, so that libraries have set up what they keep."""
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is now called for this device is recorded: nothing may then wait for it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Captured:
     """A function without arguments that reads and writes the same tensors each time.
 
