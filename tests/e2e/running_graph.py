@@ -94,11 +94,12 @@ class Graph:
         """Deploy and wait until every replica is as the config says."""
         self.cluster.deploy(config)
         end = time.monotonic() + seconds
-        while not self._settled():
+        while not self.settled():
             assert time.monotonic() < end, self.cluster.status()
             time.sleep(0.5)
 
-    def _settled(self) -> bool:
+    def settled(self) -> bool:
+        """Whether every replica that there is to be has started."""
         (application,) = self.cluster.status()["applications"].values()
         deployments = application["deployments"].values()
         healthy = all(one["status"] == "HEALTHY" for one in deployments)

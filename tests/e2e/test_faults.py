@@ -29,6 +29,8 @@ MODEL = "ray::ServeReplica:segment:Model"
 REFINER = "ray::ServeReplica:segment:Refiner"
 PATIENCE_S = 180.0
 """Deadline of the requests: a busy machine starts replicas slowly."""
+ROOM = 256
+"""Requests that every stage may hold."""
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
@@ -79,7 +81,8 @@ def wrong(traffic: Traffic) -> Counter[str]:
 
 
 def kill_one(graph: Graph, title: str, number: signal.Signals = signal.SIGKILL) -> int:
-    assert wait_for(lambda: bool(graph.pids(title)), 60)
+    # One that serves: replicas that die three times while they start are a failed deployment.
+    assert wait_for(lambda: graph.settled() and bool(graph.pids(title)), PATIENCE_S)
     victim = graph.pids(title)[0]
     os.kill(victim, number)
     return victim
@@ -94,7 +97,11 @@ def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
     args["refine_silence_s"] = 3
     args["refiner_pool"].update(stuck_s=10, graceful_shutdown_timeout_s=8)
     args["refiner"]["selectable"] = ["none", HANGING]
-    args["model_pool"].update(max_ongoing_requests=16, max_queued_requests=64)
+    # A slow machine takes half a minute to start a replica, for which nobody is to be refused.
+    args["runtime"]["max_held_requests"] = ROOM
+    args["ingress_pool"].update(max_ongoing_requests=ROOM, max_queued_requests=ROOM)
+    args["model_pool"].update(max_ongoing_requests=16, max_queued_requests=ROOM)
+    args["refiner_pool"].update(max_queued_requests=ROOM)
     for pool in ("model_pool", "refiner_pool"):
         args[pool].update(health_check_period_s=1, health_check_timeout_s=3)
     before, config_before = graph.pids(MODEL), graph.config
