@@ -154,7 +154,9 @@ def test_a_request_names_no_place_that_is_not_loaded():
         parse('{"refiner": "os:system"}')
 
 
-@pytest.mark.parametrize("place", ["no_such_module:build", "math:no_such_function", ":build", "m:"])
+@pytest.mark.parametrize(
+    "place", ["no_such_module:build", "math:no_such_function", "math:pi", ":build", "m:"]
+)
 def test_a_place_without_a_backend_is_refused_when_the_refiner_is_built(place):
     with pytest.raises(ConfigError, match="is not there"):
         SegmentRefiner(RefinerConfig(selectable=(place,)))
