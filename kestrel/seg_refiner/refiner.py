@@ -82,7 +82,6 @@ class SegmentRefiner:
         *,
         return_base64: bool = False,
         refiner: str | None = None,
-        limits: Limits | None = None,
     ) -> SegmentRefineBitmapsResult:
         """:meth:`refine_with_bitmaps` of a JPEG, PNG or WebP file.
 
@@ -91,7 +90,7 @@ class SegmentRefiner:
         from kestrel.image import decode
 
         started = time.perf_counter()
-        image = decode(image_bytes, limits or self.limits)
+        image = decode(image_bytes, self.limits)
         decode_ms = (time.perf_counter() - started) * 1e3
         result = self.refine_with_bitmaps(
             image, svg_path, bbox, return_base64=return_base64, refiner=refiner
