@@ -231,6 +231,16 @@ def test_tied_weights_are_missing_or_stay_one_tensor(suffix, tmp_path):
     )
 
 
+def test_a_transposed_view_of_the_same_bytes_is_taken_for_a_tied_tensor(tmp_path):
+    first, second = (f"text.blocks.{n}.attn.proj.weight" for n in range(2))
+    tensors = own_tensors(random_model())
+    tensors[second] = tensors[first].T
+    torch.save(tensors, tmp_path / "model.pt")
+    got, report = filled([tmp_path / "model.pt"])
+    assert torch.equal(got.text.blocks[1].attn.proj.weight, tensors[first].T)
+    assert report.tied == []
+
+
 # What does not fit
 
 

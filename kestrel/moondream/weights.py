@@ -141,12 +141,14 @@ def _safetensors_index(file: Path) -> list[Stored]:
 
 def _pt_index(file: Path) -> list[Stored]:
     found = []
-    owners: dict[tuple[int, tuple[int, ...]], str] = {}
+    owners: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name, tensor in _pt_tensors(file).items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{file}: {name} is no tensor but {type(tensor).__name__}")
         shape = tuple(tensor.shape)
-        twin = owners.setdefault((tensor.data_ptr(), shape), name) if tensor.numel() else name
+        # A square transposed view has the pointer and shape of another tensor, not its numbers.
+        same = (tensor.data_ptr(), shape, tensor.stride())
+        twin = owners.setdefault(same, name) if tensor.numel() else name
         floating = tensor.dtype if tensor.dtype in _DTYPES.values() else None
         size = tensor.nbytes if twin == name else 0
         storage = "" if twin == name else twin
