@@ -281,6 +281,19 @@ def test_a_hundred_problems_fill_the_screen(model, tmp_path):
     assert message.count("missing tensor") == 8 and f"and {missing - 8} more" in message
 
 
+def test_unexpected_tensors_hide_the_missing_ones(model, tmp_path, caplog):
+    tensors = own_tensors(model) | {f"stray.{n}": torch.zeros(2) for n in range(30)}
+    del tensors[WQ]
+    tensors["text.wte"] = tensors["text.wte"].T.contiguous()
+    message = refusal(tensors, tmp_path)
+    kinds = (f"missing tensor {WQ}", "text.wte has shape", "unexpected tensor")
+    places = [message.find(kind) for kind in kinds]
+    assert -1 not in places and places == sorted(places)
+    assert message.count("unexpected tensor") == 8 and "and 22 more" in message
+    # The log has them all.
+    assert all(f"unexpected tensor stray.{n}\n" in caplog.text + "\n" for n in range(30))
+
+
 def test_nothing_is_moved_before_all_is_known_to_fit(model, tmp_path):
     tensors = own_tensors(model) | {"text.stray": torch.zeros(2)}
     save_file(tensors, tmp_path / "model.safetensors")
