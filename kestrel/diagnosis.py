@@ -47,6 +47,11 @@ def bad(subject: str, text: str, remedy: str, *, needed: bool = True) -> Finding
     return Finding(subject, Verdict.FAIL if needed else Verdict.WARN, text, remedy)
 
 
+def line_of(error: BaseException) -> str:
+    """The first line of an error's message, its type's name without one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Machine:
     """What the checks ask of the machine; tests answer in its place."""
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kestrel.checks_ray import check_ray
+from kestrel.checks_refiner import (
+    check_opencv,
+    check_rasterizers,
+    check_torchvision,
+    check_tracers,
+)
 from kestrel.config import ConfigError, RuntimeConfig
-from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, bad, ok, read_config
+from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, bad, line_of, ok, read_config
 
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
@@ -46,7 +52,7 @@ def check_torch(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     try:
         torch = machine.load("torch")
     except (ImportError, OSError) as error:
-        text = f"{version or 'not installed'}, does not load ({_line(error)})"
+        text = f"{version or 'not installed'}, does not load ({line_of(error)})"
         yield bad("torch", text, f"{pinned}, from the index of your CUDA release")
         return
     build = torch.version.cuda
@@ -107,27 +113,6 @@ def memory_need(config: RuntimeConfig) -> float:
     return parameters * size + cached + ACTIVATIONS_BYTES
 
 
-def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    torch, vision = machine.version("torch"), machine.version("torchvision")
-    needed = wanted.refiner is not None and wanted.refiner.refiner == "hq-sam"
-    if torch is None:
-        return
-    # 0.N + 15 belongs to torch 2.N.
-    match = re.match(r"2\.(\d+)", torch)
-    pair = f"0.{int(match[1]) + 15}" if match else "of the same day"
-    remedy = f"pip install --no-deps 'torchvision=={pair}.*' (without --no-deps pip changes torch)"
-    if vision is None:
-        if needed:
-            yield bad("torchvision", "not installed; hq-sam imports it", remedy)
-        else:
-            yield ok("torchvision", "not installed, not needed")
-    elif match and not vision.startswith(pair + "."):
-        text = f"{vision} does not belong to torch {torch}"
-        yield bad("torchvision", text, remedy, needed=needed)
-    else:
-        yield ok("torchvision", f"{vision}, belongs to torch {torch}")
-
-
 def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     on_cpu = wanted.runtime.device in ("cpu", "auto")
     try:
@@ -135,7 +120,7 @@ def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     except Exception as error:  # it refuses a NumPy that it does not know
         slow = "pictures are cropped several times as slowly"
         slow += ", and on a CPU decoding takes twice the time" if on_cpu else ""
-        text = f"does not load ({_line(error)}): {slow}"
+        text = f"does not load ({line_of(error)}): {slow}"
         yield bad("numba", text, "pip install --upgrade numba", needed=False)
         return
     steps = " and decode steps for the CPU" if on_cpu else ""
@@ -151,7 +136,7 @@ def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         machine.load("flashinfer")
     except Exception as error:  # it looks for the GPU while it is imported
         remedy = "pip install --no-deps the release for your torch, or uninstall flashinfer-python"
-        yield bad("flashinfer", f"{version}, does not load ({_line(error)})", remedy)
+        yield bad("flashinfer", f"{version}, does not load ({line_of(error)})", remedy)
         return
     if machine.version("flashinfer-jit-cache") is not None:
         yield ok("flashinfer", f"{version}, kernels are prebuilt")
@@ -191,84 +176,6 @@ def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
             text = f"the loader does not look into {folders[0]}"
             remedy = f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start"
             yield bad("kestrel-kernels", text, remedy)
-
-
-def check_tracers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    if wanted.refiner is None:
-        return
-    tracers = machine.load("kestrel.seg_refiner.tracers")
-    chosen = wanted.refiner.tracer
-    yield from _first_of(
-        "tracer",
-        ("libpotrace", "pypotrace", "potracer") if chosen == "auto" else (chosen,),
-        tracers.load_tracer,
-        "there is no package named potrace: apt-get install libpotrace0, or pip install potracer",
-    )
-
-
-def check_rasterizers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    if wanted.refiner is None:
-        return
-    resvg = machine.version("resvg")
-    old = resvg is not None and resvg.startswith("0.1")
-    if old:
-        remedy = "pip install --only-binary :all: 'resvg>=0.2,<0.3' (wheels, no Rust needed)"
-        yield bad("resvg", f"{resvg} has another interface and no wheel", remedy)
-    raster = machine.load("kestrel.seg_refiner.raster")
-    chosen = wanted.refiner.rasterizer
-    yield from _first_of(
-        "rasterizer",
-        ("skia", "resvg") if chosen == "auto" else (chosen,),
-        raster.load_rasterizer,
-        "pip install skia-python, or pip install --only-binary :all: 'resvg>=0.2,<0.3'",
-    )
-
-
-def _first_of(
-    subject: str, names: tuple[str, ...], load: Callable[[str], Any], remedy: str
-) -> Iterator[Finding]:
-    """The first that loads; a warning for those that would be faster."""
-    reasons = []
-    for name in names:
-        try:
-            load(name)
-        except ImportError as error:
-            reasons.append(_line(error))
-            continue
-        text = f"{name} does the work"
-        if reasons:
-            yield bad(subject, text, f"faster: {'; '.join(reasons)}", needed=False)
-        else:
-            yield ok(subject, text)
-        return
-    yield bad(subject, "; ".join(reasons), remedy)
-
-
-def check_opencv(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    try:
-        cv2 = machine.load("cv2")
-    except (ImportError, OSError) as error:
-        remedy = "pip install opencv-python-headless (the other build needs libGL)"
-        yield bad("OpenCV", f"does not load ({_line(error)})", remedy)
-        return
-    yield ok("OpenCV", cv2.__version__)
-
-
-def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    version = machine.version("ray")
-    if version is None:
-        remedy = "pip install -c constraints.txt '.[serve]'"
-        yield bad("Ray", "not installed", remedy, needed=wanted.graph)
-    elif tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 58):
-        yield bad("Ray", f"{version} is too old", "pip install 'ray[serve]>=2.58'")
-    else:
-        yield ok("Ray", version)
-    host, port = wanted.http
-    if machine.port_free(host, port):
-        yield ok("port", f"{host}:{port} is free")
-    else:
-        text = f"{host}:{port} is taken (by a server that already runs?)"
-        yield bad("port", text, "stop it, or set http_options.port", needed=False)
 
 
 def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
@@ -328,7 +235,7 @@ def examine(wanted: Wanted, machine: Machine | None = None) -> Iterator[Finding]
             yield from check(machine, wanted)
         except Exception as error:  # a check that breaks is a finding, the others still run
             name = check.__name__.removeprefix("check_")
-            yield bad(name, f"could not be checked ({type(error).__name__}: {_line(error)})", "")
+            yield bad(name, f"could not be checked ({type(error).__name__}: {line_of(error)})", "")
 
 
 def doctor_command(file: Path | None) -> int:
@@ -338,7 +245,3 @@ def doctor_command(file: Path | None) -> int:
         print(finding, flush=True)
         failed += finding.verdict is Verdict.FAIL
     return 1 if failed else 0
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
