@@ -302,6 +302,26 @@ def test_a_check_that_breaks_hides_the_others(monkeypatch):
     assert second.subject == "Python"
 
 
+@pytest.mark.parametrize(
+    ("port", "text", "option"),
+    [
+        (8265, "dashboard", "--dashboard-port"),
+        (10001, "Ray Client", "--client-port"),
+        (6379, "GCS", "--port"),
+        (52365, "dashboard agent", "--dashboard-agent-listen-port"),
+        (8080, "metrics", "--metrics-export-port"),
+    ],
+)
+def test_a_port_of_ray_that_is_taken_is_not_tried(port, text, option):
+    findings = found(doctor.check_ray, Fake(taken=(port,)))
+    (finding,) = (f for f in findings if f.verdict is not Verdict.OK)
+    assert finding.verdict is Verdict.WARN
+    assert text in finding.text and f"127.0.0.1:{port}" in finding.text
+    assert option in finding.remedy
+    alone = Wanted(RuntimeConfig(), None)
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, Fake(taken=(port,)), alone))
+
+
 # The command
 
 
