@@ -10,6 +10,7 @@ import asyncio
 import os
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kestrel.checks_ray import check_ray
 from kestrel.checks_refiner import (
     check_opencv,
     check_rasterizers,
+    check_refiners,
     check_torchvision,
     check_tracers,
 )
@@ -200,7 +202,9 @@ def _segments(wanted: Wanted) -> Iterator[Finding]:
     from kestrel.engine import EngineError, InferenceEngine
 
     async def start() -> None:
-        await (await InferenceEngine.create(wanted.runtime)).shutdown()
+        # The refiners have a check of their own.
+        config = replace(wanted.runtime, refiner=None)
+        await (await InferenceEngine.create(config)).shutdown()
 
     try:
         asyncio.run(start())
@@ -224,6 +228,7 @@ CHECKS: tuple[Check, ...] = (
     check_opencv,
     check_ray,
     check_checkpoint,
+    check_refiners,
 )
 
 

@@ -19,7 +19,7 @@ from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, read_config
 from kestrel.doctor import examine
 from kestrel.moondream.config import MOONDREAM_3
-from kestrel.seg_refiner import raster, tracers
+from kestrel.seg_refiner import boundary, raster, tracers
 
 
 class Fake(Machine):
@@ -112,8 +112,20 @@ def test_pypotrace_does_not_build_without_libagg(monkeypatch):
 
 
 def test_resvg_is_built_from_source_for_want_of_a_wheel():
-    failure = the_failure(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}))
+    asked = wanted(RefinerConfig(rasterizer="resvg"))
+    failure = the_failure(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}), asked)
     assert "0.1.2" in failure.text and "--only-binary :all:" in failure.remedy
+
+
+@pytest.mark.parametrize("skia", [True, False])
+def test_an_old_resvg_fails_where_skia_paints(skia, monkeypatch):
+    def load(name: str) -> Any:
+        if name == "skia" and not skia:
+            raise raster.RasterizerMissing("Skia is not installed")
+
+    monkeypatch.setattr(raster, "load_rasterizer", load)
+    old = found(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}))[0]
+    assert old.subject == "resvg" and old.verdict is (Verdict.WARN if skia else Verdict.FAIL)
 
 
 def test_nothing_that_paints_is_installed(monkeypatch):
@@ -172,8 +184,9 @@ def test_precompiled_kernels_meet_a_newer_companion():
     assert "4.3.5, not 4.4.0" in failure.text and "nvidia-cutlass-dsl==4.3.5" in failure.remedy
 
 
-def test_hq_sam_asks_for_a_torchvision_that_is_not_there():
-    asked = wanted(RefinerConfig(refiner="hq-sam"))
+@pytest.mark.parametrize("names", [{"refiner": "hq-sam"}, {"selectable": ("none", "hq-sam")}])
+def test_hq_sam_asks_for_a_torchvision_that_is_not_there(names):
+    asked = wanted(RefinerConfig(**names))
     failure = the_failure(doctor.check_torchvision, Fake(), asked)
     assert "--no-deps 'torchvision==0.24.*'" in failure.remedy
     assert [f.verdict for f in found(doctor.check_torchvision, Fake())] == [Verdict.OK]
@@ -224,6 +237,68 @@ def test_flashinfer_does_not_load():
         versions={"flashinfer-python": "0.6.0"}, broken={"flashinfer": RuntimeError("no GPU")}
     )
     assert "no GPU" in the_failure(doctor.check_flashinfer, machine).text
+
+
+# The refiner.
+
+
+@pytest.fixture
+def no_network():
+    """The boundary refiner's network is loaded anew in a test, and after it."""
+    boundary.load_network.cache_clear()
+    yield
+    boundary.load_network.cache_clear()
+
+
+def test_a_refiner_without_its_library_is_called_sound(monkeypatch, no_network):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    failure = the_failure(doctor.check_refiners, Fake())
+    assert failure.subject == "refiner boundary" and "ONNX Runtime" in failure.text
+    (needed,) = (r for r in PROJECT["dependencies"] if r.startswith("onnxruntime"))
+    assert f"pip install '{needed}'" in failure.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text", "remedy"),
+    [
+        ("hq-sam", {}, "hq_sam_model", "refiner.hq_sam_model"),
+        ("seghead", {}, "seghead_weights", "refiner.seghead_weights"),
+        ("seghead", {"seghead_weights": "none.pt"}, "no file none.pt", "refiner.seghead_weights"),
+        ("snakes", {}, "known refiners are", "refiner.selectable"),
+        ("math:pi", {}, "is not there", "refiner.selectable"),
+    ],
+)
+def test_what_a_request_may_choose_is_not_built(monkeypatch, name, values, text, remedy):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(SamHQModel=None))
+    asked = wanted(RefinerConfig(refiner="none", selectable=(name,), **values))
+    findings = found(doctor.check_refiners, Fake(), asked)
+    assert [f.verdict for f in findings] == [Verdict.OK, Verdict.FAIL]
+    assert findings[1].subject == f"refiner {name}"
+    assert text in findings[1].text and remedy in findings[1].remedy
+
+
+def test_hq_sam_without_transformers_is_called_sound(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    asked = wanted(RefinerConfig(refiner="hq-sam", selectable=()))
+    assert "'.[hq-sam]'" in the_failure(doctor.check_refiners, Fake(), asked).remedy
+
+
+def broken_backend(config: RefinerConfig) -> Any:
+    def refine(image: Any, mask: Any) -> Any:
+        raise KeyError("out of order")
+
+    return refine
+
+
+def test_a_refiner_that_is_built_and_does_not_work_is_called_sound():
+    asked = wanted(RefinerConfig(refiner=f"{__name__}:broken_backend", selectable=()))
+    failure = the_failure(doctor.check_refiners, Fake(), asked)
+    assert "out of order" in failure.text
+
+
+def test_the_refiners_are_left_out():
+    assert doctor.check_refiners in doctor.CHECKS
+    assert found(doctor.check_refiners, Fake(), Wanted(RuntimeConfig(), None)) == []
 
 
 # The rest of the machine.
