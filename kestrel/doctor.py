@@ -131,6 +131,22 @@ def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 
 def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     version = machine.version("flashinfer-python")
+    kernels, device = wanted.runtime.kernels, wanted.runtime.device
+    # By default torch's kernels take over where it fails.
+    needed = kernels == "flashinfer"
+    on_gpu = device.startswith("cuda") or (device == "auto" and _sees_gpu(machine))
+    if needed and not on_gpu:
+        text = f"kernels is flashinfer, which needs CUDA, and device is {device}"
+        yield bad("flashinfer", text, "set runtime.kernels: auto, or runtime.device: cuda")
+        return
+    if kernels == "torch" or not on_gpu:
+        # Nothing imports it then.
+        yield ok("flashinfer", f"{version or 'not installed'}, not needed")
+        return
+    if version is None and needed:
+        remedy = "pip install '.[gpu]', or set runtime.kernels: auto"
+        yield bad("flashinfer", "not installed, and kernels is flashinfer", remedy)
+        return
     if version is None:
         yield ok("flashinfer", "not installed; torch's kernels do its work")
         return
@@ -138,7 +154,8 @@ def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         machine.load("flashinfer")
     except Exception as error:  # it looks for the GPU while it is imported
         remedy = "pip install --no-deps the release for your torch, or uninstall flashinfer-python"
-        yield bad("flashinfer", f"{version}, does not load ({line_of(error)})", remedy)
+        text = f"{version}, does not load ({line_of(error)})"
+        yield bad("flashinfer", text, remedy, needed=needed)
         return
     if machine.version("flashinfer-jit-cache") is not None:
         yield ok("flashinfer", f"{version}, kernels are prebuilt")
@@ -152,9 +169,16 @@ def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         missing.remove("nvcc")
     for tool in missing:
         text = f"{version} compiles its kernels at run time and finds no {tool}"
-        yield bad("flashinfer", text, lacking[tool])
+        yield bad("flashinfer", text, lacking[tool], needed=needed)
     if not missing:
         yield ok("flashinfer", f"{version}, compiles its kernels at the first request")
+
+
+def _sees_gpu(machine: Machine) -> bool:
+    try:
+        return bool(machine.load("torch").cuda.is_available())
+    except (ImportError, OSError):
+        return False
 
 
 def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
@@ -162,22 +186,36 @@ def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     if version is None:
         yield ok("kestrel-kernels", "not installed, not needed")
         return
+    # Nothing here calls them: whoever does must know, and serving goes on without.
+    problems = list(_kernels_problems(machine, version))
+    for text, remedy in problems:
+        yield bad("kestrel-kernels", f"{text} (nothing here calls it)", remedy, needed=False)
+    if not problems:
+        yield ok("kestrel-kernels", f"{version}, not needed: nothing here calls it")
+
+
+def _kernels_problems(machine: Machine, version: str) -> Iterator[tuple[str, str]]:
+    """What keeps them from loading, and the remedy of each."""
     companion, pinned = KERNELS_COMPANION
     found = machine.version(companion)
     if found != pinned:
-        text = f"{version} needs {companion} {pinned}, not {found or 'none'}"
-        remedy = f"pip install --force-reinstall --no-deps {companion}=={pinned}"
-        yield bad("kestrel-kernels", text, remedy)
+        yield (
+            f"{version} needs {companion} {pinned}, not {found or 'none'}",
+            f"pip install --force-reinstall --no-deps {companion}=={pinned}",
+        )
     known = [Path(p) for p in machine.environment("LD_LIBRARY_PATH").split(os.pathsep) if p]
     for library in KERNELS_LIBRARIES:
         folders = machine.folders(library)
         if not folders:
-            remedy = "pip install -c constraints.txt '.[kestrel-kernels]'"
-            yield bad("kestrel-kernels", f"its runtime libraries ({library}) are missing", remedy)
+            yield (
+                f"its runtime libraries ({library}) are missing",
+                "pip install -c constraints.txt '.[kestrel-kernels]'",
+            )
         elif not set(folders) & set(known):
-            text = f"the loader does not look into {folders[0]}"
-            remedy = f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start"
-            yield bad("kestrel-kernels", text, remedy)
+            yield (
+                f"the loader does not look into {folders[0]}",
+                f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start",
+            )
 
 
 def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:

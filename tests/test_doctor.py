@@ -170,18 +170,25 @@ FOLDERS = {name: [Path("/venv") / name] for name in doctor.KERNELS_LIBRARIES}
 def test_precompiled_kernels_do_not_find_their_libraries():
     loader = {"LD_LIBRARY_PATH": "/venv/tvm_ffi/lib"}
     machine = Fake(versions=KERNELS, libraries=FOLDERS, variables=loader)
-    failure = the_failure(doctor.check_kernels, machine)
-    assert "export LD_LIBRARY_PATH=/venv/nvidia_cutlass_dsl/lib:" in failure.remedy
+    (finding,) = found(doctor.check_kernels, machine)
+    assert "export LD_LIBRARY_PATH=/venv/nvidia_cutlass_dsl/lib:" in finding.remedy
     loader["LD_LIBRARY_PATH"] += ":/venv/nvidia_cutlass_dsl/lib"
-    assert found(doctor.check_kernels, machine) == []
+    (finding,) = found(doctor.check_kernels, machine)
+    assert finding.verdict is Verdict.OK
+
+
+def test_kernels_that_nothing_calls_keep_a_machine_from_serving():
+    findings = found(doctor.check_kernels, Fake(versions={"kestrel-kernels": "0.1.2"}))
+    assert len(findings) == 3 and all(f.verdict is Verdict.WARN for f in findings)
+    assert all(f.remedy for f in findings)
 
 
 def test_precompiled_kernels_meet_a_newer_companion():
     loader = {"LD_LIBRARY_PATH": ":".join(str(f[0]) for f in FOLDERS.values())}
     versions = KERNELS | {"nvidia-cutlass-dsl": "4.4.0"}
     machine = Fake(versions=versions, libraries=FOLDERS, variables=loader)
-    failure = the_failure(doctor.check_kernels, machine)
-    assert "4.3.5, not 4.4.0" in failure.text and "nvidia-cutlass-dsl==4.3.5" in failure.remedy
+    (finding,) = found(doctor.check_kernels, machine)
+    assert "4.3.5, not 4.4.0" in finding.text and "nvidia-cutlass-dsl==4.3.5" in finding.remedy
 
 
 @pytest.mark.parametrize("names", [{"refiner": "hq-sam"}, {"selectable": ("none", "hq-sam")}])
@@ -216,10 +223,11 @@ def test_a_torch_that_pip_left_half_installed_is_a_traceback():
 )
 def test_flashinfer_cannot_compile_at_the_first_request(tools, remedy):
     versions = {"flashinfer-python": "0.6.0"}
-    failure = the_failure(doctor.check_flashinfer, Fake(versions=versions, tools=tools))
+    asked = wanted(device="cuda", kernels="flashinfer")
+    failure = the_failure(doctor.check_flashinfer, Fake(versions=versions, tools=tools), asked)
     assert remedy in failure.remedy
     versions["flashinfer-jit-cache"] = "0.6.0"
-    (finding,) = found(doctor.check_flashinfer, Fake(versions=versions))
+    (finding,) = found(doctor.check_flashinfer, Fake(versions=versions), asked)
     assert finding.verdict is Verdict.OK and "prebuilt" in finding.text
 
 
@@ -232,11 +240,31 @@ def test_decoding_at_half_speed_goes_unnoticed():
     assert "cropped" in finding.text and "decoding" not in finding.text
 
 
-def test_flashinfer_does_not_load():
+@pytest.mark.parametrize(
+    ("asked", "verdict"),
+    [
+        ({"device": "cuda", "kernels": "flashinfer"}, Verdict.FAIL),
+        ({"device": "cuda"}, Verdict.WARN),
+        ({"device": "cuda", "kernels": "torch"}, Verdict.OK),
+        ({"device": "cpu"}, Verdict.OK),
+        ({"device": "auto"}, Verdict.OK),
+    ],
+)
+def test_flashinfer_that_does_not_load_fails_where_nobody_asks_for_it(asked, verdict):
     machine = Fake(
         versions={"flashinfer-python": "0.6.0"}, broken={"flashinfer": RuntimeError("no GPU")}
     )
-    assert "no GPU" in the_failure(doctor.check_flashinfer, machine).text
+    (finding,) = found(doctor.check_flashinfer, machine, wanted(**asked))
+    assert finding.verdict is verdict
+    assert ("no GPU" in finding.text) == (verdict is not Verdict.OK)
+
+
+@pytest.mark.parametrize(
+    ("device", "remedy"), [("cuda", "pip install '.[gpu]'"), ("cpu", "kernels: auto")]
+)
+def test_flashinfer_that_is_asked_for_passes_unlooked_at(device, remedy):
+    asked = wanted(device=device, kernels="flashinfer")
+    assert remedy in the_failure(doctor.check_flashinfer, Fake(), asked).remedy
 
 
 # The refiner.
