@@ -51,7 +51,7 @@ def bad(subject: str, text: str, remedy: str, *, needed: bool = True) -> Finding
 TRACEBACK = "see the traceback on standard error"
 """What to do about an error that nobody foresaw."""
 LESS_MEMORY = (
-    "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the GPU's memory"
+    "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the device's memory"
 )
 
 

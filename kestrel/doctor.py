@@ -7,6 +7,7 @@ configuration) do not.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -23,7 +24,23 @@ from kestrel.checks_refiner import (
     check_tracers,
 )
 from kestrel.config import ConfigError, RuntimeConfig
-from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, bad, line_of, ok, read_config
+from kestrel.diagnosis import (
+    LESS_MEMORY,
+    TRACEBACK,
+    Finding,
+    Machine,
+    Verdict,
+    Wanted,
+    bad,
+    causes,
+    line_of,
+    ok,
+    out_of_memory,
+    read_config,
+)
+from kestrel.errors import DeadlineExceeded, PromptTooLong
+
+log = logging.getLogger(__name__)
 
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
@@ -84,10 +101,7 @@ def _gpu_memory(torch: Any, wanted: Wanted) -> Iterator[Finding]:
     if need <= free:
         yield ok("GPU memory", text)
     else:
-        remedy = (
-            "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the GPU"
-        )
-        yield bad("GPU memory", text, remedy)
+        yield bad("GPU memory", text, LESS_MEMORY)
 
 
 def memory_need(config: RuntimeConfig) -> float:
@@ -237,7 +251,7 @@ def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 
 
 def _segments(wanted: Wanted) -> Iterator[Finding]:
-    from kestrel.engine import EngineError, InferenceEngine
+    from kestrel.engine import InferenceEngine
 
     async def start() -> None:
         # The refiners have a check of their own.
@@ -246,12 +260,30 @@ def _segments(wanted: Wanted) -> Iterator[Finding]:
 
     try:
         asyncio.run(start())
-    except (EngineError, ConfigError) as error:
-        cause, _, remedy = str(error).partition(". Serve one")
-        remedy = f"serve one{remedy}" if remedy else "see the message"
-        yield bad("segmentation", cause, remedy)
+    except Exception as error:
+        yield bad("segmentation", *_explained(error))
     else:
         yield ok("segmentation", "the model segments the built-in picture")
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Why the engine does not start, and what to do."""
+    full = out_of_memory(error)
+    if full is not None:
+        return f"memory ran out ({line_of(full)})", LESS_MEMORY
+    if isinstance(error, PromptTooLong):
+        return line_of(error), "raise runtime.kv_cache_bytes (null: as needed) or max_context"
+    if isinstance(error, DeadlineExceeded):
+        text = f"the built-in picture takes too long ({line_of(error)})"
+        return text, "raise runtime.request_timeout_s, or take a faster device"
+    if isinstance(error, ConfigError):
+        return str(error), "see the message"
+    cause, _, remedy = str(error).partition(". Serve one")
+    if remedy:
+        return cause, f"serve one{remedy}"
+    log.error("the engine does not start", exc_info=error)
+    first = list(causes(error))[-1]
+    return f"the engine does not start ({type(first).__name__}: {line_of(first)})", TRACEBACK
 
 
 CHECKS: tuple[Check, ...] = (
@@ -278,7 +310,9 @@ def examine(wanted: Wanted, machine: Machine | None = None) -> Iterator[Finding]
             yield from check(machine, wanted)
         except Exception as error:  # a check that breaks is a finding, the others still run
             name = check.__name__.removeprefix("check_")
-            yield bad(name, f"could not be checked ({type(error).__name__}: {line_of(error)})", "")
+            log.error("%s could not be checked", name, exc_info=error)
+            text = f"could not be checked ({type(error).__name__}: {line_of(error)})"
+            yield bad(name, text, TRACEBACK)
 
 
 def doctor_command(file: Path | None) -> int:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from project import PROJECT
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
@@ -18,6 +19,8 @@ from kestrel.cli import main
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, read_config
 from kestrel.doctor import examine
+from kestrel.errors import DeadlineExceeded, PromptTooLong
+from kestrel.job import engine_error
 from kestrel.moondream.config import MOONDREAM_3
 from kestrel.seg_refiner import boundary, raster, tracers
 
@@ -161,6 +164,41 @@ def test_a_checkpoint_that_is_not_there_is_a_traceback(tmp_path):
     asked = wanted(model={"path": str(tmp_path / "none")}, device="cpu")
     failure = the_failure(doctor.check_checkpoint, Fake(), asked)
     assert "no checkpoint at" in failure.text
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "remedy"),
+    [
+        (PromptTooLong("the prompt takes 744 positions"), "744 positions", "kv_cache_bytes"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "CUDA out of memory",
+            "free the device",
+        ),
+        (
+            engine_error(torch.OutOfMemoryError("CUDA out of memory. Tried")),
+            "CUDA out of memory",
+            "runtime.max_batch_size",
+        ),
+        (engine_error(KeyError("wte")), "KeyError: 'wte'", "standard error"),
+        (DeadlineExceeded(), "deadline passed", "runtime.request_timeout_s"),
+        (ZeroDivisionError("by zero"), "by zero", "standard error"),
+    ],
+)
+def test_a_model_that_does_not_start_is_left_unexplained(monkeypatch, error, text, remedy):
+    async def create(config: RuntimeConfig) -> Any:
+        raise error
+
+    monkeypatch.setattr("kestrel.engine.InferenceEngine.create", create)
+    failure = the_failure(doctor.check_checkpoint, Fake(), wanted(device="cpu"))
+    assert failure.subject == "segmentation"
+    assert text in failure.text and remedy in failure.remedy
+
+
+def test_too_few_kv_bytes_are_left_unexplained():
+    asked = wanted(device="cpu", kv_cache_bytes=200_000)
+    failure = the_failure(doctor.check_checkpoint, Fake(), asked)
+    assert "positions" in failure.text and "raise runtime.kv_cache_bytes" in failure.remedy
 
 
 KERNELS = {"kestrel-kernels": "0.1.2", "nvidia-cutlass-dsl": "4.3.5"}
@@ -401,7 +439,7 @@ def test_a_check_that_breaks_hides_the_others(monkeypatch):
 
     monkeypatch.setattr(doctor, "CHECKS", (breaks, doctor.check_python))
     first, second = examine(wanted(), Fake())
-    assert first.verdict is Verdict.FAIL and "KeyError" in first.text
+    assert first.verdict is Verdict.FAIL and "KeyError" in first.text and first.remedy
     assert second.subject == "Python"
 
 
