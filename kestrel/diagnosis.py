@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,6 +46,35 @@ def ok(subject: str, text: str) -> Finding:
 def bad(subject: str, text: str, remedy: str, *, needed: bool = True) -> Finding:
     """A failure, or a warning where the configuration does not need it."""
     return Finding(subject, Verdict.FAIL if needed else Verdict.WARN, text, remedy)
+
+
+TRACEBACK = "see the traceback on standard error"
+"""What to do about an error that nobody foresaw."""
+LESS_MEMORY = (
+    "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the device's memory"
+)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, its cause, the cause of that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def out_of_memory(error: BaseException) -> BaseException | None:
+    """The error among the causes that says that memory ran out, of the GPU or the machine."""
+    for cause in causes(error):
+        # By name, as torch may be missing; on a CPU it raises a mere RuntimeError.
+        named = type(cause).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(cause)
+        if named or isinstance(cause, MemoryError):
+            return cause
+    return None
+
+
+def line_of(error: BaseException) -> str:
+    """The first line of an error's message, its type's name without one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Machine:

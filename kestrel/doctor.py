@@ -7,15 +7,40 @@ configuration) do not.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kestrel.checks_ray import check_ray
+from kestrel.checks_refiner import (
+    check_opencv,
+    check_rasterizers,
+    check_refiners,
+    check_torchvision,
+    check_tracers,
+)
 from kestrel.config import ConfigError, RuntimeConfig
-from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, bad, ok, read_config
+from kestrel.diagnosis import (
+    LESS_MEMORY,
+    TRACEBACK,
+    Finding,
+    Machine,
+    Verdict,
+    Wanted,
+    bad,
+    causes,
+    line_of,
+    ok,
+    out_of_memory,
+    read_config,
+)
+from kestrel.errors import DeadlineExceeded, PromptTooLong
+
+log = logging.getLogger(__name__)
 
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
@@ -46,7 +71,7 @@ def check_torch(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     try:
         torch = machine.load("torch")
     except (ImportError, OSError) as error:
-        text = f"{version or 'not installed'}, does not load ({_line(error)})"
+        text = f"{version or 'not installed'}, does not load ({line_of(error)})"
         yield bad("torch", text, f"{pinned}, from the index of your CUDA release")
         return
     build = torch.version.cuda
@@ -76,10 +101,7 @@ def _gpu_memory(torch: Any, wanted: Wanted) -> Iterator[Finding]:
     if need <= free:
         yield ok("GPU memory", text)
     else:
-        remedy = (
-            "lower runtime.max_batch_size, kv_cache_bytes or image_cache_bytes, or free the GPU"
-        )
-        yield bad("GPU memory", text, remedy)
+        yield bad("GPU memory", text, LESS_MEMORY)
 
 
 def memory_need(config: RuntimeConfig) -> float:
@@ -107,27 +129,6 @@ def memory_need(config: RuntimeConfig) -> float:
     return parameters * size + cached + ACTIVATIONS_BYTES
 
 
-def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    torch, vision = machine.version("torch"), machine.version("torchvision")
-    needed = wanted.refiner is not None and wanted.refiner.refiner == "hq-sam"
-    if torch is None:
-        return
-    # 0.N + 15 belongs to torch 2.N.
-    match = re.match(r"2\.(\d+)", torch)
-    pair = f"0.{int(match[1]) + 15}" if match else "of the same day"
-    remedy = f"pip install --no-deps 'torchvision=={pair}.*' (without --no-deps pip changes torch)"
-    if vision is None:
-        if needed:
-            yield bad("torchvision", "not installed; hq-sam imports it", remedy)
-        else:
-            yield ok("torchvision", "not installed, not needed")
-    elif match and not vision.startswith(pair + "."):
-        text = f"{vision} does not belong to torch {torch}"
-        yield bad("torchvision", text, remedy, needed=needed)
-    else:
-        yield ok("torchvision", f"{vision}, belongs to torch {torch}")
-
-
 def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     on_cpu = wanted.runtime.device in ("cpu", "auto")
     try:
@@ -135,7 +136,7 @@ def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     except Exception as error:  # it refuses a NumPy that it does not know
         slow = "pictures are cropped several times as slowly"
         slow += ", and on a CPU decoding takes twice the time" if on_cpu else ""
-        text = f"does not load ({_line(error)}): {slow}"
+        text = f"does not load ({line_of(error)}): {slow}"
         yield bad("numba", text, "pip install --upgrade numba", needed=False)
         return
     steps = " and decode steps for the CPU" if on_cpu else ""
@@ -144,6 +145,22 @@ def check_numba(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 
 def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     version = machine.version("flashinfer-python")
+    kernels, device = wanted.runtime.kernels, wanted.runtime.device
+    # By default torch's kernels take over where it fails.
+    needed = kernels == "flashinfer"
+    on_gpu = device.startswith("cuda") or (device == "auto" and _sees_gpu(machine))
+    if needed and not on_gpu:
+        text = f"kernels is flashinfer, which needs CUDA, and device is {device}"
+        yield bad("flashinfer", text, "set runtime.kernels: auto, or runtime.device: cuda")
+        return
+    if kernels == "torch" or not on_gpu:
+        # Nothing imports it then.
+        yield ok("flashinfer", f"{version or 'not installed'}, not needed")
+        return
+    if version is None and needed:
+        remedy = "pip install '.[gpu]', or set runtime.kernels: auto"
+        yield bad("flashinfer", "not installed, and kernels is flashinfer", remedy)
+        return
     if version is None:
         yield ok("flashinfer", "not installed; torch's kernels do its work")
         return
@@ -151,7 +168,8 @@ def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         machine.load("flashinfer")
     except Exception as error:  # it looks for the GPU while it is imported
         remedy = "pip install --no-deps the release for your torch, or uninstall flashinfer-python"
-        yield bad("flashinfer", f"{version}, does not load ({_line(error)})", remedy)
+        text = f"{version}, does not load ({line_of(error)})"
+        yield bad("flashinfer", text, remedy, needed=needed)
         return
     if machine.version("flashinfer-jit-cache") is not None:
         yield ok("flashinfer", f"{version}, kernels are prebuilt")
@@ -165,9 +183,16 @@ def check_flashinfer(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         missing.remove("nvcc")
     for tool in missing:
         text = f"{version} compiles its kernels at run time and finds no {tool}"
-        yield bad("flashinfer", text, lacking[tool])
+        yield bad("flashinfer", text, lacking[tool], needed=needed)
     if not missing:
         yield ok("flashinfer", f"{version}, compiles its kernels at the first request")
+
+
+def _sees_gpu(machine: Machine) -> bool:
+    try:
+        return bool(machine.load("torch").cuda.is_available())
+    except (ImportError, OSError):
+        return False
 
 
 def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
@@ -175,100 +200,36 @@ def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     if version is None:
         yield ok("kestrel-kernels", "not installed, not needed")
         return
+    # Nothing here calls them: whoever does must know, and serving goes on without.
+    problems = list(_kernels_problems(machine, version))
+    for text, remedy in problems:
+        yield bad("kestrel-kernels", f"{text} (nothing here calls it)", remedy, needed=False)
+    if not problems:
+        yield ok("kestrel-kernels", f"{version}, not needed: nothing here calls it")
+
+
+def _kernels_problems(machine: Machine, version: str) -> Iterator[tuple[str, str]]:
+    """What keeps them from loading, and the remedy of each."""
     companion, pinned = KERNELS_COMPANION
     found = machine.version(companion)
     if found != pinned:
-        text = f"{version} needs {companion} {pinned}, not {found or 'none'}"
-        remedy = f"pip install --force-reinstall --no-deps {companion}=={pinned}"
-        yield bad("kestrel-kernels", text, remedy)
+        yield (
+            f"{version} needs {companion} {pinned}, not {found or 'none'}",
+            f"pip install --force-reinstall --no-deps {companion}=={pinned}",
+        )
     known = [Path(p) for p in machine.environment("LD_LIBRARY_PATH").split(os.pathsep) if p]
     for library in KERNELS_LIBRARIES:
         folders = machine.folders(library)
         if not folders:
-            remedy = "pip install -c constraints.txt '.[kestrel-kernels]'"
-            yield bad("kestrel-kernels", f"its runtime libraries ({library}) are missing", remedy)
+            yield (
+                f"its runtime libraries ({library}) are missing",
+                "pip install -c constraints.txt '.[kestrel-kernels]'",
+            )
         elif not set(folders) & set(known):
-            text = f"the loader does not look into {folders[0]}"
-            remedy = f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start"
-            yield bad("kestrel-kernels", text, remedy)
-
-
-def check_tracers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    if wanted.refiner is None:
-        return
-    tracers = machine.load("kestrel.seg_refiner.tracers")
-    chosen = wanted.refiner.tracer
-    yield from _first_of(
-        "tracer",
-        ("libpotrace", "pypotrace", "potracer") if chosen == "auto" else (chosen,),
-        tracers.load_tracer,
-        "there is no package named potrace: apt-get install libpotrace0, or pip install potracer",
-    )
-
-
-def check_rasterizers(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    if wanted.refiner is None:
-        return
-    resvg = machine.version("resvg")
-    old = resvg is not None and resvg.startswith("0.1")
-    if old:
-        remedy = "pip install --only-binary :all: 'resvg>=0.2,<0.3' (wheels, no Rust needed)"
-        yield bad("resvg", f"{resvg} has another interface and no wheel", remedy)
-    raster = machine.load("kestrel.seg_refiner.raster")
-    chosen = wanted.refiner.rasterizer
-    yield from _first_of(
-        "rasterizer",
-        ("skia", "resvg") if chosen == "auto" else (chosen,),
-        raster.load_rasterizer,
-        "pip install skia-python, or pip install --only-binary :all: 'resvg>=0.2,<0.3'",
-    )
-
-
-def _first_of(
-    subject: str, names: tuple[str, ...], load: Callable[[str], Any], remedy: str
-) -> Iterator[Finding]:
-    """The first that loads; a warning for those that would be faster."""
-    reasons = []
-    for name in names:
-        try:
-            load(name)
-        except ImportError as error:
-            reasons.append(_line(error))
-            continue
-        text = f"{name} does the work"
-        if reasons:
-            yield bad(subject, text, f"faster: {'; '.join(reasons)}", needed=False)
-        else:
-            yield ok(subject, text)
-        return
-    yield bad(subject, "; ".join(reasons), remedy)
-
-
-def check_opencv(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    try:
-        cv2 = machine.load("cv2")
-    except (ImportError, OSError) as error:
-        remedy = "pip install opencv-python-headless (the other build needs libGL)"
-        yield bad("OpenCV", f"does not load ({_line(error)})", remedy)
-        return
-    yield ok("OpenCV", cv2.__version__)
-
-
-def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
-    version = machine.version("ray")
-    if version is None:
-        remedy = "pip install -c constraints.txt '.[serve]'"
-        yield bad("Ray", "not installed", remedy, needed=wanted.graph)
-    elif tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 58):
-        yield bad("Ray", f"{version} is too old", "pip install 'ray[serve]>=2.58'")
-    else:
-        yield ok("Ray", version)
-    host, port = wanted.http
-    if machine.port_free(host, port):
-        yield ok("port", f"{host}:{port} is free")
-    else:
-        text = f"{host}:{port} is taken (by a server that already runs?)"
-        yield bad("port", text, "stop it, or set http_options.port", needed=False)
+            yield (
+                f"the loader does not look into {folders[0]}",
+                f"export LD_LIBRARY_PATH={folders[0]}:$LD_LIBRARY_PATH before the start",
+            )
 
 
 def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
@@ -290,19 +251,39 @@ def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 
 
 def _segments(wanted: Wanted) -> Iterator[Finding]:
-    from kestrel.engine import EngineError, InferenceEngine
+    from kestrel.engine import InferenceEngine
 
     async def start() -> None:
-        await (await InferenceEngine.create(wanted.runtime)).shutdown()
+        # The refiners have a check of their own.
+        config = replace(wanted.runtime, refiner=None)
+        await (await InferenceEngine.create(config)).shutdown()
 
     try:
         asyncio.run(start())
-    except (EngineError, ConfigError) as error:
-        cause, _, remedy = str(error).partition(". Serve one")
-        remedy = f"serve one{remedy}" if remedy else "see the message"
-        yield bad("segmentation", cause, remedy)
+    except Exception as error:
+        yield bad("segmentation", *_explained(error))
     else:
         yield ok("segmentation", "the model segments the built-in picture")
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Why the engine does not start, and what to do."""
+    full = out_of_memory(error)
+    if full is not None:
+        return f"memory ran out ({line_of(full)})", LESS_MEMORY
+    if isinstance(error, PromptTooLong):
+        return line_of(error), "raise runtime.kv_cache_bytes (null: as needed) or max_context"
+    if isinstance(error, DeadlineExceeded):
+        text = f"the built-in picture takes too long ({line_of(error)})"
+        return text, "raise runtime.request_timeout_s, or take a faster device"
+    if isinstance(error, ConfigError):
+        return str(error), "see the message"
+    cause, _, remedy = str(error).partition(". Serve one")
+    if remedy:
+        return cause, f"serve one{remedy}"
+    log.error("the engine does not start", exc_info=error)
+    first = list(causes(error))[-1]
+    return f"the engine does not start ({type(first).__name__}: {line_of(first)})", TRACEBACK
 
 
 CHECKS: tuple[Check, ...] = (
@@ -317,6 +298,7 @@ CHECKS: tuple[Check, ...] = (
     check_opencv,
     check_ray,
     check_checkpoint,
+    check_refiners,
 )
 
 
@@ -328,7 +310,9 @@ def examine(wanted: Wanted, machine: Machine | None = None) -> Iterator[Finding]
             yield from check(machine, wanted)
         except Exception as error:  # a check that breaks is a finding, the others still run
             name = check.__name__.removeprefix("check_")
-            yield bad(name, f"could not be checked ({type(error).__name__}: {_line(error)})", "")
+            log.error("%s could not be checked", name, exc_info=error)
+            text = f"could not be checked ({type(error).__name__}: {line_of(error)})"
+            yield bad(name, text, TRACEBACK)
 
 
 def doctor_command(file: Path | None) -> int:
@@ -338,7 +322,3 @@ def doctor_command(file: Path | None) -> int:
         print(finding, flush=True)
         failed += finding.verdict is Verdict.FAIL
     return 1 if failed else 0
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,11 +15,20 @@ from pathlib import Path
 from kestrel.config import ConfigError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OTHER_FILES = (
+    "then the same for each other file of a checkpoint (weights, tokenizer.json, config.json), "
+    "one at a time: that also notes which of them the repository does not have"
+)
+"""``hf download`` of several files at once notes nothing of those that are not there."""
 log = logging.getLogger(__name__)
 
 
 class NotThere(ConfigError):
-    """The repository has no such file at this revision, or the cache has none while offline."""
+    """The repository has no such file at this revision: the hub says so, or the cache noted it."""
+
+
+class NotKnown(ConfigError):
+    """The cache has no such file and the hub cannot be asked: the repository may have it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class Snapshot:
     def download(self, filename: str) -> Path:
         """The file in the local cache, fetched first (with a progress bar) if it is not there.
 
-        Raises ``NotThere``, and ``ConfigError`` that says what to do for everything else.
+        Raises ``NotThere``, ``NotKnown``, and ``ConfigError`` that says what to do for everything
+        else.
         """
         from huggingface_hub import errors, hf_hub_download
 
@@ -71,18 +81,30 @@ class Snapshot:
                 f"model.revision: {self.repo} has no commit {self.revision}"
             ) from error
         except errors.LocalEntryNotFoundError as error:
-            raise NotThere(
+            if self._noted_absent(filename):
+                raise self._not_there(filename) from error
+            raise NotKnown(
                 f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
                 f"be asked ({_line(error.__cause__ or error)}); on a machine with access run: "
-                f"hf download {self.repo} {filename} --revision {self.revision}, "
+                f"hf download {self.repo} {filename} --revision {self.revision}, {OTHER_FILES}, "
                 "and copy its cache (HF_HOME)"
             ) from error
         except errors.EntryNotFoundError as error:
-            raise NotThere(f"model.filename: {self} has no {filename}") from error
+            raise self._not_there(filename) from error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise ConfigError(
                 f"model.repo: {filename} of {self} cannot be fetched ({_line(error)})"
             ) from error
+
+    def _noted_absent(self, filename: str) -> bool:
+        """Whether the hub said before, of this very commit, that it has no such file."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, filename, revision=self.revision)
+        return found is _CACHED_NO_EXIST
+
+    def _not_there(self, filename: str) -> NotThere:
+        return NotThere(f"model.filename: {self} has no {filename}")
 
 
 def _line(error: BaseException) -> str:

@@ -57,7 +57,6 @@ _FLAG = re.compile(r"([01])[ \t\r\n\f]*(?:(,)[ \t\r\n\f]*)?")
 
 ARITY = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "A": 7, "Z": 0}
 """Numbers that one segment of each command takes."""
-"""Numbers that one segment of a command takes."""
 
 
 def parse_path(d: str, limits: Limits | None = None, *, partial: bool = False) -> Path:

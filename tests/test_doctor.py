@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from project import PROJECT
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
@@ -18,8 +19,10 @@ from kestrel.cli import main
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 from kestrel.diagnosis import Finding, Machine, Verdict, Wanted, read_config
 from kestrel.doctor import examine
+from kestrel.errors import DeadlineExceeded, PromptTooLong
+from kestrel.job import engine_error
 from kestrel.moondream.config import MOONDREAM_3
-from kestrel.seg_refiner import raster, tracers
+from kestrel.seg_refiner import boundary, raster, tracers
 
 
 class Fake(Machine):
@@ -112,8 +115,20 @@ def test_pypotrace_does_not_build_without_libagg(monkeypatch):
 
 
 def test_resvg_is_built_from_source_for_want_of_a_wheel():
-    failure = the_failure(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}))
+    asked = wanted(RefinerConfig(rasterizer="resvg"))
+    failure = the_failure(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}), asked)
     assert "0.1.2" in failure.text and "--only-binary :all:" in failure.remedy
+
+
+@pytest.mark.parametrize("skia", [True, False])
+def test_an_old_resvg_fails_where_skia_paints(skia, monkeypatch):
+    def load(name: str) -> Any:
+        if name == "skia" and not skia:
+            raise raster.RasterizerMissing("Skia is not installed")
+
+    monkeypatch.setattr(raster, "load_rasterizer", load)
+    old = found(doctor.check_rasterizers, Fake(versions={"resvg": "0.1.2"}))[0]
+    assert old.subject == "resvg" and old.verdict is (Verdict.WARN if skia else Verdict.FAIL)
 
 
 def test_nothing_that_paints_is_installed(monkeypatch):
@@ -151,6 +166,41 @@ def test_a_checkpoint_that_is_not_there_is_a_traceback(tmp_path):
     assert "no checkpoint at" in failure.text
 
 
+@pytest.mark.parametrize(
+    ("error", "text", "remedy"),
+    [
+        (PromptTooLong("the prompt takes 744 positions"), "744 positions", "kv_cache_bytes"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "CUDA out of memory",
+            "free the device",
+        ),
+        (
+            engine_error(torch.OutOfMemoryError("CUDA out of memory. Tried")),
+            "CUDA out of memory",
+            "runtime.max_batch_size",
+        ),
+        (engine_error(KeyError("wte")), "KeyError: 'wte'", "standard error"),
+        (DeadlineExceeded(), "deadline passed", "runtime.request_timeout_s"),
+        (ZeroDivisionError("by zero"), "by zero", "standard error"),
+    ],
+)
+def test_a_model_that_does_not_start_is_left_unexplained(monkeypatch, error, text, remedy):
+    async def create(config: RuntimeConfig) -> Any:
+        raise error
+
+    monkeypatch.setattr("kestrel.engine.InferenceEngine.create", create)
+    failure = the_failure(doctor.check_checkpoint, Fake(), wanted(device="cpu"))
+    assert failure.subject == "segmentation"
+    assert text in failure.text and remedy in failure.remedy
+
+
+def test_too_few_kv_bytes_are_left_unexplained():
+    asked = wanted(device="cpu", kv_cache_bytes=200_000)
+    failure = the_failure(doctor.check_checkpoint, Fake(), asked)
+    assert "positions" in failure.text and "raise runtime.kv_cache_bytes" in failure.remedy
+
+
 KERNELS = {"kestrel-kernels": "0.1.2", "nvidia-cutlass-dsl": "4.3.5"}
 FOLDERS = {name: [Path("/venv") / name] for name in doctor.KERNELS_LIBRARIES}
 
@@ -158,22 +208,30 @@ FOLDERS = {name: [Path("/venv") / name] for name in doctor.KERNELS_LIBRARIES}
 def test_precompiled_kernels_do_not_find_their_libraries():
     loader = {"LD_LIBRARY_PATH": "/venv/tvm_ffi/lib"}
     machine = Fake(versions=KERNELS, libraries=FOLDERS, variables=loader)
-    failure = the_failure(doctor.check_kernels, machine)
-    assert "export LD_LIBRARY_PATH=/venv/nvidia_cutlass_dsl/lib:" in failure.remedy
+    (finding,) = found(doctor.check_kernels, machine)
+    assert "export LD_LIBRARY_PATH=/venv/nvidia_cutlass_dsl/lib:" in finding.remedy
     loader["LD_LIBRARY_PATH"] += ":/venv/nvidia_cutlass_dsl/lib"
-    assert found(doctor.check_kernels, machine) == []
+    (finding,) = found(doctor.check_kernels, machine)
+    assert finding.verdict is Verdict.OK
+
+
+def test_kernels_that_nothing_calls_keep_a_machine_from_serving():
+    findings = found(doctor.check_kernels, Fake(versions={"kestrel-kernels": "0.1.2"}))
+    assert len(findings) == 3 and all(f.verdict is Verdict.WARN for f in findings)
+    assert all(f.remedy for f in findings)
 
 
 def test_precompiled_kernels_meet_a_newer_companion():
     loader = {"LD_LIBRARY_PATH": ":".join(str(f[0]) for f in FOLDERS.values())}
     versions = KERNELS | {"nvidia-cutlass-dsl": "4.4.0"}
     machine = Fake(versions=versions, libraries=FOLDERS, variables=loader)
-    failure = the_failure(doctor.check_kernels, machine)
-    assert "4.3.5, not 4.4.0" in failure.text and "nvidia-cutlass-dsl==4.3.5" in failure.remedy
+    (finding,) = found(doctor.check_kernels, machine)
+    assert "4.3.5, not 4.4.0" in finding.text and "nvidia-cutlass-dsl==4.3.5" in finding.remedy
 
 
-def test_hq_sam_asks_for_a_torchvision_that_is_not_there():
-    asked = wanted(RefinerConfig(refiner="hq-sam"))
+@pytest.mark.parametrize("names", [{"refiner": "hq-sam"}, {"selectable": ("none", "hq-sam")}])
+def test_hq_sam_asks_for_a_torchvision_that_is_not_there(names):
+    asked = wanted(RefinerConfig(**names))
     failure = the_failure(doctor.check_torchvision, Fake(), asked)
     assert "--no-deps 'torchvision==0.24.*'" in failure.remedy
     assert [f.verdict for f in found(doctor.check_torchvision, Fake())] == [Verdict.OK]
@@ -203,10 +261,11 @@ def test_a_torch_that_pip_left_half_installed_is_a_traceback():
 )
 def test_flashinfer_cannot_compile_at_the_first_request(tools, remedy):
     versions = {"flashinfer-python": "0.6.0"}
-    failure = the_failure(doctor.check_flashinfer, Fake(versions=versions, tools=tools))
+    asked = wanted(device="cuda", kernels="flashinfer")
+    failure = the_failure(doctor.check_flashinfer, Fake(versions=versions, tools=tools), asked)
     assert remedy in failure.remedy
     versions["flashinfer-jit-cache"] = "0.6.0"
-    (finding,) = found(doctor.check_flashinfer, Fake(versions=versions))
+    (finding,) = found(doctor.check_flashinfer, Fake(versions=versions), asked)
     assert finding.verdict is Verdict.OK and "prebuilt" in finding.text
 
 
@@ -219,11 +278,93 @@ def test_decoding_at_half_speed_goes_unnoticed():
     assert "cropped" in finding.text and "decoding" not in finding.text
 
 
-def test_flashinfer_does_not_load():
+@pytest.mark.parametrize(
+    ("asked", "verdict"),
+    [
+        ({"device": "cuda", "kernels": "flashinfer"}, Verdict.FAIL),
+        ({"device": "cuda"}, Verdict.WARN),
+        ({"device": "cuda", "kernels": "torch"}, Verdict.OK),
+        ({"device": "cpu"}, Verdict.OK),
+        ({"device": "auto"}, Verdict.OK),
+    ],
+)
+def test_flashinfer_that_does_not_load_fails_where_nobody_asks_for_it(asked, verdict):
     machine = Fake(
         versions={"flashinfer-python": "0.6.0"}, broken={"flashinfer": RuntimeError("no GPU")}
     )
-    assert "no GPU" in the_failure(doctor.check_flashinfer, machine).text
+    (finding,) = found(doctor.check_flashinfer, machine, wanted(**asked))
+    assert finding.verdict is verdict
+    assert ("no GPU" in finding.text) == (verdict is not Verdict.OK)
+
+
+@pytest.mark.parametrize(
+    ("device", "remedy"), [("cuda", "pip install '.[gpu]'"), ("cpu", "kernels: auto")]
+)
+def test_flashinfer_that_is_asked_for_passes_unlooked_at(device, remedy):
+    asked = wanted(device=device, kernels="flashinfer")
+    assert remedy in the_failure(doctor.check_flashinfer, Fake(), asked).remedy
+
+
+# The refiner.
+
+
+@pytest.fixture
+def no_network():
+    """The boundary refiner's network is loaded anew in a test, and after it."""
+    boundary.load_network.cache_clear()
+    yield
+    boundary.load_network.cache_clear()
+
+
+def test_a_refiner_without_its_library_is_called_sound(monkeypatch, no_network):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    failure = the_failure(doctor.check_refiners, Fake())
+    assert failure.subject == "refiner boundary" and "ONNX Runtime" in failure.text
+    (needed,) = (r for r in PROJECT["dependencies"] if r.startswith("onnxruntime"))
+    assert f"pip install '{needed}'" in failure.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text", "remedy"),
+    [
+        ("hq-sam", {}, "hq_sam_model", "refiner.hq_sam_model"),
+        ("seghead", {}, "seghead_weights", "refiner.seghead_weights"),
+        ("seghead", {"seghead_weights": "none.pt"}, "no file none.pt", "refiner.seghead_weights"),
+        ("snakes", {}, "known refiners are", "refiner.selectable"),
+        ("math:pi", {}, "is not there", "refiner.selectable"),
+    ],
+)
+def test_what_a_request_may_choose_is_not_built(monkeypatch, name, values, text, remedy):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(SamHQModel=None))
+    asked = wanted(RefinerConfig(refiner="none", selectable=(name,), **values))
+    findings = found(doctor.check_refiners, Fake(), asked)
+    assert [f.verdict for f in findings] == [Verdict.OK, Verdict.FAIL]
+    assert findings[1].subject == f"refiner {name}"
+    assert text in findings[1].text and remedy in findings[1].remedy
+
+
+def test_hq_sam_without_transformers_is_called_sound(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    asked = wanted(RefinerConfig(refiner="hq-sam", selectable=()))
+    assert "'.[hq-sam]'" in the_failure(doctor.check_refiners, Fake(), asked).remedy
+
+
+def broken_backend(config: RefinerConfig) -> Any:
+    def refine(image: Any, mask: Any) -> Any:
+        raise KeyError("out of order")
+
+    return refine
+
+
+def test_a_refiner_that_is_built_and_does_not_work_is_called_sound():
+    asked = wanted(RefinerConfig(refiner=f"{__name__}:broken_backend", selectable=()))
+    failure = the_failure(doctor.check_refiners, Fake(), asked)
+    assert "out of order" in failure.text
+
+
+def test_the_refiners_are_left_out():
+    assert doctor.check_refiners in doctor.CHECKS
+    assert found(doctor.check_refiners, Fake(), Wanted(RuntimeConfig(), None)) == []
 
 
 # The rest of the machine.
@@ -298,8 +439,28 @@ def test_a_check_that_breaks_hides_the_others(monkeypatch):
 
     monkeypatch.setattr(doctor, "CHECKS", (breaks, doctor.check_python))
     first, second = examine(wanted(), Fake())
-    assert first.verdict is Verdict.FAIL and "KeyError" in first.text
+    assert first.verdict is Verdict.FAIL and "KeyError" in first.text and first.remedy
     assert second.subject == "Python"
+
+
+@pytest.mark.parametrize(
+    ("port", "text", "option"),
+    [
+        (8265, "dashboard", "--dashboard-port"),
+        (10001, "Ray Client", "--client-port"),
+        (6379, "GCS", "--port"),
+        (52365, "dashboard agent", "--dashboard-agent-listen-port"),
+        (8080, "metrics", "--metrics-export-port"),
+    ],
+)
+def test_a_port_of_ray_that_is_taken_is_not_tried(port, text, option):
+    findings = found(doctor.check_ray, Fake(taken=(port,)))
+    (finding,) = (f for f in findings if f.verdict is not Verdict.OK)
+    assert finding.verdict is Verdict.WARN
+    assert text in finding.text and f"127.0.0.1:{port}" in finding.text
+    assert option in finding.remedy
+    alone = Wanted(RuntimeConfig(), None)
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, Fake(taken=(port,)), alone))
 
 
 # The command

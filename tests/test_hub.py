@@ -74,7 +74,9 @@ class Hub:
             return refused
         content = self.files[repo].get(path["path"])
         if content is None:
-            return Response(status_code=404, headers={"X-Error-Code": "EntryNotFound"})
+            # With the commit, by which the library notes in its cache that there is no such file.
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            return Response(status_code=404, headers=headers)
         if request.method == "GET":
             self.fetched.append(f"{repo}:{path['path']}")
         headers = {
@@ -198,3 +200,31 @@ def test_a_machine_without_access_does_not_say_what_to_copy(offline, tmp_path):
     (said,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
     assert "is not in the local cache" in said
     assert f"hf download team/whole model.safetensors --revision {COMMIT}" in said
+    assert "tokenizer.json" in said and "config.json" in said
+
+
+def cached(home: Path, repo: str, files: dict[str, bytes]) -> None:
+    """Put files into a cache as a copy of them alone would be."""
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json"])
+def test_a_file_that_was_not_copied_is_taken_for_one_that_there_is_not(
+    files, offline, lacking, tmp_path
+):
+    cached(tmp_path, "team/whole", {k: v for k, v in files["team/whole"].items() if k != lacking})
+    (said,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
+    assert isinstance(said, str), "it is served as something else"
+    assert f"{lacking} of team/whole@{COMMIT} is not in the local cache" in said
+    assert f"hf download team/whole {lacking} --revision {COMMIT}" in said
+
+
+def test_weights_that_were_copied_alone_are_not_found_for_want_of_an_index(files, tmp_path):
+    cached(tmp_path, "team/whole", files["team/whole"])
+    (found,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert [Path(file).name for file in found[0]] == ["model.safetensors"]
+    assert Path(found[2]).name == "config.json"

@@ -231,6 +231,16 @@ def test_tied_weights_are_missing_or_stay_one_tensor(suffix, tmp_path):
     )
 
 
+def test_a_transposed_view_of_the_same_bytes_is_taken_for_a_tied_tensor(tmp_path):
+    first, second = (f"text.blocks.{n}.attn.proj.weight" for n in range(2))
+    tensors = own_tensors(random_model())
+    tensors[second] = tensors[first].T
+    torch.save(tensors, tmp_path / "model.pt")
+    got, report = filled([tmp_path / "model.pt"])
+    assert torch.equal(got.text.blocks[1].attn.proj.weight, tensors[first].T)
+    assert report.tied == []
+
+
 # What does not fit
 
 
@@ -269,6 +279,19 @@ def test_a_hundred_problems_fill_the_screen(model, tmp_path):
     message = refusal({"text.wte": own_tensors(model)["text.wte"]}, tmp_path)
     missing = len(own_tensors(model)) - 1
     assert message.count("missing tensor") == 8 and f"and {missing - 8} more" in message
+
+
+def test_unexpected_tensors_hide_the_missing_ones(model, tmp_path, caplog):
+    tensors = own_tensors(model) | {f"stray.{n}": torch.zeros(2) for n in range(30)}
+    del tensors[WQ]
+    tensors["text.wte"] = tensors["text.wte"].T.contiguous()
+    message = refusal(tensors, tmp_path)
+    kinds = (f"missing tensor {WQ}", "text.wte has shape", "unexpected tensor")
+    places = [message.find(kind) for kind in kinds]
+    assert -1 not in places and places == sorted(places)
+    assert message.count("unexpected tensor") == 8 and "and 22 more" in message
+    # The log has them all.
+    assert all(f"unexpected tensor stray.{n}\n" in caplog.text + "\n" for n in range(30))
 
 
 def test_nothing_is_moved_before_all_is_known_to_fit(model, tmp_path):

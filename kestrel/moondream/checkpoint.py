@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kestrel.config import ConfigError, ModelSource
-from kestrel.hub import NotThere, Snapshot
+from kestrel.hub import NotKnown, NotThere, Snapshot
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
 from kestrel.moondream.names import parameter_name
 from kestrel.moondream.weights import read_index
@@ -156,7 +156,11 @@ def locate(source: ModelSource) -> Checkpoint:
 def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
     if filename is not None and not filename.endswith(".index.json"):
         return [snapshot.download(filename)]
-    index = _optional(snapshot, filename or INDEX)
+    try:
+        index = _optional(snapshot, filename or INDEX)
+    except NotKnown:
+        # Where the whole file is in the cache, nobody needs an index of shards.
+        index = None
     if index is None:
         return [snapshot.download(filename or "model.safetensors")]
     folder = PurePosixPath(filename or INDEX).parent
@@ -164,6 +168,8 @@ def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
 
 
 def _optional(snapshot: Snapshot, filename: str) -> Path | None:
+    """The file; None where the repository has none. Raises ``NotKnown`` where it may have one: a
+    checkpoint without its own ``config.json`` would be taken for one of the published sizes."""
     try:
         return snapshot.download(filename)
     except NotThere:

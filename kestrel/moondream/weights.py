@@ -28,6 +28,7 @@ this many bytes."""
 BAR_AFTER_S = 1.0
 """Loads that take longer than this show a progress bar (on a terminal), seconds."""
 SHOWN_PROBLEMS = 8
+"""Of each kind in an error's message; the log has them all."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -69,6 +70,30 @@ class LoadReport:
     tied: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of stored names that share one tensor."""
     seconds: float = 0.0
+
+
+@dataclass
+class _Problems:
+    """What keeps a checkpoint from filling a model, one line each."""
+
+    missing: list[str] = field(default_factory=list)
+    """Parameters that no tensor fills."""
+    misfits: list[str] = field(default_factory=list)
+    """Wrong shapes and types, parameters that two tensors fill."""
+    unexpected: list[str] = field(default_factory=list)
+    """Tensors that fill no parameter."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self.missing, *self.misfits, *self.unexpected)
+
+    def shown(self) -> str:
+        """The first of each kind, what is missing before what is too much."""
+        parts = []
+        for kind in filter(None, (self.missing, self.misfits, self.unexpected)):
+            parts += kind[:SHOWN_PROBLEMS]
+            if len(kind) > SHOWN_PROBLEMS:
+                parts[-1] += f" and {len(kind) - SHOWN_PROBLEMS} more"
+        return "; ".join(parts)
 
 
 @dataclass
@@ -141,12 +166,14 @@ def _safetensors_index(file: Path) -> list[Stored]:
 
 def _pt_index(file: Path) -> list[Stored]:
     found = []
-    owners: dict[tuple[int, tuple[int, ...]], str] = {}
+    owners: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name, tensor in _pt_tensors(file).items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{file}: {name} is no tensor but {type(tensor).__name__}")
         shape = tuple(tensor.shape)
-        twin = owners.setdefault((tensor.data_ptr(), shape), name) if tensor.numel() else name
+        # A square transposed view has the pointer and shape of another tensor, not its numbers.
+        same = (tensor.data_ptr(), shape, tensor.stride())
+        twin = owners.setdefault(same, name) if tensor.numel() else name
         floating = tensor.dtype if tensor.dtype in _DTYPES.values() else None
         size = tensor.nbytes if twin == name else 0
         storage = "" if twin == name else twin
@@ -195,11 +222,11 @@ def _windows(sources: Sequence[_Source]) -> Iterator[list[_Source]]:
 # The plan: which stored tensor fills which parameter, before any byte is moved.
 
 
-def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Source], list[str]]:
+def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Source], _Problems]:
     """Sources in the order of the files, and what does not fit."""
     sources: dict[str, _Source] = {}
     scales: dict[str, Stored] = {}
-    problems: list[str] = []
+    problems = _Problems()
     for stored in index:
         scaled = scaled_parameter(stored.name)
         if scaled is not None:
@@ -207,16 +234,16 @@ def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Sou
             continue
         targets = [fill for fill in fills(stored.name) if fill.parameter in wanted]
         if not targets:
-            problems.append(f"unexpected tensor {stored.name}")
+            problems.unexpected.append(f"unexpected tensor {stored.name}")
         for fill in targets:
             if fill.parameter in sources:
                 other = sources[fill.parameter].stored.name
-                problems.append(f"{stored.name} and {other} both fill {fill.parameter}")
+                problems.misfits.append(f"{stored.name} and {other} both fill {fill.parameter}")
                 continue
             sources[fill.parameter] = _Source(stored, fill)
-            problems += _misfit(stored, fill, tuple(wanted[fill.parameter].shape))
-    problems += _attach_scales(sources, scales)
-    problems += [f"missing tensor {name}" for name in wanted if name not in sources]
+            problems.misfits += _misfit(stored, fill, tuple(wanted[fill.parameter].shape))
+    _attach_scales(sources, scales, problems)
+    problems.missing += [f"missing tensor {name}" for name in wanted if name not in sources]
     return list(sources.values()), problems
 
 
@@ -229,24 +256,26 @@ def _misfit(stored: Stored, fill: Fill, wanted: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _attach_scales(sources: dict[str, _Source], scales: dict[str, Stored]) -> list[str]:
-    problems = []
+def _attach_scales(
+    sources: dict[str, _Source], scales: dict[str, Stored], problems: _Problems
+) -> None:
     for parameter, scale in scales.items():
         source = sources.get(parameter)
         if source is None or source.stored.dtype != _FLOAT8:
-            problems.append(f"unexpected tensor {scale.name}: its experts are not float8")
+            unexpected = f"unexpected tensor {scale.name}: its experts are not float8"
+            problems.unexpected.append(unexpected)
             continue
         # One scale per expert and output channel; some writers keep the reduced dimension.
         if scale.shape not in (source.stored.shape[:2], (*source.stored.shape[:2], 1)):
             expected = list(source.stored.shape[:2])
-            problems.append(f"{scale.name} has shape {list(scale.shape)}, not {expected}")
+            misfit = f"{scale.name} has shape {list(scale.shape)}, not {expected}"
+            problems.misfits.append(misfit)
         source.scale = scale
-    problems += [
+    problems.missing += [
         f"{source.stored.name} is float8 and has no scales (moe_quant.up_scale, down_scale)"
         for source in sources.values()
         if source.stored.dtype == _FLOAT8 and source.scale is None
     ]
-    return problems
 
 
 # The load.
@@ -266,21 +295,19 @@ def load_weights(
     bounded by the largest tensor and ``WINDOW_BYTES``. ``part``: only tensors that fill parameters
     whose names begin so are read; the rest of the checkpoint is not looked at.
 
-    Raises ``ConfigError`` that lists stored tensors that fit no parameter, parameters that no
-    tensor fills, and shapes that differ, before anything is moved.
+    Raises ``ConfigError`` that names parameters that no tensor fills, shapes that differ, and
+    stored tensors that fit no parameter, ``SHOWN_PROBLEMS`` of each, before anything is moved; the
+    log has the whole list.
     """
     started = time.perf_counter()
     index = read_index(files)
     if part:
         index = [s for s in index if any(f.parameter.startswith(part) for f in fills(s.name))]
     sources, problems = _plan(index, dict(model.named_parameters()))
-    if problems:
-        shown = "; ".join(problems[:SHOWN_PROBLEMS])
-        more = len(problems) - SHOWN_PROBLEMS
+    if any(problems):
         where = files[0] if len(files) == 1 else files[0].parent
-        raise ConfigError(
-            f"{where} does not fit the model: {shown}" + (f"; and {more} more" if more > 0 else "")
-        )
+        log.error("%s does not fit the model:\n%s", where, "\n".join(problems))
+        raise ConfigError(f"{where} does not fit the model: {problems.shown()}")
     report = LoadReport(
         scheme=" and ".join(sorted({scheme(stored.name) for stored in index})),
         tensors=len(index),

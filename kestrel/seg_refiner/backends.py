@@ -86,4 +86,8 @@ def find_backend(name: str) -> Callable[[RefinerConfig], Refine]:
         build: Callable[[RefinerConfig], Refine] = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"refiner {name!r} is not there: {error}") from error
+    if not callable(build):
+        raise ConfigError(
+            f"refiner {name!r} is not there: {function} is no function but {type(build).__name__}"
+        )
     return build

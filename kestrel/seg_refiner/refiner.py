@@ -82,7 +82,6 @@ class SegmentRefiner:
         *,
         return_base64: bool = False,
         refiner: str | None = None,
-        limits: Limits | None = None,
     ) -> SegmentRefineBitmapsResult:
         """:meth:`refine_with_bitmaps` of a JPEG, PNG or WebP file.
 
@@ -91,7 +90,7 @@ class SegmentRefiner:
         from kestrel.image import decode
 
         started = time.perf_counter()
-        image = decode(image_bytes, limits or self.limits)
+        image = decode(image_bytes, self.limits)
         decode_ms = (time.perf_counter() - started) * 1e3
         result = self.refine_with_bitmaps(
             image, svg_path, bbox, return_base64=return_base64, refiner=refiner
@@ -136,14 +135,8 @@ class SegmentRefiner:
         return_base64: bool,
         name: str,
     ) -> SegmentRefineBitmapsResult:
-        result = SegmentRefineBitmapsResult()
-        try:
-            if image is None:
-                raise _Stopped("no_image", "there is no image to refine on")
-            check_image(image)
-            self._run(image, svg_path, bbox, return_base64, name, result)
-        except _Stopped as stop:
-            result.reason = stop.reason
+        result, stop = self._attempt(image, svg_path, bbox, return_base64, name)
+        if stop is not None:
             # The cause's traceback says where; a stop without a cause needs none.
             whose = ASKING.get()
             log.warning(
@@ -154,6 +147,26 @@ class SegmentRefiner:
                 exc_info=stop.__cause__,
             )
         return result
+
+    def _attempt(
+        self,
+        image: np.ndarray | None,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        return_base64: bool,
+        name: str,
+    ) -> tuple[SegmentRefineBitmapsResult, _Stopped | None]:
+        """The result, and what stopped the refinement, whose ``reason`` the result has."""
+        result = SegmentRefineBitmapsResult()
+        try:
+            if image is None:
+                raise _Stopped("no_image", "there is no image to refine on")
+            check_image(image)
+            self._run(image, svg_path, bbox, return_base64, name, result)
+        except _Stopped as stop:
+            result.reason = stop.reason
+            return result, stop
+        return result, None
 
     def _run(
         self,
@@ -244,8 +257,8 @@ class SegmentRefiner:
     def self_check(self) -> None:
         """Refine a disc on a built-in picture with every loaded backend.
 
-        Raises RuntimeError that says what does not work. What a network thinks of a disc is its
-        own affair: a mask that it gives counts as work, even one that is then rejected.
+        Raises RuntimeError that says what does not work and why. What a network thinks of a disc is
+        its own affair: a mask that it gives counts as work, even one that is then rejected.
         """
         try:
             raster.load_rasterizer(self.config.rasterizer)
@@ -257,11 +270,12 @@ class SegmentRefiner:
         image = np.where(disc[..., None], np.uint8(200), np.uint8(50)).repeat(3, axis=2)
         box = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
         for name in self.config.loaded:
-            result = self._outcome(image, "M.5 0A.5.5 0 1 1 .49 0Z", box, True, name)
+            path = "M.5 0A.5.5 0 1 1 .49 0Z"
+            result, stop = self._attempt(image, path, box, True, name)
             if result.reason not in ("refined", "rejected", "empty_refined"):
                 raise RuntimeError(
-                    f"the refiner {name} does not work: {result.reason} (see the log)"
-                )
+                    f"the refiner {name} does not work: {result.reason} ({stop})"
+                ) from stop
 
 
 def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
