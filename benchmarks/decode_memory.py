@@ -111,7 +111,7 @@ def work_here(what: str) -> float:
     # A long strip: what cropping keeps of it depends on one side only.
     width, height = (SIZE[0] * 3, SIZE[1] // 3) if what == "crops" else SIZE
     pixels = np.empty((height, width, 3), np.uint8)  # made in place, or that would be the peak
-    pixels[:] = _picture("RGB", (width, 1))
+    pixels[:] = np.asarray(_picture("RGB", (width, 1)))
     before = resident("VmRSS")
     work(pixels)
     return 3 + (resident("VmHWM") - before) / (SIZE[0] * SIZE[1])
