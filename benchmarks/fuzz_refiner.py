@@ -41,6 +41,12 @@ BATCH_TIMEOUT_S = 1800
 CASE_S = 10.0
 """CPU seconds that one case may take."""
 SLOWEST = 5
+REFINERS = ("boundary", "guided", "none")
+SHARES = (0.4, 0.3, 0.3)
+"""Which part of the cases asks for each; the first is the default of ``RefinerConfig``."""
+LARGE = 0.02
+"""Part of the arrays with sides that the refiner takes in several pieces: ``raster.TILE``,
+``trace.HALVED_FROM``."""
 
 Rng = np.random.Generator
 
@@ -65,7 +71,7 @@ def make_case(number: int) -> Case:
         _path(rng),
         _bbox(rng),
         bool(rng.integers(2)),
-        str(rng.choice(["guided", "none"])),
+        str(rng.choice(REFINERS, p=SHARES)),
     )
 
 
@@ -81,8 +87,17 @@ def _size(rng: Rng) -> tuple[int, int]:
     return (long, short) if rng.integers(2) else (short, long)
 
 
+def _large(rng: Rng) -> tuple[int, int]:
+    """Thin strips past every such side, and now and then a picture that is large both ways."""
+    if rng.random() < 0.85:
+        long, short = int(rng.integers(2000, 12000)), int(2 ** rng.uniform(0, 6))
+    else:
+        long, short = int(rng.integers(2000, 4500)), int(rng.integers(300, 2200))
+    return (long, short) if rng.integers(2) else (short, long)
+
+
 def _pixels(rng: Rng) -> np.ndarray:
-    height, width = _size(rng)
+    height, width = _large(rng) if rng.random() < LARGE else _size(rng)
     kind = rng.integers(4)
     if kind == 0:
         return rng.integers(0, 256, (height, width, 3), np.uint8)
@@ -226,6 +241,14 @@ def _bbox(rng: Rng) -> Any:
 # --- running -----------------------------------------------------------------------------------
 
 
+def make_refiner() -> SegmentRefiner:
+    """One with all of ``REFINERS``; nothing that they make of a mask is rejected."""
+    default, *others = REFINERS
+    return SegmentRefiner(
+        RefinerConfig(refiner=default, selectable=tuple(others), min_agreement=0.0)
+    )
+
+
 def run(refiner: SegmentRefiner, case: Case) -> str:
     """The outcome: a reason, or ``ValueError``. Raises AssertionError for a result that is none,
     and whatever else the call raises."""
@@ -289,7 +312,7 @@ def run_batch(first: int, count: int) -> None:
 
     cv2.setNumThreads(1)
     logging.disable(logging.CRITICAL)
-    refiner = SegmentRefiner(RefinerConfig(min_agreement=0.0))
+    refiner = make_refiner()
     tally = Tally()
     for number in range(first, first + count):
         os.write(2, f"\r{number}".encode())

@@ -1,23 +1,45 @@
-"""Encoded bytes or an array to an RGB array, within limits."""
+"""Encoded bytes or an array to an RGB array, within limits.
+
+While a picture is decoded, it takes at its peak, result included, at most so many bytes per pixel:
+JPEG 8, progressive JPEG 13, PNG 8, WebP 17. ``benchmarks/decode_memory.py`` measures that.
+Pictures over ``LARGE_PIXELS`` are decoded one at a time in a process.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
 
 UInt8Array = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")
+LARGE_PIXELS = 16_000_000
+"""Larger pictures take turns: threads that decode several at once would multiply the peak."""
+_TURN = threading.Lock()
+_BAND_PIXELS = 2**18
+"""Pixels that are converted at once, about: what a conversion needs beside its result."""
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation."""
 _END_OF_JPEG = b"\xff\xd9"
 
 
@@ -64,7 +86,8 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
     with _open(data, limits or Limits(), name) as image:
         width, height = image.size
         try:
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
+            orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
         except Exception:  # a broken EXIF block is no reason to refuse the picture
             orientation = 1
         if orientation in _SWAPS_SIDES:
@@ -92,30 +115,50 @@ def decode(
     """RGB uint8 [H, W, 3], contiguous, EXIF orientation applied; arrays are checked and passed on.
 
     Grey, palette, CMYK, alpha (dropped, as ``PIL.Image.convert`` does) and 16-bit (scaled to 8)
-    are accepted; of an animation the first frame. A truncated or broken image is refused.
+    are accepted; of an animation the first frame. A truncated or broken image is refused. Waits
+    while another thread decodes a large picture, if this one is large too.
     """
     limits = limits or Limits()
     if not isinstance(image, bytes):
         check_array(image, limits, name)
         return np.ascontiguousarray(image)
     with _open(image, limits, name) as picture:
-        try:
-            fast = _fast_jpeg(image, picture)
-            if fast is not None:
-                return fast
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise many types for broken data
-            raise InvalidRequest(
-                f"{name} cannot be decoded: it is truncated or broken", name
-            ) from error
-        if picture.mode.startswith("I"):
+        large = picture.width * picture.height > LARGE_PIXELS
+        with _TURN if large else contextlib.nullcontext():
+            try:
+                fast = _fast_jpeg(image, picture)
+                if fast is not None:
+                    return fast
+                picture.load()
+                orientation = picture.getexif().get(_ORIENTATION, 1)
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise many types for broken data
+                raise InvalidRequest(
+                    f"{name} cannot be decoded: it is truncated or broken", name
+                ) from error
+            return _rgb(picture, orientation)
+
+
+def _rgb(picture: Image.Image, orientation: int) -> UInt8Array:
+    """Pixels of a loaded picture as they are meant to be seen, converted in bands of rows: Pillow
+    holds up to 4 bytes per pixel, and each step from there to an array would hold as many again."""
+    width, height = picture.size
+    swapped = orientation in _SWAPS_SIDES
+    pixels = np.empty((width, height, 3) if swapped else (height, width, 3), np.uint8)
+    stored = _stored(pixels, orientation)
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = picture.crop((0, top, width, min(top + rows, height)))
+        if orientation in _TURNS:
+            band = band.transpose(_TURNS[orientation])
+        place = _turned(stored[top : top + rows], orientation)
+        if band.mode.startswith("I"):
             # 16-bit grey: Pillow's own conversion clips at 255, the high byte is meant.
-            grey = np.clip(np.asarray(picture, np.int64) >> 8, 0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            place[:] = np.clip(np.asarray(band) >> 8, 0, 255)[:, :, None]
+        else:
+            place[:] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
 
 
 def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
@@ -136,16 +179,28 @@ def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
     if decoded is None or decoded.shape != (opened.height, opened.width, 3):
         return None
     pixels = np.asarray(decoded, np.uint8)
-    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return _turned(pixels, opened.getexif().get(_ORIENTATION, 1))
+    rows = max(1, _BAND_PIXELS // opened.width)
+    for top in range(0, opened.height, rows):  # it copies what it converts in place
+        band = pixels[top : top + rows]
+        cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
+    return np.ascontiguousarray(_turned(pixels, opened.getexif().get(_ORIENTATION, 1)))
 
 
 def _turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
-    """The picture as it is meant to be seen; EXIF's orientations are 1 to 8."""
+    """The picture as it is meant to be seen, as a view; EXIF's orientations are 1 to 8."""
     if orientation in _SWAPS_SIDES:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    return pixels
+
+
+def _stored(pixels: UInt8Array, orientation: int) -> UInt8Array:
+    """The inverse of ``_turned``, as a view: rows and columns as the file has them."""
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels.transpose(1, 0, 2) if orientation in _SWAPS_SIDES else pixels

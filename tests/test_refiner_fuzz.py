@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 
-from benchmarks.fuzz_refiner import Tally, make_case
+from benchmarks.fuzz_refiner import Tally, make_case, make_refiner
 from kestrel.config import RefinerConfig
-from kestrel.seg_refiner import SegmentRefiner
+from kestrel.seg_refiner import raster, trace
 
 CASES = 2000
 
@@ -26,7 +27,7 @@ def quiet():
 
 @pytest.mark.timeout(900)
 def test_a_call_gives_a_result_or_a_value_error(quiet):
-    refiner = SegmentRefiner(RefinerConfig(min_agreement=0.0))
+    refiner = make_refiner()
     tally = Tally()
     for number in range(CASES):
         tally.add(refiner, number)
@@ -40,3 +41,16 @@ def test_a_call_gives_a_result_or_a_value_error(quiet):
 def test_a_case_is_made_from_its_number_alone():
     a, b = make_case(7), make_case(7)
     assert (a.path, a.bbox, a.refiner) == (b.path, b.bbox, b.refiner)
+
+
+def test_cases_ask_for_the_default_refiner_and_reach_every_size_that_is_taken_in_pieces():
+    asked, sides = set(), []
+    for number in range(CASES):
+        case = make_case(number)
+        asked.add(case.refiner)
+        if isinstance(case.image, np.ndarray) and case.image.ndim == 3:
+            sides.append(case.image.shape[:2])
+    assert RefinerConfig().refiner in asked
+    past = [side for side in sides if max(side) > raster.TILE]
+    assert len(past) > 5 and {side[0] > side[1] for side in past} == {True, False}
+    assert any(min(side) > 256 and max(side) >= trace.HALVED_FROM for side in sides)

@@ -1,0 +1,111 @@
+"""What a picture takes of memory while it is decoded, and what only its header takes."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from benchmarks.decode_memory import ALLOWED, KINDS, measure
+from kestrel import image as image_module
+from kestrel.image import decode, probe
+
+ORIENTATION = 0x0112
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_file_takes_more_than_is_stated(kind: str) -> None:
+    assert measure(kind, (3000, 2000)) <= ALLOWED[KINDS[kind][0]]
+
+
+def encoded(mode: str, format: str, orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    pixels = np.random.default_rng(1).integers(0, 256, (37, 53, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(content, format, exif=exif.tobytes())
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["PNG RGB", "PNG LA", "PNG P", "PNG 1", "JPEG CMYK", "WEBP RGBA"])
+def test_bands_make_the_picture_that_pillow_makes_of_it_whole(
+    kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_module, "_BAND_PIXELS", 5 * 53 + 2)
+    format, mode = kind.split()
+    content = encoded(mode, format, orientation)
+    with Image.open(io.BytesIO(content)) as opened:
+        whole = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    pixels = decode(content)
+    assert pixels.flags.c_contiguous and pixels.flags.writeable
+    assert np.array_equal(pixels, whole)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_sixteen_bits_are_scaled_in_every_band(
+    orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_module, "_BAND_PIXELS", 64)
+    ramp = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = io.BytesIO()
+    Image.fromarray(ramp).save(content, "PNG", exif=exif.tobytes())
+    turned = {1: ramp, 3: ramp[::-1, ::-1], 6: np.rot90(ramp, -1)}[orientation]
+    assert np.array_equal(decode(content.getvalue()), np.repeat((turned >> 8)[..., None], 3, 2))
+
+
+def test_the_header_of_a_png_is_read_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = io.BytesIO()
+    Image.new("RGB", (37, 53)).save(plain, "PNG")
+    files = [plain.getvalue(), encoded("RGB", "PNG", 6), encoded("RGB", "WEBP", 6)]
+    loads: list[Any] = []
+    load = Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda self: loads.append(self) or load(self))
+    for content in files:
+        header = probe(content)
+        assert (header.width, header.height) == (37, 53)
+    assert loads == []
+
+
+@pytest.mark.parametrize("large, at_once", [(True, 1), (False, 4)])
+def test_large_pictures_are_decoded_one_at_a_time(
+    large: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded("RGB", "PNG")
+    monkeypatch.setattr(image_module, "LARGE_PIXELS", 37 * 53 - large)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def slow(*_: Any) -> None:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.1)
+        with lock:
+            inside -= 1
+
+    monkeypatch.setattr(image_module, "_fast_jpeg", slow)
+    threads = [threading.Thread(target=decode, args=(content,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == at_once
+
+
+def test_a_broken_large_picture_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "LARGE_PIXELS", 1)
+    content = encoded("RGB", "PNG")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="truncated or broken"):
+            decode(content[: len(content) // 2])
+    assert decode(content).shape == (37, 53, 3)
