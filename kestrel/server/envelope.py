@@ -1,0 +1,103 @@
+"""What is around every request of the HTTP door: its id, its refusal, the count of its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kestrel import api
+from kestrel.api import RequestError
+from kestrel.server.sending import ClientGone
+
+log = logging.getLogger(__name__)
+
+Ended = Callable[[str, float], None]
+"""Called with the outcome of a request (``kestrel.api.outcome``, or ``broken_stream``: its error
+came as an event) and its seconds from arrival to the last byte."""
+
+
+class Envelope:
+    """Gives every request an id, and every failure the contract's JSON answer."""
+
+    def __init__(self, app: ASGIApp, *, ended: Ended | None, name_answers: bool) -> None:
+        self._app = app
+        self._ended = ended
+        self._name_answers = name_answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["kestrel.request_id"] = _request_id(scope)
+        arrived = time.monotonic()
+        started = False
+        failure: BaseException | None = None
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._name_answers:
+                    named = [*message["headers"], (b"x-request-id", request_id.encode())]
+                    message = {**message, "headers": named}
+            await send(message)
+
+        try:
+            with contextlib.ExitStack() as scope["kestrel.places"]:
+                await self._app(scope, receive, send_named)
+        except ClientGone:
+            failure = asyncio.CancelledError()
+            log.info("request %s: the client disconnected, its work is cancelled", request_id)
+        except RequestError as error:
+            failure = error
+            await _refusal(error, request_id)(scope, receive, send_named)
+        except Exception as error:
+            failure = error
+            log.exception("request %s failed", request_id)
+            if not started:
+                await _fault(request_id)(scope, receive, send_named)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            if self._ended is not None and _segments(scope):
+                outcome = scope.get("kestrel.outcome") or api.outcome(failure)
+                self._ended(outcome, time.monotonic() - arrived)
+
+
+def _segments(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] == "/v1/segment"
+
+
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def _request_id(scope: Scope) -> str:
+    """The id that the client or the proxy in front chose, where it is fit for a log; else a new
+    one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _refusal(error: RequestError, request_id: str) -> Response:
+    if error.status >= 500 and error.status not in (503, 504):
+        log.error("request %s failed: %s", request_id, error.message)
+        return _fault(request_id)
+    if error.field == "image":
+        # The half that decodes knows the image by its Python name.
+        message = error.message.replace("image ", "image_url ", 1)
+        error = type(error)(message, "image_url", error.retry_after_s)
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _fault(request_id: str) -> Response:
+    return JSONResponse({"error": "internal error", "request_id": request_id}, 500)
