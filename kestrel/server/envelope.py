@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kestrel import api
 from kestrel.api import RequestError
-from kestrel.server.sending import ClientGone
+from kestrel.server.sending import ClientGone, ClientStalled, JsonAnswer, send_by
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,16 @@ came as an event) and its seconds from arrival to the last byte."""
 class Envelope:
     """Gives every request an id, and every failure the contract's JSON answer."""
 
-    def __init__(self, app: ASGIApp, *, ended: Ended | None, name_answers: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        longest_s: Callable[[], float],
+        ended: Ended | None,
+        name_answers: bool,
+    ) -> None:
         self._app = app
+        self._longest_s = longest_s
         self._ended = ended
         self._name_answers = name_answers
 
@@ -39,6 +47,8 @@ class Envelope:
             return
         request_id = scope["kestrel.request_id"] = _request_id(scope)
         arrived = time.monotonic()
+        # A segment request puts its own deadline in the place of the longest.
+        scope["kestrel.send_by"] = send_by(arrived + self._longest_s())
         started = False
         failure: BaseException | None = None
 
@@ -52,19 +62,26 @@ class Envelope:
             await send(message)
 
         try:
-            with contextlib.ExitStack() as scope["kestrel.places"]:
-                await self._app(scope, receive, send_named)
-        except ClientGone:
-            failure = asyncio.CancelledError()
-            log.info("request %s: the client disconnected, its work is cancelled", request_id)
-        except RequestError as error:
-            failure = error
-            await _refusal(error, request_id)(scope, receive, send_named)
-        except Exception as error:
-            failure = error
-            log.exception("request %s failed", request_id)
-            if not started:
-                await _fault(request_id)(scope, receive, send_named)
+            try:
+                with contextlib.ExitStack() as scope["kestrel.places"]:
+                    await self._app(scope, receive, send_named)
+            except ClientGone:
+                raise
+            except RequestError as error:
+                failure = error
+                await _refusal(error, request_id)(scope, receive, send_named)
+            except Exception as error:
+                failure = error
+                log.exception("request %s failed", request_id)
+                if not started:
+                    await _fault(request_id)(scope, receive, send_named)
+        except ClientGone as gone:
+            failure = failure or asyncio.CancelledError()
+            if isinstance(gone, ClientStalled):
+                log.info("request %s: the client does not read its answer", request_id)
+                await _hang_up(scope)
+            else:
+                log.info("request %s: the client disconnected, its work is cancelled", request_id)
         except BaseException as error:
             failure = error
             raise
@@ -72,6 +89,13 @@ class Envelope:
             if self._ended is not None and _segments(scope):
                 outcome = scope.get("kestrel.outcome") or api.outcome(failure)
                 self._ended(outcome, time.monotonic() - arrived)
+
+
+async def _hang_up(scope: Scope) -> None:
+    """Close the connection at once where the server lets us; any does so once all is read."""
+    if "kestrel.hang_up" in scope:
+        scope["kestrel.hang_up"]()
+        await asyncio.sleep(0)  # until the server knows of it, which else logs a broken answer
 
 
 def _segments(scope: Scope) -> bool:
@@ -96,8 +120,8 @@ def _refusal(error: RequestError, request_id: str) -> Response:
         # The half that decodes knows the image by its Python name.
         message = error.message.replace("image ", "image_url ", 1)
         error = type(error)(message, "image_url", error.retry_after_s)
-    return JSONResponse(error.body(), error.status, error.headers())
+    return JsonAnswer(error.body(), error.status, error.headers())
 
 
 def _fault(request_id: str) -> Response:
-    return JSONResponse({"error": "internal error", "request_id": request_id}, 500)
+    return JsonAnswer({"error": "internal error", "request_id": request_id}, 500)

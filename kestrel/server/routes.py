@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from kestrel import answers, api
@@ -24,7 +24,7 @@ from kestrel.openapi import openapi_document
 from kestrel.server.compose import Refinement, server_timing, within
 from kestrel.server.envelope import Ended, Envelope
 from kestrel.server.room import Place, Room
-from kestrel.server.sending import EventStream, unless_gone
+from kestrel.server.sending import EventStream, HtmlAnswer, JsonAnswer, send_by, unless_gone
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,12 @@ def build_app(
     )
     # A redirect would make some clients repeat a POST as a GET.
     app.router.redirect_slashes = False
-    app.add_middleware(Envelope, ended=ended, name_answers=name_answers)
+    app.add_middleware(
+        Envelope,
+        longest_s=lambda: backend.config.request_timeout_s,
+        ended=ended,
+        name_answers=name_answers,
+    )
     return app
 
 
@@ -116,6 +121,7 @@ class _Routes:
             raise api.RateLimited("the rate of this API key is used up", retry_after_s=wait_s)
         timeout_s = api.timeout_from_headers(request.headers, config.request_timeout_s)
         deadline = arrived + timeout_s
+        request.scope["kestrel.send_by"] = send_by(deadline)
         # Left by the envelope: an event stream goes on after this returns.
         place = request.scope["kestrel.places"].enter_context(self.room.enter())
         body = await within(deadline, _read_body(request, config.limits.max_body_bytes, place))
@@ -149,7 +155,7 @@ class _Routes:
         headers = {"Server-Timing": server_timing(model, refined)}
         if refined is not None and refined.reason == "unavailable":
             headers["X-Refinement"] = "unavailable"
-        return JSONResponse(answer, headers=headers)
+        return JsonAnswer(answer, headers=headers)
 
     async def models(self, request: Request) -> Response:
         config = self.backend.config
@@ -158,19 +164,19 @@ class _Routes:
         context = self.backend.max_context
         if context is not None:
             served["max_context"] = context  # type: ignore[assignment]
-        return JSONResponse({"object": "list", "data": [served]})
+        return JsonAnswer({"object": "list", "data": [served]})
 
     async def healthz(self, request: Request) -> Response:
         reason = await self.backend.ready()
         if reason is not None:
             raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
-        return JSONResponse({"status": "ok"})
+        return JsonAnswer({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi_document(self.backend.config))
+        return JsonAnswer(openapi_document(self.backend.config))
 
     async def docs(self, request: Request) -> Response:
-        return HTMLResponse(docs_page(openapi_document(self.backend.config)))
+        return HtmlAnswer(docs_page(openapi_document(self.backend.config)))
 
 
 async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -225,4 +231,4 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         404: f"there is no {request.url.path[:128]} here; POST /v1/segment, see /docs",
         405: f"{request.method[:16]} is not for {request.url.path[:128]}",
     }.get(error.status_code, error.detail)
-    return JSONResponse({"error": message}, error.status_code, error.headers)
+    return JsonAnswer({"error": message}, error.status_code, error.headers)
