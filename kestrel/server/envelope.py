@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kestrel import api
@@ -69,7 +68,9 @@ class Envelope:
                 raise
             except RequestError as error:
                 failure = error
-                await _refusal(error, request_id)(scope, receive, send_named)
+                refusal = _refusal(error, request_id)
+                refusal.before_end = scope.get("kestrel.before_end")
+                await refusal(scope, receive, send_named)
             except Exception as error:
                 failure = error
                 log.exception("request %s failed", request_id)
@@ -112,7 +113,7 @@ def _request_id(scope: Scope) -> str:
     return given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _refusal(error: RequestError, request_id: str) -> Response:
+def _refusal(error: RequestError, request_id: str) -> JsonAnswer:
     if error.status >= 500 and error.status not in (503, 504):
         log.error("request %s failed: %s", request_id, error.message)
         return _fault(request_id)
@@ -123,5 +124,5 @@ def _refusal(error: RequestError, request_id: str) -> Response:
     return JsonAnswer(error.body(), error.status, error.headers())
 
 
-def _fault(request_id: str) -> Response:
+def _fault(request_id: str) -> JsonAnswer:
     return JsonAnswer({"error": "internal error", "request_id": request_id}, 500)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from kestrel import answers, api
-from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
+from kestrel.api import DeadlineExceeded, ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.docs_page import docs_page
@@ -24,7 +24,14 @@ from kestrel.openapi import openapi_document
 from kestrel.server.compose import Refinement, server_timing, within
 from kestrel.server.envelope import Ended, Envelope
 from kestrel.server.room import Place, Room
-from kestrel.server.sending import EventStream, HtmlAnswer, JsonAnswer, send_by, unless_gone
+from kestrel.server.sending import (
+    ClientGone,
+    EventStream,
+    HtmlAnswer,
+    JsonAnswer,
+    send_by,
+    unless_gone,
+)
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +206,12 @@ async def _read_body(request: Request, limit: int, place: Place) -> bytes:
             body += chunk
             _check_size(len(body), limit, place)
     except RequestError:
-        body.clear()
-        await _drain(chunks, limit)
+        body.clear()  # the error holds on to it until all is read
+        # Its sender may wait for the answer before it sends on, so the answer goes first.
+        request.scope["kestrel.before_end"] = partial(_drain, chunks, limit)
         raise
+    except ClientDisconnect:
+        raise ClientGone from None
     return bytes(body)
 
 
@@ -221,8 +231,8 @@ async def _drain(chunks: AsyncGenerator[bytes, None], limit: int) -> None:
             if dropped > limit:
                 return
 
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read(), DRAIN_S)
+    with contextlib.suppress(DeadlineExceeded, ClientDisconnect):
+        await within(time.monotonic() + DRAIN_S, read())
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

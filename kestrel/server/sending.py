@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -49,6 +49,9 @@ async def sent_in_time(scope: Scope, sending: Awaitable[None]) -> None:
 
 
 class _InPieces(Response):
+    before_end: Callable[[], Awaitable[None]] | None = None
+    """Waited for when the client has been sent all, and the server not told that it is all."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await sent_in_time(scope, self._send_pieces(send))
 
@@ -59,7 +62,11 @@ class _InPieces(Response):
         for at in range(0, max(1, size), PIECE_BYTES):
             end = at + PIECE_BYTES
             piece = bytes(self.body[at:end])
-            await send({"type": "http.response.body", "body": piece, "more_body": end < size})
+            more = end < size or self.before_end is not None
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        if self.before_end is not None:
+            await self.before_end()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class JsonAnswer(_InPieces, JSONResponse):
