@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -44,7 +43,12 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["kestrel.request_id"] = _request_id(scope)
+        unfit: RequestError | None = None
+        try:
+            given = api.given_request_id(Headers(scope=scope).getlist("x-request-id"))
+        except RequestError as error:
+            given, unfit = None, error
+        request_id = scope["kestrel.request_id"] = given or uuid.uuid4().hex
         arrived = time.monotonic()
         # A segment request puts its own deadline in the place of the longest.
         scope["kestrel.send_by"] = send_by(arrived + self._longest_s())
@@ -62,6 +66,8 @@ class Envelope:
 
         try:
             try:
+                if unfit is not None:
+                    raise unfit
                 with contextlib.ExitStack() as scope["kestrel.places"]:
                     await self._app(scope, receive, send_named)
             except ClientGone:
@@ -101,16 +107,6 @@ async def _hang_up(scope: Scope) -> None:
 
 def _segments(scope: Scope) -> bool:
     return scope["method"] == "POST" and scope["path"] == "/v1/segment"
-
-
-_GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-def _request_id(scope: Scope) -> str:
-    """The id that the client or the proxy in front chose, where it is fit for a log; else a new
-    one."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _refusal(error: RequestError, request_id: str) -> JsonAnswer:
