@@ -17,7 +17,7 @@ def protocol(**options: Any) -> asyncio.Protocol:
     A connection that is merely closed stays until its client has read what was written to it, which
     one that does not read never does.
     """
-    made: Any = AutoHTTPProtocol(**options)  # type: ignore[call-arg]
+    made: Any = AutoHTTPProtocol(**options)
     app = made.app
 
     def hang_up() -> None:
