@@ -6,11 +6,12 @@ import argparse
 import asyncio
 import base64
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kestrel import __version__
 from kestrel.answers import segment_response
@@ -214,7 +215,9 @@ def _write(
 def _serve(config: RuntimeConfig, host: str, port: int) -> int:
     import uvicorn
 
+    from kestrel.server.connection import protocol
     from kestrel.server.http import create_app
+    from kestrel.server.sending import send_by
 
     if not 0 <= port <= 65535:
         raise InputError(f"--port must be in 0..65535, not {port}")
@@ -225,7 +228,17 @@ def _serve(config: RuntimeConfig, host: str, port: int) -> int:
         server.should_exit = True
 
     app = create_app(config, on_failure=stop)
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port))
+    # No request that came before the end takes longer; a connection that nobody reads from would.
+    longest_s = math.ceil(send_by(config.request_timeout_s))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=cast("type[asyncio.Protocol]", protocol),
+            timeout_graceful_shutdown=longest_s,
+        )
+    )
     server.run()
     if failures:
         raise InputError(f"the model cannot be loaded: {_one_line(failures[0])}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kestrel.api import MAX_CONTEXT, SegmentSettings
+from kestrel.api import ID_PATTERN, ID_RULE, MAX_CONTEXT, SegmentSettings
 from kestrel.config import RuntimeConfig
 from kestrel.image import FORMATS
 
@@ -49,16 +49,23 @@ def _security(config: RuntimeConfig) -> list[Schema]:
     return [{"bearer": []}, {"moondream": []}] if config.api_keys else []
 
 
-_ID_RULE = "at most 128 letters, digits, `.`, `_`, `:` and `-`"
 _REQUEST_ID = {
     "X-Request-Id": {
         "description": "Names the request in logs; the request's own `X-Request-Id` where it "
-        f"has one of {_ID_RULE}.",
+        "has one.",
         "schema": {"type": "string"},
     }
 }
+_OWN_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "required": False,
+    "description": f"Names the request in logs and in its answer: {ID_RULE}.",
+    "schema": {"type": "string", "pattern": f"^{ID_PATTERN}$"},
+}
 
 
+_UNFIT_ID = "`X-Request-Id` is against its rule."
 _UNAUTHORIZED = "An API key is configured and the request's is not it."
 
 
@@ -94,14 +101,7 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                 f"at most {config.request_timeout_s * 1e3:g}, which is the default.",
                 "schema": {"type": "integer", "minimum": 1},
             },
-            {
-                "name": "X-Request-Id",
-                "in": "header",
-                "required": False,
-                "description": f"Names the request in logs and in its answer: {_ID_RULE}; any "
-                "other is replaced.",
-                "schema": {"type": "string"},
-            },
+            _OWN_ID,
         ],
         "requestBody": {"required": True, "content": _json("SegmentRequest")},
         "responses": {
@@ -125,7 +125,10 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                 "content": _json("SegmentResponse")
                 | {"text/event-stream": {"schema": _ref("SegmentEvent")}},
             },
-            "400": _error("The body is no JSON object, a field is wrong, or the image is broken."),
+            "400": _error(
+                "The body is no JSON object, a field is wrong, the image is broken, or a header "
+                "(`X-Request-Id`, `X-Request-Timeout-Ms`) is against its rule."
+            ),
             "401": _error(_UNAUTHORIZED, challenge=True),
             "404": _error("The named model is not served here."),
             "413": _error(
@@ -150,12 +153,14 @@ def _models_operation(config: RuntimeConfig) -> Schema:
         "operationId": "models",
         "summary": "The served model",
         "security": _security(config),
+        "parameters": [_OWN_ID],
         "responses": {
             "200": {
                 "description": "A list of one.",
                 "headers": _REQUEST_ID,
                 "content": _json("ModelList"),
             },
+            "400": _error(_UNFIT_ID),
             "401": _error(_UNAUTHORIZED, challenge=True),
         },
     }
@@ -165,12 +170,14 @@ def _health_operation() -> Schema:
     return {
         "operationId": "health",
         "summary": "Whether requests can be served",
+        "parameters": [_OWN_ID],
         "responses": {
             "200": {
                 "description": "Ready.",
                 "headers": _REQUEST_ID,
                 "content": _json("Health"),
             },
+            "400": _error(_UNFIT_ID),
             "503": _error("Still starting, or broken.", retry=True),
         },
     }

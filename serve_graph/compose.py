@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kestrel.api import ModelResult, Overloaded, SegmentRequest
+from kestrel.api import DeadlineExceeded, ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
-from kestrel.server.compose import compose_events
+from kestrel.server.compose import compose_events, within
 from kestrel.server.room import Room
 from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
@@ -89,8 +90,8 @@ class GraphBackend:
         if self.draining:
             return STOPPING
         try:
-            await asyncio.wait_for(self._model_there.wait(), STARTING_S)
-        except asyncio.TimeoutError:
+            await within(time.monotonic() + STARTING_S, self._model_there.wait())
+        except DeadlineExceeded:
             return "model still starting"
         return None
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any
 
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
@@ -28,6 +28,7 @@ from kestrel.api import (
     SegmentRequest,
 )
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+from kestrel.server.compose import within
 from serve_graph import metrics
 from serve_graph.hedge import Hedge
 
@@ -57,8 +58,6 @@ PLAIN_PICKLE: dict[str, Any] = {
 }
 """Serve's default, cloudpickle, is for classes and functions that only one side knows."""
 
-T = TypeVar("T")
-
 
 class RefinerUnavailable(Exception):
     """No replica could refine this path in time; the model's own path is still good."""
@@ -84,27 +83,21 @@ class Deadline:
     """A moment on this process's monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
+        self.at = time.monotonic() + seconds
+        """When it is over, by ``time.monotonic()``."""
 
     def left(self) -> float:
         """Seconds that are left; DeadlineExceeded when there are none."""
-        left = self._at - time.monotonic()
+        left = self.at - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded()
         return left
 
 
-async def _within(deadline: Deadline, awaitable: Awaitable[T]) -> T:
-    try:
-        return await asyncio.wait_for(awaitable, deadline.left())
-    except asyncio.TimeoutError:
-        raise DeadlineExceeded() from None
-
-
 async def _finish(response: Any, deadline: Deadline) -> Any:
     """The result of a handle call; on every other way out the call is cancelled."""
     try:
-        return await _within(deadline, response)
+        return await within(deadline.at, response)
     except BaseException:
         response.cancel()
         raise
@@ -169,7 +162,7 @@ class ModelHalf:
             try:
                 while True:
                     try:
-                        event = await _within(deadline, response.__anext__())
+                        event = await within(deadline.at, response.__anext__())
                     except StopAsyncIteration:
                         return
                     finished = isinstance(event, ModelDone)

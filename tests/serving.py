@@ -20,10 +20,12 @@ from starlette.types import ASGIApp
 
 
 @contextlib.contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
-    """The base URL of ``app``, served from a thread on a free port."""
+def served(app: ASGIApp, **options: Any) -> Iterator[str]:
+    """The base URL of ``app``, served from a thread on a free port. ``options`` are uvicorn's."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2, **options
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -15,13 +15,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from serving import encoded, picture, until
 
 from kestrel import __version__
 from kestrel.cli import main
-from kestrel.config import SHIPPED_MODELS
+from kestrel.config import SHIPPED_MODELS, RuntimeConfig
 from kestrel.seg_refiner import raster
+from kestrel.server.connection import protocol
+from kestrel.server.sending import GRACE_S
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 WIDTH, HEIGHT = 199, 149
@@ -243,6 +246,17 @@ def port_of(listener: socket.socket) -> int:
 def test_serve_refuses_a_port_that_is_none(port, capsys) -> None:
     assert main(["serve", f"--port={port}"]) == 2
     assert "0..65535" in capsys.readouterr().err
+
+
+def test_serve_ends_although_a_client_does_not_read(monkeypatch) -> None:
+    made: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: made.append(server.config))
+    main(["serve", "--port", "0"])
+    (config,) = made
+    # Whoever came before the end still has the longest deadline and the grace of an answer.
+    assert config.timeout_graceful_shutdown == RuntimeConfig().request_timeout_s + GRACE_S
+    config.load()
+    assert config.http_protocol_class is protocol
 
 
 def test_serve_on_a_port_that_is_taken_ends_without_a_traceback(listener) -> None:

@@ -14,6 +14,7 @@ import pytest
 from scripted import ASK, BOX, LIMITS, WELL, ScriptedBackend, refused
 from serving import base64_text, connected, picture, post_bytes, post_head, served, until
 
+from kestrel.server import routes
 from kestrel.server.compose import within
 from kestrel.server.routes import build_app
 
@@ -158,6 +159,74 @@ def test_a_sender_of_a_body_over_the_limit_gets_the_answer_not_a_reset(address, 
     for _ in range(5):
         response = httpx.post(f"{address}/v1/segment", content=b"x" * (LIMITS.max_body_bytes + 1))
         refused(response, 413)
+
+
+@pytest.mark.parametrize(("size", "status"), [(500, 503), (LIMITS.max_body_bytes + 1, 413)])
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_refused_for_its_size_is_answered_first_and_read_on_then(
+    backend, monkeypatch, size, status, declared
+):
+    monkeypatch.setattr(routes, "DRAIN_S", 60.0)
+    object.__setattr__(backend.config, "max_held_bytes", 100 if status == 503 else 10**9)
+    order: list[Any] = []
+    answered = asyncio.Event()
+    chunks = iter([b"{" if declared else b"x" * size, b"y", b""])
+
+    async def receive() -> dict[str, Any]:
+        chunk = next(chunks)
+        if chunk != b"{" and not chunk.startswith(b"x"):
+            await answered.wait()
+        order.append(chunk[:1])
+        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            order.append(message["status"])
+            lengths.append(int(dict(message["headers"])[b"content-length"]))
+            return
+        order.append("more" if message["more_body"] else "end")
+        lengths.append(len(message["body"]))
+        answered.set()
+
+    lengths: list[int] = []
+    headers = [(b"content-length", str(size).encode())] if declared else []
+    scope = {"type": "http", "method": "POST", "path": "/v1/segment", "headers": headers}
+    await asyncio.wait_for(build_app(backend)(scope, receive, send), 5)
+    # The client has all of its answer while it still sends; the server's end comes after.
+    taken = [b"{"] if declared else [b"x"]
+    began = [] if declared else taken
+    rest = taken if declared else []
+    assert order == [*began, status, "more", *rest, b"y", b"", "end"]
+    assert lengths[0] == lengths[1] and lengths[2] == 0
+
+
+def test_a_connection_whose_body_was_refused_and_read_takes_the_next_request(address, backend):
+    with httpx.Client(base_url=address) as client:
+        for _ in range(2):
+            content = b"x" * (LIMITS.max_body_bytes + 1)
+            began = time.monotonic()
+            refused(client.post("/v1/segment", content=content), 413)
+            assert client.get("/healthz").status_code == 200
+            assert time.monotonic() - began < routes.DRAIN_S
+
+
+@pytest.mark.parametrize("refused_first", [False, True])
+async def test_a_client_that_leaves_in_its_body_is_no_fault(backend, caplog, refused_first):
+    ends: list[str] = []
+    size = LIMITS.max_body_bytes + 1 if refused_first else 10
+    messages = iter([{"type": "http.request", "body": b"x" * size, "more_body": True}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        assert refused_first
+
+    app = build_app(backend, ended=lambda outcome, seconds: ends.append(outcome))
+    scope = {"type": "http", "method": "POST", "path": "/v1/segment", "headers": []}
+    await app(scope, receive, send)
+    assert ends == ["too_large" if refused_first else "left"]
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 async def test_a_body_of_exactly_the_limit_is_read(client, backend):

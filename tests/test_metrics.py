@@ -154,13 +154,36 @@ async def test_the_id_of_the_proxy_in_front_is_kept_in_header_body_and_log(caplo
     assert any("edge-7:abc.DEF_1" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("given", ["", "two words", "x" * 129, "<b>", "ä", "a\tb"])
-async def test_an_id_that_is_not_fit_for_a_log_is_replaced(given):
-    response = await Watched().client.post(
-        "/v1/segment", json=ASK, headers={"X-Request-Id": given.encode()}
-    )
-    assert response.headers["x-request-id"] == response.json()["request_id"] != given
-    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+UNFIT = [[""], ["two words"], ["x" * 129], ["<b>"], ["ä"], ["a\tb"], ["one", "two"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "name_answers"),
+    [(given, "/v1/segment", True) for given in UNFIT]
+    + [(UNFIT[1], path, False) for path in ("/v1/models", "/healthz", "/docs", "/nothing")],
+)
+async def test_an_id_that_is_not_fit_for_a_log_is_refused_by_name(given, path, name_answers):
+    # Replaced, it would be another than the one that Serve has for its header, log and traces.
+    watched = Watched()
+    app = build_app(watched.backend, name_answers=name_answers)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    headers = [("X-Request-Id", one.encode()) for one in given]
+    if path == "/v1/segment":
+        response = await client.post(path, json=ASK, headers=headers)
+    else:
+        response = await client.get(path, headers=headers)
+    body = response.json()
+    assert (response.status_code, body["field"]) == (400, "X-Request-Id")
+    assert "X-Request-Id must be one of at most 128 letters" in body["error"]
+    assert watched.backend.begun == 0
+    if name_answers:
+        assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+async def test_a_refused_id_is_an_invalid_request_of_the_metrics():
+    watched = Watched()
+    await watched.client.post("/v1/segment", json=ASK, headers={"X-Request-Id": "two words"})
+    assert watched.outcomes == ["invalid"]
 
 
 async def test_behind_a_server_that_names_answers_there_is_one_header_not_two():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -89,6 +90,12 @@ async def test_the_document_names_every_header_that_is_read(client):
     named = {p["name"] for p in parameters} | {s["name"] for s in schemes if "name" in s}
     assert named == {"X-Request-Timeout-Ms", "X-Request-Id", "X-Moondream-Auth"}
     assert {"type": "http", "scheme": "bearer"} in schemes
+    for path in document["paths"].values():
+        for operation in path.values():
+            (own,) = [p for p in operation["parameters"] if p["name"] == "X-Request-Id"]
+            assert re.fullmatch(own["schema"]["pattern"], "edge-7:abc.DEF_1")
+            assert not re.fullmatch(own["schema"]["pattern"], "two words")
+            assert "X-Request-Id" in operation["responses"]["400"]["description"]
 
 
 def own_headers(response: httpx.Response) -> set[str]:
