@@ -16,18 +16,19 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
+from serve_graph.errors import LaunchError
 from serve_graph.launch import (
     FAST_SERVE,
     HAPROXY,
     KEEP_MEMORY,
     STEADY_CLIENT,
-    LaunchError,
     LocalCluster,
     free_port,
 )
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
+TOKEN_HELP = "start although RAY_AUTH_MODE turns Ray's token off: ports then run anybody's code"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
@@ -71,6 +72,7 @@ def up(options: argparse.Namespace) -> None:
         dashboard_port=options.dashboard_port,
         client_port=options.client_port,
         haproxy=options.haproxy,
+        without_token=options.without_token,
     )
     with cluster:
         cluster.deploy(config)
@@ -105,7 +107,7 @@ def demo(options: argparse.Namespace) -> None:
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()
-    with LocalCluster() as cluster:
+    with LocalCluster(without_token=options.without_token) as cluster:
         cluster.deploy(config)
         cluster.wait_ready(f"{url}/healthz")
         print(f"Ray, model and refiner are up after {time.monotonic() - began:.0f} s", flush=True)
@@ -138,6 +140,7 @@ def main() -> None:
         "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
     )
     command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
+    command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=up)
     command = commands.add_parser(
         "env", help='environment of the serving mode: eval "$(... env)" before `ray start`'
@@ -146,6 +149,7 @@ def main() -> None:
     command.set_defaults(run=env)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
+    command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=demo)
     command = commands.add_parser(
         "plan", help="the smallest pools that carry a load, by simulation"

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import random
-import secrets
 import shutil
 import socket
 import tempfile
@@ -23,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from serve_graph.errors import LaunchError
 from serve_graph.node import RayNode
+from serve_graph.ray_token import token, token_variables
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -81,10 +82,6 @@ LOOPBACK = {
 }
 
 
-class LaunchError(RuntimeError):
-    """Ray or the application did not come up; the message ends with the log's last lines."""
-
-
 def free_port() -> int:
     """A TCP port that nothing listens on at this moment, below those that systems lend to outgoing
     connections: one of these could take it before it is used."""
@@ -95,47 +92,12 @@ def free_port() -> int:
     raise LaunchError("no TCP port from 20000 to 32000 is free")
 
 
-def token_variables(private_dir: Path) -> dict[str, str]:
-    """Environment that turns Ray's token authentication on, with a token that exists.
-
-    A token that the user has (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``)
-    is used; else one is written where every Ray program of this user looks for it, or into
-    ``private_dir`` when the home directory is read-only. ``RAY_AUTH_MODE=disabled`` is respected.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "token")
-    if mode != "token" or os.environ.get("RAY_AUTH_TOKEN"):
-        return {"RAY_AUTH_MODE": mode}
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if given:
-        return {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": given}
-    for path in (Path.home() / ".ray" / "auth_token", private_dir / "auth_token"):
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                    file.write(secrets.token_hex(32))
-            return {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(path)}
-        except OSError:
-            continue
-    raise LaunchError(f"could not write a Ray token to {Path.home()} or {private_dir}")
-
-
-def token(variables: dict[str, str]) -> str | None:
-    """The token itself, for the dashboard's REST API; None when authentication is off."""
-    environment = {**os.environ, **variables}
-    if environment.get("RAY_AUTH_MODE") != "token":
-        return None
-    if environment.get("RAY_AUTH_TOKEN"):
-        return environment["RAY_AUTH_TOKEN"]
-    return Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-
-
 class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
     ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``; ``environment`` adds to and
-    overrides that of Ray's processes.
+    overrides that of Ray's processes; ``without_token``: see ``token_variables``.
     """
 
     def __init__(
@@ -148,6 +110,7 @@ class LocalCluster:
         object_store_bytes: int = 256 * 2**20,
         haproxy: bool = False,
         environment: dict[str, str] | None = None,
+        without_token: bool = False,
     ) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="segment-ray-"))
         self.gcs_port = free_port()
@@ -162,8 +125,12 @@ class LocalCluster:
             **(self._haproxy() if haproxy else {}),
             **(environment or {}),
         }
-        if "RAY_AUTH_TOKEN" not in self.variables:
-            self.variables.update(token_variables(self.dir))
+        try:
+            found = {**os.environ, **self.variables}
+            self.variables |= token_variables(found, self.dir, without_token=without_token)
+        except LaunchError:
+            self.dir.rmdir()
+            raise
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._object_store_bytes = object_store_bytes
         self.head: RayNode | None = None

@@ -1,0 +1,70 @@
+"""What is decided before Ray starts: its token, its environment, and how a graph is drained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_graph import __main__, launch
+from serve_graph.launch import LocalCluster
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home and a folder for clusters of the test's own; Ray is not started."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(launch.tempfile, "tempdir", str(tmp_path))
+
+    def start(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray would have been started")
+
+    monkeypatch.setattr(LocalCluster, "start", start)
+
+
+# Ray's token
+
+
+@pytest.mark.parametrize("mode", ["disabled", "Disabled", "off"])
+def test_a_variable_alone_does_not_turn_the_token_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    for given in ({}, {"RAY_AUTH_TOKEN": "0" * 32}):
+        with pytest.raises(RuntimeError, match="--without-token"):
+            LocalCluster(environment=given)
+    assert not list(tmp_path.glob("segment-ray-*"))
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_the_commands_refuse_to_start_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("sys.argv", ["serve_graph", command])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert "RAY_AUTH_MODE=disabled" in str(ended.value.code)
+
+
+def test_whoever_asks_for_it_gets_a_cluster_without_the_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = LocalCluster(without_token=True)
+    assert cluster.variables["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize("mode", [None, "token", "TOKEN"])
+def test_otherwise_there_is_a_token_that_only_the_user_can_read(
+    monkeypatch: pytest.MonkeyPatch, mode: str | None
+) -> None:
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    variables = LocalCluster().variables
+    assert variables["RAY_AUTH_MODE"] == "token"
+    path = Path(variables["RAY_AUTH_TOKEN_PATH"])
+    assert len(path.read_text()) == 64 and path.stat().st_mode & 0o77 == 0
