@@ -16,6 +16,7 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
+from serve_graph.args import check
 from serve_graph.errors import LaunchError
 from serve_graph.launch import (
     FAST_SERVE,
@@ -33,10 +34,15 @@ SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
-    """A Serve config with its HTTP port replaced when ``port`` is given."""
+    """A Serve config with its HTTP port replaced when ``port`` is given; LaunchError where the
+    graph would refuse it."""
     config = yaml.safe_load(path.read_text())
     if not isinstance(config, dict):
         raise LaunchError(f"{path} is not a Serve config")
+    try:
+        check(config)
+    except ValueError as error:
+        raise LaunchError(f"{path}: {error}") from None
     if port is not None:
         config.setdefault("http_options", {})["port"] = port
     return config

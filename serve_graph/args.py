@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
 from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
 
 FULL_RETRY_S = 0.05
@@ -151,6 +153,16 @@ class RefinerPool(Pool):
         return options
 
 
+def _only_hashes(keys: Iterable[Any]) -> tuple[ApiKey, ...]:
+    """The keys of a configuration. ValueError, which shows none, where one is in the clear: Serve
+    shows and logs its config as it was written, and a key that was there is no secret any more."""
+    parsed = parse_keys(keys)
+    plain = plain_key_warning(parsed)
+    if plain:
+        raise ValueError(plain)
+    return parsed
+
+
 class IngressSettings(BaseModel):
     """The ``user_config`` of the deployment ``Ingress``: what changes without a new replica."""
 
@@ -159,9 +171,14 @@ class IngressSettings(BaseModel):
     refine_timeout_s: float | None = Field(default=None, gt=0)
     """In place of the one in ``args``."""
     api_keys: list[Any] | None = None
-    """In place of ``args.runtime.api_keys``."""
+    """In place of ``args.runtime.api_keys``; hashes only."""
     draining: bool = False
     """Finish what is under way and refuse the rest (503): the graph is about to be stopped."""
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        return None if value is None else list(_only_hashes(value))
 
 
 ELSEWHERE = {
@@ -224,6 +241,12 @@ class GraphArgs(BaseModel):
             return value
         return from_mapping(RefinerConfig, value, "refiner")
 
+    @field_validator("runtime")
+    @classmethod
+    def _keys(cls, value: RuntimeConfig) -> RuntimeConfig:
+        _only_hashes(value.api_keys)
+        return value
+
     @model_validator(mode="after")
     def _queues_fit(self) -> GraphArgs:
         room = self.runtime.max_batch_size + self.runtime.max_queue
@@ -239,3 +262,15 @@ class GraphArgs(BaseModel):
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
         return self
+
+
+def check(config: dict[str, Any]) -> None:
+    """ValueError where the graph would refuse its part of a Serve config: said before Serve has
+    written that config into its log."""
+    for application in config.get("applications") or []:
+        if application.get("import_path") != "serve_graph.app:build":
+            continue
+        GraphArgs.model_validate(application.get("args") or {})
+        for deployment in application.get("deployments") or []:
+            if deployment.get("name") == "Ingress":
+                IngressSettings.model_validate(deployment.get("user_config") or {})

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from serve_graph import __main__, launch
 from serve_graph.launch import LocalCluster
+
+SECRET = "a-plain-key-of-a-client-0001"
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +71,29 @@ def test_otherwise_there_is_a_token_that_only_the_user_can_read(
     assert variables["RAY_AUTH_MODE"] == "token"
     path = Path(variables["RAY_AUTH_TOKEN_PATH"])
     assert len(path.read_text()) == 64 and path.stat().st_mode & 0o77 == 0
+
+
+# Its config
+
+
+def with_keys(where: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(__main__.LOCAL.read_text())
+    (application,) = config["applications"]
+    if where == "args":
+        application["args"]["runtime"]["api_keys"] = [SECRET]
+    else:
+        ingress = {"name": "Ingress", "user_config": {"api_keys": [SECRET]}}
+        application["deployments"] = [{"name": "Model"}, ingress]
+    return config
+
+
+@pytest.mark.parametrize("where", ["args", "user_config"])
+def test_a_key_in_the_clear_never_reaches_ray_s_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(with_keys(where)))
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert "hash-key" in str(ended.value.code) and SECRET not in str(ended.value.code)
