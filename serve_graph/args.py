@@ -46,12 +46,13 @@ class Pool(BaseModel):
     """Requests that may wait, per caller, for a free replica; more are refused (503)."""
     graceful_shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """A replica that is taken down may finish its requests for this long, seconds."""
-    health_check_period_s: float = Field(default=5.0, gt=0)
+    health_check_period_s: float = Field(default=3.0, gt=0)
     """Seconds between two health checks of a replica."""
-    health_check_timeout_s: float = Field(default=10.0, gt=0)
+    health_check_timeout_s: float = Field(default=8.0, gt=0)
     """A health check without an answer for this long has failed, seconds; after the third in a row
-    the replica is replaced and its requests are tried elsewhere. Three periods and timeouts should
-    be shorter than ``runtime.request_timeout_s``."""
+    the replica is replaced. One that hangs keeps its requests for ``graceful_shutdown_timeout_s``
+    more; then they are tried elsewhere. So three periods and timeouts and that together should be
+    some seconds shorter than ``runtime.request_timeout_s``."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources of one replica, to pin a pool to marked nodes."""
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
