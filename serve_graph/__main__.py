@@ -17,15 +17,9 @@ import yaml
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
 from serve_graph.args import check
+from serve_graph.environment import BEFORE_RAY, HAPROXY
 from serve_graph.errors import LaunchError
-from serve_graph.launch import (
-    FAST_SERVE,
-    HAPROXY,
-    KEEP_MEMORY,
-    STEADY_CLIENT,
-    LocalCluster,
-    free_port,
-)
+from serve_graph.launch import LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
@@ -122,12 +116,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    for name, value in {
-        **FAST_SERVE,
-        **KEEP_MEMORY,
-        **STEADY_CLIENT,
-        **(HAPROXY if options.haproxy else {}),
-    }.items():
+    for name, value in {**BEFORE_RAY, **(HAPROXY if options.haproxy else {})}.items():
         print(f"export {name}={value}")
 
 

@@ -218,6 +218,13 @@ class GraphArgs(BaseModel):
     model_pool: Pool = Pool()
     refiner_pool: RefinerPool = RefinerPool()
 
+    @property
+    def ingress_drain_s(self) -> float:
+        """How long an ingress replica that is taken down may finish its requests, seconds: an
+        update, or a node that goes, must not cut requests that still have time."""
+        asked = self.ingress_pool.graceful_shutdown_timeout_s
+        return max(asked, self.runtime.request_timeout_s + 5)
+
     @field_validator("runtime", mode="before")
     @classmethod
     def _runtime(cls, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,41 @@ def test_a_key_in_the_clear_never_reaches_ray_s_log(
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert "hash-key" in str(ended.value.code) and SECRET not in str(ended.value.code)
+
+
+@pytest.mark.parametrize(
+    "written", [{}, {"user_config": None}, {"user_config": {"draining": False}}]
+)
+def test_a_graph_is_told_to_drain_whatever_its_config_says(written: dict[str, Any]) -> None:
+    given = {"applications": [{"name": "graph", "deployments": [{"name": "Ingress", **written}]}]}
+    before = copy.deepcopy(given)
+    (application,) = launch.draining(given)["applications"]
+    assert application["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
+    assert given == before
+
+
+@pytest.mark.parametrize("deployments", [None, [], [{"name": "Model"}]])
+def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: Any) -> None:
+    config = {"applications": [{"name": "segment", "deployments": deployments}]}
+    (application,) = launch.draining(config)["applications"]
+    *others, last = application["deployments"]
+    assert others == (deployments or [])
+    assert last == {"name": "Ingress", "user_config": {"draining": True}}
+
+
+# Its environment
+
+
+def test_nodes_that_others_start_get_what_the_launcher_sets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve_graph", "env"])
+    __main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    printed = dict(line.removeprefix("export ").split("=") for line in lines)
+    own = LocalCluster().variables
+    # What only a cluster of one machine has: loopback, its token, and nobody to drain for.
+    there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
+    drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
+    assert printed == {name: value for name, value in own.items() if name not in there}
