@@ -41,7 +41,8 @@ from benchmarks.traffic import (
 )
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
-from serve_graph.launch import LaunchError, LocalCluster, free_port
+from serve_graph.errors import LaunchError
+from serve_graph.launch import LocalCluster, free_port
 from serve_graph.node import RayNode, kill
 
 CPU_NODE = {"cpu_node": 1.0}

@@ -32,7 +32,9 @@ import numpy as np
 
 from kestrel import InferenceEngine, RuntimeConfig
 from serve_graph.__main__ import LOCAL, read_config, service_url
-from serve_graph.launch import KEEP_MEMORY, REPOSITORY, LaunchError, LocalCluster, free_port
+from serve_graph.environment import KEEP_MEMORY
+from serve_graph.errors import LaunchError
+from serve_graph.launch import REPOSITORY, LocalCluster, free_port
 from serve_graph.measure import SAMPLES
 
 LOGS = Path(tempfile.gettempdir()) / "graph-benchmark"

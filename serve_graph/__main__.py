@@ -16,26 +16,27 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
-from serve_graph.launch import (
-    FAST_SERVE,
-    HAPROXY,
-    KEEP_MEMORY,
-    STEADY_CLIENT,
-    LaunchError,
-    LocalCluster,
-    free_port,
-)
+from serve_graph.args import check
+from serve_graph.environment import BEFORE_RAY, HAPROXY
+from serve_graph.errors import LaunchError
+from serve_graph.launch import LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
+TOKEN_HELP = "start although RAY_AUTH_MODE turns Ray's token off: ports then run anybody's code"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
-    """A Serve config with its HTTP port replaced when ``port`` is given."""
+    """A Serve config with its HTTP port replaced when ``port`` is given; LaunchError where the
+    graph would refuse it."""
     config = yaml.safe_load(path.read_text())
     if not isinstance(config, dict):
         raise LaunchError(f"{path} is not a Serve config")
+    try:
+        check(config)
+    except ValueError as error:
+        raise LaunchError(f"{path}: {error}") from None
     if port is not None:
         config.setdefault("http_options", {})["port"] = port
     return config
@@ -71,6 +72,7 @@ def up(options: argparse.Namespace) -> None:
         dashboard_port=options.dashboard_port,
         client_port=options.client_port,
         haproxy=options.haproxy,
+        without_token=options.without_token,
     )
     with cluster:
         cluster.deploy(config)
@@ -105,7 +107,7 @@ def demo(options: argparse.Namespace) -> None:
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()
-    with LocalCluster() as cluster:
+    with LocalCluster(without_token=options.without_token) as cluster:
         cluster.deploy(config)
         cluster.wait_ready(f"{url}/healthz")
         print(f"Ray, model and refiner are up after {time.monotonic() - began:.0f} s", flush=True)
@@ -114,12 +116,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    for name, value in {
-        **FAST_SERVE,
-        **KEEP_MEMORY,
-        **STEADY_CLIENT,
-        **(HAPROXY if options.haproxy else {}),
-    }.items():
+    for name, value in {**BEFORE_RAY, **(HAPROXY if options.haproxy else {})}.items():
         print(f"export {name}={value}")
 
 
@@ -138,6 +135,7 @@ def main() -> None:
         "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
     )
     command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
+    command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=up)
     command = commands.add_parser(
         "env", help='environment of the serving mode: eval "$(... env)" before `ray start`'
@@ -146,6 +144,7 @@ def main() -> None:
     command.set_defaults(run=env)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
+    command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=demo)
     command = commands.add_parser(
         "plan", help="the smallest pools that carry a load, by simulation"

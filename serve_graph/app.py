@@ -35,10 +35,7 @@ def build(args: GraphArgs) -> Application:
         RefinerDeployment
     )
     ingress_options = args.ingress_pool.options()
-    # A replica that an update takes down must not cut requests that still have time.
-    ingress_options["graceful_shutdown_timeout_s"] = max(
-        args.ingress_pool.graceful_shutdown_timeout_s, args.runtime.request_timeout_s + 5
-    )
+    ingress_options["graceful_shutdown_timeout_s"] = args.ingress_drain_s
     ingress = serve.deployment(name="Ingress", user_config={}, **ingress_options)(
         serve.ingress()(IngressDeployment)
     )

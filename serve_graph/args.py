@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
 from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
 
 FULL_RETRY_S = 0.05
@@ -44,12 +46,13 @@ class Pool(BaseModel):
     """Requests that may wait, per caller, for a free replica; more are refused (503)."""
     graceful_shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """A replica that is taken down may finish its requests for this long, seconds."""
-    health_check_period_s: float = Field(default=5.0, gt=0)
+    health_check_period_s: float = Field(default=3.0, gt=0)
     """Seconds between two health checks of a replica."""
-    health_check_timeout_s: float = Field(default=10.0, gt=0)
+    health_check_timeout_s: float = Field(default=8.0, gt=0)
     """A health check without an answer for this long has failed, seconds; after the third in a row
-    the replica is replaced and its requests are tried elsewhere. Three periods and timeouts should
-    be shorter than ``runtime.request_timeout_s``."""
+    the replica is replaced. One that hangs keeps its requests for ``graceful_shutdown_timeout_s``
+    more; then they are tried elsewhere. So three periods and timeouts and that together should be
+    some seconds shorter than ``runtime.request_timeout_s``."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources of one replica, to pin a pool to marked nodes."""
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
@@ -151,6 +154,16 @@ class RefinerPool(Pool):
         return options
 
 
+def _only_hashes(keys: Iterable[Any]) -> tuple[ApiKey, ...]:
+    """The keys of a configuration. ValueError, which shows none, where one is in the clear: Serve
+    shows and logs its config as it was written, and a key that was there is no secret any more."""
+    parsed = parse_keys(keys)
+    plain = plain_key_warning(parsed)
+    if plain:
+        raise ValueError(plain)
+    return parsed
+
+
 class IngressSettings(BaseModel):
     """The ``user_config`` of the deployment ``Ingress``: what changes without a new replica."""
 
@@ -159,9 +172,14 @@ class IngressSettings(BaseModel):
     refine_timeout_s: float | None = Field(default=None, gt=0)
     """In place of the one in ``args``."""
     api_keys: list[Any] | None = None
-    """In place of ``args.runtime.api_keys``."""
+    """In place of ``args.runtime.api_keys``; hashes only."""
     draining: bool = False
     """Finish what is under way and refuse the rest (503): the graph is about to be stopped."""
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        return None if value is None else list(_only_hashes(value))
 
 
 ELSEWHERE = {
@@ -200,6 +218,13 @@ class GraphArgs(BaseModel):
     model_pool: Pool = Pool()
     refiner_pool: RefinerPool = RefinerPool()
 
+    @property
+    def ingress_drain_s(self) -> float:
+        """How long an ingress replica that is taken down may finish its requests, seconds: an
+        update, or a node that goes, must not cut requests that still have time."""
+        asked = self.ingress_pool.graceful_shutdown_timeout_s
+        return max(asked, self.runtime.request_timeout_s + 5)
+
     @field_validator("runtime", mode="before")
     @classmethod
     def _runtime(cls, value: Any) -> Any:
@@ -224,6 +249,12 @@ class GraphArgs(BaseModel):
             return value
         return from_mapping(RefinerConfig, value, "refiner")
 
+    @field_validator("runtime")
+    @classmethod
+    def _keys(cls, value: RuntimeConfig) -> RuntimeConfig:
+        _only_hashes(value.api_keys)
+        return value
+
     @model_validator(mode="after")
     def _queues_fit(self) -> GraphArgs:
         room = self.runtime.max_batch_size + self.runtime.max_queue
@@ -239,3 +270,15 @@ class GraphArgs(BaseModel):
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
         return self
+
+
+def check(config: dict[str, Any]) -> None:
+    """ValueError where the graph would refuse its part of a Serve config: said before Serve has
+    written that config into its log."""
+    for application in config.get("applications") or []:
+        if application.get("import_path") != "serve_graph.app:build":
+            continue
+        GraphArgs.model_validate(application.get("args") or {})
+        for deployment in application.get("deployments") or []:
+            if deployment.get("name") == "Ingress":
+                IngressSettings.model_validate(deployment.get("user_config") or {})

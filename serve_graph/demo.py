@@ -18,7 +18,7 @@ from kestrel.config import SHIPPED_MODELS
 from kestrel.image import decode
 from kestrel.overlay import decode_mask, overlay
 from serve_graph.client import SegmentClient
-from serve_graph.launch import LaunchError
+from serve_graph.errors import LaunchError
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 STAGES = ("prepare", "prefill", "decode", "refine")

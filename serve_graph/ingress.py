@@ -53,6 +53,7 @@ class IngressDeployment:
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
         self._tasks.append(asyncio.create_task(self._count_replicas()))
+        self._tasks.append(asyncio.create_task(self._watch()))
         self._replicas = 1
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -67,6 +68,13 @@ class IngressDeployment:
             # Serve gives every HTTP request its id before it comes here, and the answer its header.
             name_answers=False,
         )
+
+    async def _watch(self) -> None:
+        """Export what both doors hold, once a second."""
+        while True:
+            metrics.level(metrics.HELD_REQUESTS, self._backend.room.requests)
+            metrics.level(metrics.HELD_BYTES, self._backend.room.bytes)
+            await asyncio.sleep(1.0)
 
     async def _count_replicas(self) -> None:
         """Keep up with how many ingress replicas autoscaling runs."""

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import random
-import secrets
 import shutil
 import socket
 import tempfile
@@ -23,66 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY, LOOPBACK
+from serve_graph.errors import LaunchError
 from serve_graph.node import RayNode
+from serve_graph.ray_token import token, token_variables
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-FAST_SERVE = {
-    # Handles call replicas over gRPC on their own event loop: a third less latency per request and
-    # nearly twice the requests per second of Serve's defaults on two cores. Ray reads these once,
-    # when it starts, on every node.
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Without HAProxy, direct ingress only adds a listener per ingress replica and half a minute of
-    # draining to every update.
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-}
-
-HAPROXY = {
-    # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
-    # that is left, twice the requests per second. HTTP stays on ``http_options.host``; HAProxy's
-    # own pages, of statistics and metrics, listen on every interface and ask for nothing.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
-}
-
-PATIENCE = {
-    # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
-    # where all cores are taken, and Serve then refuses the config.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # How long a node may take to join before it gives up, seconds.
-    "RAY_raylet_start_wait_time_s": "120",
-    # By default Ray's workers, the replicas among them, yield to every other program.
-    "RAY_worker_niceness": "0",
-}
-
-KEEP_MEMORY = {
-    # Pictures and masks of every request take arrays of a megabyte, which the C library otherwise
-    # gets from the kernel and gives back each time: 1,600 page faults and a quarter of the time of
-    # a refinement. Larger ones than the first, bytes, still go back at once; up to the second of
-    # free memory stays with each process. Other C libraries than glibc ignore these.
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
-    "MALLOC_TRIM_THRESHOLD_": "134217728",
-}
-
-STEADY_CLIENT = {
-    # The Ray Client server forks a process for each client that connects. gRPC's fork handlers
-    # take locks that other threads hold at that moment: the child then aborts before it runs
-    # ("Starting Ray client server failed"), one connection in seven on two busy cores. Nothing
-    # goes on calling gRPC after a fork, so that it needs no handlers.
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
-    # How long that process may take to listen, seconds; Ray's 30 are short on a busy machine.
-    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
-}
-
-LOOPBACK = {
-    # Ray's own switch for clusters that must not leave the machine: every daemon then binds
-    # 127.0.0.1 in place of the machine's address. Drivers need it too (see client.py).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
-
-
-class LaunchError(RuntimeError):
-    """Ray or the application did not come up; the message ends with the log's last lines."""
 
 
 def free_port() -> int:
@@ -95,39 +40,18 @@ def free_port() -> int:
     raise LaunchError("no TCP port from 20000 to 32000 is free")
 
 
-def token_variables(private_dir: Path) -> dict[str, str]:
-    """Environment that turns Ray's token authentication on, with a token that exists.
-
-    A token that the user has (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``, ``~/.ray/auth_token``)
-    is used; else one is written where every Ray program of this user looks for it, or into
-    ``private_dir`` when the home directory is read-only. ``RAY_AUTH_MODE=disabled`` is respected.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "token")
-    if mode != "token" or os.environ.get("RAY_AUTH_TOKEN"):
-        return {"RAY_AUTH_MODE": mode}
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if given:
-        return {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": given}
-    for path in (Path.home() / ".ray" / "auth_token", private_dir / "auth_token"):
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                    file.write(secrets.token_hex(32))
-            return {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(path)}
-        except OSError:
-            continue
-    raise LaunchError(f"could not write a Ray token to {Path.home()} or {private_dir}")
-
-
-def token(variables: dict[str, str]) -> str | None:
-    """The token itself, for the dashboard's REST API; None when authentication is off."""
-    environment = {**os.environ, **variables}
-    if environment.get("RAY_AUTH_MODE") != "token":
-        return None
-    if environment.get("RAY_AUTH_TOKEN"):
-        return environment["RAY_AUTH_TOKEN"]
-    return Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+def draining(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with the ingress told to refuse new requests."""
+    config = copy.deepcopy(config)
+    (application,) = config["applications"]
+    # A key without a value is null in YAML.
+    deployments = application["deployments"] = application.get("deployments") or []
+    if not any(one["name"] == "Ingress" for one in deployments):
+        deployments.append({"name": "Ingress"})
+    for one in deployments:
+        if one["name"] == "Ingress":
+            one["user_config"] = {**(one.get("user_config") or {}), "draining": True}
+    return config
 
 
 class LocalCluster:
@@ -135,7 +59,7 @@ class LocalCluster:
 
     Ports that are not given are picked free, so that several clusters live side by side.
     ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``; ``environment`` adds to and
-    overrides that of Ray's processes.
+    overrides that of Ray's processes; ``without_token``: see ``token_variables``.
     """
 
     def __init__(
@@ -148,22 +72,26 @@ class LocalCluster:
         object_store_bytes: int = 256 * 2**20,
         haproxy: bool = False,
         environment: dict[str, str] | None = None,
+        without_token: bool = False,
     ) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="segment-ray-"))
         self.gcs_port = free_port()
         self.client_port = client_port or free_port()
         self.dashboard_port = dashboard_port or free_port()
         self.variables = {
-            **FAST_SERVE,
-            **PATIENCE,
-            **KEEP_MEMORY,
-            **STEADY_CLIENT,
+            **BEFORE_RAY,
             **LOOPBACK,
+            # There is one machine: nobody could take over what draining waits for.
+            DRAIN_S: "0",
             **(self._haproxy() if haproxy else {}),
             **(environment or {}),
         }
-        if "RAY_AUTH_TOKEN" not in self.variables:
-            self.variables.update(token_variables(self.dir))
+        try:
+            found = {**os.environ, **self.variables}
+            self.variables |= token_variables(found, self.dir, without_token=without_token)
+        except LaunchError:
+            self.dir.rmdir()
+            raise
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._object_store_bytes = object_store_bytes
         self.head: RayNode | None = None
@@ -278,8 +206,6 @@ class LocalCluster:
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
-        # There is one machine: nobody could take over what draining waits for.
-        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
         return environment
 
     def deploy(self, config: dict[str, Any], timeout_s: float = 180.0) -> None:
@@ -325,15 +251,8 @@ class LocalCluster:
         Whether none is left; after ``timeout_s`` seconds, or when ``stop`` is set, some may be.
         With several ingress replicas, those that ``url`` does not lead to are not asked.
         """
-        config = copy.deepcopy(config)
-        deployments = config["applications"][0].setdefault("deployments", [])
-        if not any(one["name"] == "Ingress" for one in deployments):
-            deployments.append({"name": "Ingress"})
-        for one in deployments:
-            if one["name"] == "Ingress":
-                one["user_config"] = {**one.get("user_config", {}), "draining": True}
         deadline = time.monotonic() + timeout_s
-        self.deploy(config, timeout_s)
+        self.deploy(draining(config), timeout_s)
         while time.monotonic() < deadline and not (stop and stop.is_set()):
             try:
                 self._call(f"{url}/healthz")

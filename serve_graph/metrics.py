@@ -40,6 +40,17 @@ REQUEST_MS = Spec(
     "From arrival at the ingress to the last byte of the answer.",
     ("door", "outcome"),
 )
+HELD_REQUESTS = Spec(
+    "segment_ingress_held_requests",
+    Gauge,
+    "Requests that an ingress replica holds, bodies being read included; at most "
+    "runtime.max_held_requests.",
+)
+HELD_BYTES = Spec(
+    "segment_ingress_held_bytes",
+    Gauge,
+    "Bytes of the bodies of those; at most runtime.max_held_bytes.",
+)
 REFINEMENTS = Spec(
     "segment_refinements_total",
     Counter,
@@ -107,6 +118,8 @@ REFINERS_WANTED = Spec(
 METRICS = (
     REQUESTS,
     REQUEST_MS,
+    HELD_REQUESTS,
+    HELD_BYTES,
     REFINEMENTS,
     LOST_REPLICAS,
     HEDGED_REFINEMENTS,

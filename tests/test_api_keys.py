@@ -158,9 +158,46 @@ def test_a_refused_graph_config_does_not_show_its_keys():
         GraphArgs.model_validate(args)
     assert "devic" in str(caught.value) and "refine_timeout_s" in str(caught.value)
     assert SECRET not in str(caught.value) and SECRET not in repr(caught.value)
-    good = GraphArgs.model_validate({"runtime": {"api_keys": [SECRET]}})
+    good = GraphArgs.model_validate({"runtime": {"api_keys": [hash_key(SECRET)]}})
     assert SECRET not in repr(good) and hash_key(SECRET)[7:] not in repr(good)
     assert find_key(SECRET, good.runtime.api_keys) is not None
+
+
+PLAIN = [SECRET, {"key": "another-plain-key-0003", "name": "mobile", "rate_per_s": 5}]
+
+
+@pytest.mark.parametrize(("entry", "named"), [(PLAIN[0], "api_keys[1]"), (PLAIN[1], "mobile")])
+def test_a_graph_takes_no_key_in_the_clear_and_does_not_show_it(entry, named):
+    """Serve shows and logs its config: there a key in the clear is no secret any more."""
+    pytest.importorskip("ray.serve")
+    from pydantic import ValidationError
+
+    from serve_graph.args import GraphArgs, IngressSettings
+
+    keys = [hash_key(OTHER), entry]
+    for model, settings in (
+        (GraphArgs, {"runtime": {"api_keys": keys}}),
+        (GraphArgs, {"runtime": RuntimeConfig(api_keys=keys)}),
+        (IngressSettings, {"api_keys": keys}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate(settings)
+        said = f"{caught.value} {caught.value!r}"
+        assert named in said and "python -m kestrel hash-key" in said
+        assert "api_keys[0]" not in said
+        assert SECRET not in said and "another-plain-key-0003" not in said
+
+
+@pytest.mark.parametrize("key", [None, "a b", "sha256:12"])
+def test_ingress_settings_refuse_what_is_no_key_before_they_are_used(key):
+    pytest.importorskip("ray.serve")
+    from pydantic import ValidationError
+
+    from serve_graph.args import IngressSettings
+
+    with pytest.raises(ValidationError, match=r"api_keys\[0\]"):
+        IngressSettings.model_validate({"api_keys": [key]})
+    assert IngressSettings.model_validate({"api_keys": [hash_key(SECRET)]}).api_keys
 
 
 async def test_nothing_that_is_logged_or_answered_shows_a_key(everything_logged):

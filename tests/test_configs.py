@@ -54,6 +54,27 @@ def test_autoscaling_can_reach_its_target(name: str) -> None:
             assert pool.target_ongoing_requests < pool.max_ongoing_requests
 
 
+def shipped() -> dict[str, dict[str, Any]]:
+    """Every Serve config of the repository, the manifest's too."""
+    manifest = CONFIGS.parent / "deploy" / "kuberay" / "rayservice.yaml"
+    found = {path.name: load(path.name) for path in CONFIGS.glob("*.yaml")}
+    inner = yaml.safe_load(manifest.read_text())["spec"]["serveConfigV2"]
+    return found | {manifest.name: yaml.safe_load(inner)}
+
+
+@pytest.mark.parametrize("pool", ["ingress_pool", "model_pool", "refiner_pool"])
+@pytest.mark.parametrize("name", list(shipped()))
+def test_a_replica_that_hangs_is_given_up_while_its_requests_still_have_time(
+    name: str, pool: str
+) -> None:
+    args = GraphArgs.model_validate(shipped()[name]["applications"][0]["args"])
+    chosen: Pool = getattr(args, pool)
+    checks = 3 * (chosen.health_check_period_s + chosen.health_check_timeout_s)
+    given_up_s = checks + chosen.graceful_shutdown_timeout_s
+    # Some of it is for the second try.
+    assert given_up_s <= args.runtime.request_timeout_s - 5
+
+
 def names(config: type) -> set[str]:
     return {field.name for field in fields(config)}
 

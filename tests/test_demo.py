@@ -17,7 +17,7 @@ from kestrel.config import Limits, RuntimeConfig
 from kestrel.server.http import create_app
 from kestrel.server.routes import build_app
 from serve_graph import demo
-from serve_graph.launch import LaunchError
+from serve_graph.errors import LaunchError
 
 
 def test_every_sample_is_drawn_written_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture):

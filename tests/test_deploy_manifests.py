@@ -30,7 +30,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import kestrel
 from serve_graph.args import GraphArgs
-from serve_graph.launch import FAST_SERVE, KEEP_MEMORY, STEADY_CLIENT
+from serve_graph.environment import BEFORE_RAY, DRAIN_S
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = {half: DEPLOY / "docker" / f"{half}.Dockerfile" for half in ("model", "refiner")}
@@ -89,6 +89,10 @@ def containers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, pod in pods.items():
         (found[name],) = pod["template"]["spec"]["containers"]
     return found
+
+
+def environment(manifest: dict[str, Any], name: str) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in containers(manifest)[name].get("env", ())}
 
 
 def graph_args(manifest: dict[str, Any]) -> GraphArgs:
@@ -216,9 +220,21 @@ def test_ray_never_hands_out_more_than_a_pod_has(manifest):
 
 def test_a_pod_may_live_as_long_as_its_replicas_finish_their_requests(manifest):
     args = graph_args(manifest)
-    for name, pool in (("gpu", args.model_pool), ("cpu", args.refiner_pool)):
+    replicas = {
+        "gpu": [args.model_pool.graceful_shutdown_timeout_s],
+        "cpu": [args.refiner_pool.graceful_shutdown_timeout_s, args.ingress_drain_s],
+    }
+    for name, seconds in replicas.items():
+        # Ray first lets the node's replicas finish, then stops its own processes.
+        drain = float(environment(manifest, name)[DRAIN_S])
         grace = groups(manifest)[name]["template"]["spec"]["terminationGracePeriodSeconds"]
-        assert grace > pool.graceful_shutdown_timeout_s
+        assert max(seconds) < drain <= grace - 10
+
+
+def test_pods_set_nothing_otherwise_than_other_nodes_do(manifest):
+    for name in containers(manifest):
+        given = environment(manifest, name)
+        assert given.items() <= BEFORE_RAY.items()
 
 
 # The images
@@ -289,9 +305,9 @@ def test_everything_copied_is_in_the_repository_and_in_the_build_context(half):
 
 def test_images_set_what_ray_reads_when_it_starts_alike(half):
     (text,) = values(stages(half)[-1], "ENV")
-    environment = dict(pair.split("=") for pair in text.split())
-    assert (FAST_SERVE | KEEP_MEMORY | STEADY_CLIENT).items() <= environment.items()
-    assert environment["RAY_AUTH_MODE"] == "token"
+    found = dict(pair.split("=") for pair in text.split())
+    assert BEFORE_RAY.items() <= found.items()
+    assert found["RAY_AUTH_MODE"] == "token"
 
 
 def test_installed_packages_are_pinned_and_declared(half):

@@ -4,10 +4,12 @@ lead from an answer to the log."""
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -30,8 +32,11 @@ from kestrel.api import (
     RequestError,
     outcome,
 )
+from kestrel.config import RuntimeConfig
+from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
+from serve_graph.ingress import IngressDeployment
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
@@ -208,7 +213,7 @@ def test_names_say_their_units():
             in {
                 Counter: ("total",),
                 Histogram: ("ms",),
-                Gauge: ("requests", "slots", "s", "refiners"),
+                Gauge: ("requests", "bytes", "slots", "s", "refiners"),
             }[spec.kind]
         )
     assert len(EXPORTED) == len(metrics.METRICS)
@@ -227,6 +232,20 @@ def test_every_metric_is_listed_and_recorded_somewhere():
     assert set(specs) <= used
 
 
+async def test_the_first_queue_to_fill_is_exported(monkeypatch):
+    levels: dict[str, float] = {}
+    monkeypatch.setattr(metrics, "level", lambda spec, value: levels.update({spec.name: value}))
+    room = Room(RuntimeConfig())
+    ingress = IngressDeployment.__new__(IngressDeployment)
+    ingress._backend = SimpleNamespace(room=room)  # type: ignore[assignment]
+    with room.enter(), room.enter() as place:
+        place.hold(1000)
+        watching = asyncio.create_task(ingress._watch())
+        await asyncio.sleep(0)
+        watching.cancel()
+    assert levels == {"segment_ingress_held_requests": 2, "segment_ingress_held_bytes": 1000}
+
+
 def test_a_metric_without_one_of_its_tags_is_a_fault_and_not_a_lost_number():
     for spec in metrics.METRICS:
         tags = dict.fromkeys(spec.tags, "x")
@@ -239,6 +258,15 @@ def test_a_metric_without_one_of_its_tags_is_a_fault_and_not_a_lost_number():
             tags.popitem()
             with pytest.raises(ValueError, match="Missing value for tag"):
                 record(spec, 1, **tags)
+
+
+def test_a_pool_that_shall_be_empty_pages_nobody():
+    """``refiner_pool.min_replicas: 0`` keeps none when idle, and wants none."""
+    (rule,) = [rule for rule in rules() if rule["alert"] == "SegmentPoolEmpty"]
+    empty, exempt = rule["expr"].split("unless on (deployment)")
+    assert "ray_serve_deployment_replica_healthy" in empty
+    wanted = exempt.partition(" or absent")[0]
+    assert "ray_serve_autoscaling_target_replicas" in wanted and wanted.endswith("== 0)")
 
 
 def names(expression: str) -> set[str]:

@@ -19,13 +19,17 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 # /usr/local and no virtual environment: a login shell that starts Ray keeps this PATH.
 COPY --from=build /install /usr/local
-# Read when Ray starts, on every node alike.
+# Read when Ray starts, on every node alike: serve_graph/environment.py says what each is for.
 ENV RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
     RAY_SERVE_ENABLE_DIRECT_INGRESS=0 \
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 \
+    RAY_raylet_start_wait_time_s=120 \
+    RAY_worker_niceness=0 \
     MALLOC_MMAP_THRESHOLD_=33554432 \
     MALLOC_TRIM_THRESHOLD_=134217728 \
     GRPC_ENABLE_FORK_SUPPORT=0 \
     RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=120 \
+    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=70 \
     RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     PYTHONUNBUFFERED=1

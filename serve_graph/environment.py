@@ -1,0 +1,72 @@
+"""What Ray and Serve read from the environment when they start, the same on every node.
+
+The one place for it: ``LocalCluster`` sets it, ``python -m serve_graph env`` prints it for nodes
+that somebody else starts, and the tests hold the images and the KubeRay manifest to it.
+"""
+
+from __future__ import annotations
+
+FAST_SERVE = {
+    # Handles call replicas over gRPC on their own event loop: a third less latency per request and
+    # nearly twice the requests per second of Serve's defaults on two cores. Ray reads these once,
+    # when it starts, on every node.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Without HAProxy, direct ingress only adds a listener per ingress replica and half a minute of
+    # draining to every update.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+}
+
+HAPROXY = {
+    # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
+    # that is left, twice the requests per second. HTTP stays on ``http_options.host``; HAProxy's
+    # own pages, of statistics and metrics, listen on every interface and ask for nothing.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+}
+
+PATIENCE = {
+    # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
+    # where all cores are taken, and Serve then refuses the config.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # How long a node may take to join before it gives up, seconds.
+    "RAY_raylet_start_wait_time_s": "120",
+    # By default Ray's workers, the replicas among them, yield to every other program.
+    "RAY_worker_niceness": "0",
+}
+
+KEEP_MEMORY = {
+    # Pictures and masks of every request take arrays of a megabyte, which the C library otherwise
+    # gets from the kernel and gives back each time: 1,600 page faults and a quarter of the time of
+    # a refinement. Larger ones than the first, bytes, still go back at once; up to the second of
+    # free memory stays with each process. Other C libraries than glibc ignore these.
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "134217728",
+}
+
+STEADY_CLIENT = {
+    # The Ray Client server forks a process for each client that connects. gRPC's fork handlers
+    # take locks that other threads hold at that moment: the child then aborts before it runs
+    # ("Starting Ray client server failed"), one connection in seven on two busy cores. Nothing
+    # goes on calling gRPC after a fork, so that it needs no handlers.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    # How long that process may take to listen, seconds; Ray's 30 are short on a busy machine.
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+}
+
+LOOPBACK = {
+    # Ray's own switch for clusters that must not leave the machine: every daemon then binds
+    # 127.0.0.1 in place of the machine's address. Drivers need it too (see client.py).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+DRAIN_S = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+
+DRAIN = {
+    # How long a node that is told to go (SIGTERM to ``ray start --block``) lets its replicas finish
+    # at most, seconds: over the longest of them, the ingress (``GraphArgs.ingress_drain_s``, 65
+    # with the shipped configs). Ray's 30 would cut its requests.
+    DRAIN_S: "70",
+}
+
+BEFORE_RAY = {**FAST_SERVE, **PATIENCE, **KEEP_MEMORY, **STEADY_CLIENT, **DRAIN}
+"""All of it, for every cluster; ``HAPROXY`` and ``LOOPBACK`` are for those that ask for them."""

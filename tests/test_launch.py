@@ -1,0 +1,138 @@
+"""What is decided before Ray starts: its token, its environment, and how a graph is drained."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_graph import __main__, launch
+from serve_graph.launch import LocalCluster
+
+SECRET = "a-plain-key-of-a-client-0001"
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home and a folder for clusters of the test's own; Ray is not started."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(launch.tempfile, "tempdir", str(tmp_path))
+
+    def start(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray would have been started")
+
+    monkeypatch.setattr(LocalCluster, "start", start)
+
+
+# Ray's token
+
+
+@pytest.mark.parametrize("mode", ["disabled", "Disabled", "off"])
+def test_a_variable_alone_does_not_turn_the_token_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    for given in ({}, {"RAY_AUTH_TOKEN": "0" * 32}):
+        with pytest.raises(RuntimeError, match="--without-token"):
+            LocalCluster(environment=given)
+    assert not list(tmp_path.glob("segment-ray-*"))
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_the_commands_refuse_to_start_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("sys.argv", ["serve_graph", command])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert "RAY_AUTH_MODE=disabled" in str(ended.value.code)
+
+
+def test_whoever_asks_for_it_gets_a_cluster_without_the_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = LocalCluster(without_token=True)
+    assert cluster.variables["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize("mode", [None, "token", "TOKEN"])
+def test_otherwise_there_is_a_token_that_only_the_user_can_read(
+    monkeypatch: pytest.MonkeyPatch, mode: str | None
+) -> None:
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    variables = LocalCluster().variables
+    assert variables["RAY_AUTH_MODE"] == "token"
+    path = Path(variables["RAY_AUTH_TOKEN_PATH"])
+    assert len(path.read_text()) == 64 and path.stat().st_mode & 0o77 == 0
+
+
+# Its config
+
+
+def with_keys(where: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(__main__.LOCAL.read_text())
+    (application,) = config["applications"]
+    if where == "args":
+        application["args"]["runtime"]["api_keys"] = [SECRET]
+    else:
+        ingress = {"name": "Ingress", "user_config": {"api_keys": [SECRET]}}
+        application["deployments"] = [{"name": "Model"}, ingress]
+    return config
+
+
+@pytest.mark.parametrize("where", ["args", "user_config"])
+def test_a_key_in_the_clear_never_reaches_ray_s_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(with_keys(where)))
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert "hash-key" in str(ended.value.code) and SECRET not in str(ended.value.code)
+
+
+@pytest.mark.parametrize(
+    "written", [{}, {"user_config": None}, {"user_config": {"draining": False}}]
+)
+def test_a_graph_is_told_to_drain_whatever_its_config_says(written: dict[str, Any]) -> None:
+    given = {"applications": [{"name": "graph", "deployments": [{"name": "Ingress", **written}]}]}
+    before = copy.deepcopy(given)
+    (application,) = launch.draining(given)["applications"]
+    assert application["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
+    assert given == before
+
+
+@pytest.mark.parametrize("deployments", [None, [], [{"name": "Model"}]])
+def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: Any) -> None:
+    config = {"applications": [{"name": "segment", "deployments": deployments}]}
+    (application,) = launch.draining(config)["applications"]
+    *others, last = application["deployments"]
+    assert others == (deployments or [])
+    assert last == {"name": "Ingress", "user_config": {"draining": True}}
+
+
+# Its environment
+
+
+def test_nodes_that_others_start_get_what_the_launcher_sets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve_graph", "env"])
+    __main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    printed = dict(line.removeprefix("export ").split("=") for line in lines)
+    own = LocalCluster().variables
+    # What only a cluster of one machine has: loopback, its token, and nobody to drain for.
+    there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
+    drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
+    assert printed == {name: value for name, value in own.items() if name not in there}
