@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -163,3 +166,48 @@ def folded(layer: Conv) -> tuple[torch.Tensor, torch.Tensor]:
     kernel, norm = layer[0].weight.detach(), layer[1]
     gain = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
     return kernel * gain[:, None, None, None], norm.bias.detach() - norm.running_mean * gain
+
+
+def layers(net: BoundaryNet) -> list[Conv]:
+    """Every convolution with a norm, in the order in which :func:`onnx_bytes` stores them."""
+    return [module for module in net.modules() if isinstance(module, Conv)]
+
+
+def loaded(file: Path, planes: torch.Tensor) -> BoundaryNet:
+    """The network of a file that :func:`onnx_bytes` made, ready to be trained further.
+
+    Batch norms are folded there; ``planes`` [n, CHANNELS, h, w], a batch of what it will see, tells
+    what each of them has to take out and to give back. Needs the ``onnx`` package.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    stored = [numpy_helper.to_array(t) for t in onnx.load(file).graph.initializer]
+    weights = [torch.from_numpy(a.astype(np.float32)) for a in stored if a.dtype == np.float16]
+    net = BoundaryNet()
+    wide = weights[0]
+    outputs = wide.shape[0]
+    narrow = wide.reshape(outputs, CHANNELS, 3, 2, 3, 2).permute(0, 1, 3, 5, 2, 4)
+    weights[0] = narrow.reshape(outputs, 4 * CHANNELS, 3, 3)
+    net.out.weight.data, net.out.bias.data = weights[-2:]
+
+    def unfold(bias: torch.Tensor) -> Callable[[Conv, tuple[torch.Tensor, ...]], None]:
+        def before(layer: Conv, inputs: tuple[torch.Tensor, ...]) -> None:
+            convolved, norm = layer[0](inputs[0]), layer[1]
+            mean, variance = convolved.mean((0, 2, 3)), convolved.var((0, 2, 3))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+            norm.weight.data = torch.sqrt(variance + norm.eps)
+            norm.bias.data = bias + mean
+
+        return before
+
+    hooks = []
+    for layer, weight, bias in zip(layers(net), weights[:-2:2], weights[1:-2:2], strict=True):
+        layer[0].weight.data = weight
+        hooks.append(layer.register_forward_pre_hook(unfold(bias)))
+    with torch.no_grad():
+        net.eval()(planes)
+    for hook in hooks:
+        hook.remove()
+    return net.train()

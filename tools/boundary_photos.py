@@ -1,10 +1,13 @@
 """Photographs under licences that let weights trained on them be shipped.
 
-From Debian's wallpaper packages and from inside scikit-image; no account, no hub.
+From Debian's packages of wallpapers, puzzles and lessons, and from inside scikit-image; no account,
+no hub.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 from assets import CACHE, _debian_folder
+from rcc import stored_files
 
 SHORT_SIDE = 560
 """Shorter side of a stored photograph, px."""
+SMALLEST, SMALLEST_WITH_OUTLINES = 300, 180
+"""Least shorter side of a photograph to be enlarged to that, px; for objects outlined by hand."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,34 @@ DEBIAN = (
         "Autumn/ BytheWater/ ColdRipple/ ColorfulCups/ DarkestHour/ EveningGlow/ FallenLeaf/ Grey/ "
         "Kite/ OneStandsOut/ Path/",
     ),
+    Photographs(
+        "palapeli-data",
+        "palapeli/collection",
+        "public domain and GFDL, file by file",
+        "castle- cincinnati- citrus- european- panther-",
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Those in ``/usr/share/gcompris-qt/rcc/<name>.rcc`` of Debian's ``gcompris-qt-data``."""
+
+    name: str
+    licence: str
+
+
+GCOMPRIS = (
+    Lessons("erase", "GPL-3+, the package's own: its copyright file has no entry for these"),
+    Lessons("explore_farm_animals", "GPL-3+, CC-BY-SA-4.0"),
+    Lessons("explore_monuments", "public domain, CC-BY-SA-4.0; the package's GPL-3+"),
+    Lessons("explore_world_animals", "CC-BY-SA-2.0 to -4.0, GFDL-1.2 and others, file by file"),
+    Lessons("explore_world_music", "GPL-3+, the package's own"),
+)
+SMALL_GCOMPRIS = (
+    Lessons("categorization", "CC-BY-SA, CC-BY, CC0 and public domain, file by file"),
+)
+"""Of about 320 x 214 px, for outlined objects alone."""
 SCIKIT_IMAGE = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "rocket")
 """Public domain or CC0, in ``skimage/data``."""
 
@@ -72,26 +105,58 @@ def _files() -> list[Path]:
     return files + [path for name in SCIKIT_IMAGE for path in sorted(folder.glob(f"{name}.*"))]
 
 
-@lru_cache(maxsize=1)
-def photographs() -> list[np.ndarray]:
-    """uint8 [H, W, 3] RGB, shorter side ``SHORT_SIDE`` px; read once, kept in the cache."""
-    file = CACHE / f"photographs-{SHORT_SIDE}.npz"
+def _lessons(sources: tuple[Lessons, ...]) -> Iterator[tuple[str, bytes]]:
+    """Subject and file of every picture in them."""
+    root = _debian_folder("gcompris-qt-data", "gcompris-qt/rcc")
+    for lessons in sources if root else ():
+        for name, picture in sorted(stored_files(root / f"{lessons.name}.rcc")):
+            if name.endswith(".webp"):
+                yield f"{lessons.name}/{Path(name).stem}", picture
+
+
+def _pictures() -> Iterator[tuple[str, bytes]]:
+    """Subject and file of every picture; a wallpaper comes in several sizes."""
+    for path in _files():
+        yield path.parts[-4] if "contents" in path.parts else path.stem, path.read_bytes()
+    yield from _lessons(GCOMPRIS)
+
+
+def _stored(
+    name: str, pictures: Callable[[], Iterator[tuple[str, bytes]]], smallest: int, rules: object
+) -> dict[str, np.ndarray]:
+    key = zlib.crc32(repr((rules, smallest, SHORT_SIDE)).encode())
+    file = CACHE / f"{name}-{key:08x}.npz"
     if not file.exists():
-        images, seen = [], set()
-        for path in _files():
-            # A wallpaper comes in several sizes.
-            subject = path.parts[-4] if "contents" in path.parts else path.stem
-            read = cv2.imread(str(path), cv2.IMREAD_COLOR)
-            if subject in seen or read is None or min(read.shape[:2]) < 300:
+        images: dict[str, np.ndarray] = {}
+        for subject, picture in pictures():
+            if subject in images:
                 continue
-            seen.add(subject)
+            read = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+            if read is None or min(read.shape[:2]) < smallest:
+                continue
             scale = SHORT_SIDE / min(read.shape[:2])
             size = (round(read.shape[1] * scale), round(read.shape[0] * scale))
             kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
             resized = cv2.resize(read, size, interpolation=kind)
-            images.append(cv2.cvtColor(resized, cv2.COLOR_BGR2RGB))
+            images[subject] = cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
         partial = file.with_suffix(".partial.npz")
-        np.savez(partial, *images)
+        np.savez(partial, **images)
         partial.replace(file)
     with np.load(file) as stored:
-        return [stored[name] for name in stored.files]
+        return {subject: stored[subject] for subject in stored.files}
+
+
+@lru_cache(maxsize=1)
+def photographs() -> dict[str, np.ndarray]:
+    """uint8 [H, W, 3] RGB by subject, shorter side ``SHORT_SIDE`` px; kept in the cache."""
+    return _stored("photographs", _pictures, SMALLEST, (DEBIAN, GCOMPRIS, SCIKIT_IMAGE))
+
+
+def small_photographs() -> dict[str, np.ndarray]:
+    """Like :func:`photographs`, of those that come too small to be among them."""
+    return _stored(
+        "small-photographs",
+        lambda: _lessons(SMALL_GCOMPRIS),
+        SMALLEST_WITH_OUTLINES,
+        SMALL_GCOMPRIS,
+    )

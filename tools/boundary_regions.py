@@ -16,13 +16,13 @@ import cv2
 import numpy as np
 from assets import CACHE
 
-SCALES = (150, 400, 1000)
+SCALES = (400,)
 """What the segmentation prefers: larger is larger."""
 SMALLEST, LARGEST = 1200, 0.2
 """Area of a region: pixels, and share of its photograph."""
 CONTRAST = 14.0
 """Least difference across the outline, grey levels, over most of its length."""
-FRAYED = 50.0
+FRAYED = 90.0
 """Largest squared length of the outline per area; 12.6 for a disc, 16 for a square."""
 RIM = 3
 """Distance from the outline at which both sides are compared, px."""
@@ -66,7 +66,7 @@ def _fit(mask: np.ndarray) -> np.ndarray | None:
     largest = max(outlines, key=cv2.contourArea)
     area = cv2.contourArea(largest)
     hull = cv2.contourArea(cv2.convexHull(largest))
-    if not SMALLEST < area < LARGEST * height * width or area < 0.5 * hull:
+    if not SMALLEST < area < LARGEST * height * width or area < 0.4 * hull:
         return None
     if cv2.arcLength(largest, True) ** 2 > FRAYED * area:
         return None

@@ -2,7 +2,7 @@
 
 Nothing here has a name: an object is a photographic cut-out, a drawing, or an outline filled with
 a piece of a photograph, harmonised with what is behind it, shaded, blurred and compressed, among
-neighbours of its own kind; or a region of a photograph, left where it is.
+neighbours of its own kind; or a region of a photograph or an animal in it, left where it is.
 
     python tools/boundary_scenes.py --sheet sheet.png
 """
@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from assets import Pack, held_out
 from boundary_coarse import coarsened
+from boundary_outlined import Outlined, outlined_objects
 from boundary_outlines import random_outline
 from boundary_photos import photographs
 from boundary_regions import Region, regions
@@ -29,8 +30,8 @@ KINDS = ("stamp", "drawing", "fill", "same")
 """A cut-out, a drawing, an outline filled from another photograph or from the one behind it."""
 KIND_SHARES = (0.3, 0.05, 0.3, 0.35)
 NEIGHBOUR_SHARES = (0.4, 0.1, 0.3, 0.2)
-REGIONS = 0.3
-"""Share of samples that are regions of a photograph, with nothing pasted."""
+REGIONS, OUTLINED = 0.25, 0.35
+"""Shares of samples with nothing pasted: regions of a photograph, objects outlined by hand."""
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), pixels."""
@@ -72,12 +73,13 @@ def _tinted(rng: np.random.Generator, picture: np.ndarray, strength: float) -> n
 
 
 class BoundaryScenes:
-    """Draws samples; ``held`` draws from the stamps that training does not see, and no regions."""
+    """Draws samples; ``held`` draws from the stamps that training does not see, all pasted."""
 
     def __init__(self, seed: int, held: bool = False) -> None:
         self.held = held
         self.rng = np.random.default_rng(seed)
-        self.photos = photographs()
+        self.photos = list(photographs().values())
+        self.outlined = [] if held else outlined_objects()
         found: dict[int, list[Region]] = {}
         for region in () if held else regions(self.photos):
             found.setdefault(region.photo, []).append(region)
@@ -173,8 +175,7 @@ class BoundaryScenes:
     def sample(self, h: int, w: int) -> Sample:
         """A picture of ``h`` x ``w`` px of which the object fills two thirds each way."""
         for _ in range(20):
-            as_it_is = not self.held and self.rng.random() < REGIONS
-            drawn = self._region(h, w) if as_it_is else self._draw(h, w)
+            drawn = self._draw(h, w) if self.held else self._any(h, w)
             if drawn is None:
                 continue
             image, truth = drawn
@@ -183,6 +184,19 @@ class BoundaryScenes:
             if coarse.any() and both > 0.5 * int((truth | coarse).sum()):
                 return Sample(image, truth, coarse)
         raise RuntimeError("no sample in 20 draws")
+
+    def _any(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray] | None:
+        rng = self.rng
+        kind = rng.random()
+        if kind < OUTLINED:
+            one = self.outlined[int(rng.integers(len(self.outlined)))]
+            return self._in_place(one.photo, one, h, w)
+        if kind < OUTLINED + REGIONS:
+            # Every photograph as often.
+            of_one = self.regions[int(rng.integers(len(self.regions)))]
+            region = of_one[int(rng.integers(len(of_one)))]
+            return self._in_place(self.photos[region.photo], region, h, w)
+        return self._draw(h, w)
 
     def _ground(self, photo: np.ndarray, h: int, w: int) -> np.ndarray:
         """What is behind the object: a photograph, or several with a line between them."""
@@ -195,12 +209,11 @@ class BoundaryScenes:
             canvas += share[..., None] * (other - canvas)
         return _tinted(rng, canvas, 0.2)
 
-    def _region(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """A region of a photograph where it is, turned a little; every photograph as often."""
+    def _in_place(
+        self, photo: np.ndarray, region: Region | Outlined, h: int, w: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """A part of a photograph where it is, turned a little."""
         rng = self.rng
-        of_one = self.regions[int(rng.integers(len(self.regions)))]
-        region = of_one[int(rng.integers(len(of_one)))]
-        photo = self.photos[region.photo]
         rh, rw = region.mask.shape
         reach = max(rh, rw)
         x0, y0 = max(0, region.left - reach), max(0, region.top - reach)

@@ -3,7 +3,8 @@
     python tools/boundary_train.py --run runs/boundary --steps 20000 --ship kestrel/models/boundary
 
 Goes on from ``state.pt`` when it is started again, with ``--size large`` for the last third: nearer
-to the size at which the network works later, at two and a half times the time. Logs to ``log.csv``:
+to the size at which the network works later, at two and a half times the time. ``--start`` begins
+with the weights of an ONNX file instead of random ones. Logs to ``log.csv``:
 step, seconds, loss, IoU of the network and of the cues' mean that it corrects, learning rate, ms
 of this process for each sample. A process beside it draws the samples. ``--ship`` writes the
 averaged weights as ONNX and checks that ONNX Runtime gives what torch gives.
@@ -24,7 +25,7 @@ import cv2
 import numpy as np
 import torch
 from boundary_coarse import coarsened
-from boundary_model import MEAN, BoundaryNet, onnx_bytes
+from boundary_model import MEAN, BoundaryNet, loaded, onnx_bytes
 from boundary_scenes import BoundaryScenes, Sample
 from torch.nn import functional as F
 
@@ -32,17 +33,20 @@ from kestrel.seg_refiner.boundary import CHANNELS, load_network, network_planes
 from kestrel.seg_refiner.cues import Cues
 
 SHAPES = {
+    "middle": ((144, 144), (160, 128), (128, 160), (176, 112), (112, 176), (160, 160)),
     "small": ((128, 128), (128, 128), (144, 112), (112, 144), (96, 144), (144, 96), (112, 112)),
     "large": ((192, 192), (192, 144), (144, 192), (160, 160), (192, 112), (112, 192)),
 }
 """Height and width of a batch, px; sides are multiples of 16."""
 BATCH = 16
-NEW = 7
+NEW = 5
 """Samples of a batch that are drawn for it; the others are seen again with new coarse masks."""
 POOL = 120
 """Samples of each shape that may be seen again."""
-LOG_EVERY, SAVE_EVERY = 50, 60.0
+LOG_EVERY, SAVE_EVERY = 20, 60.0
 """Steps; seconds."""
+BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""CPUs with AVX-512 convolve bfloat16 at more than twice the rate of float32; others crawl."""
 MAX_DIFFERENCE = 2e-3
 """Probability by which ONNX Runtime with its float16 weights may differ from torch."""
 
@@ -155,6 +159,11 @@ class Training:
         torch.save({**state, "step": self.step, "spent": self.spent}, partial)
         partial.replace(self.file)
 
+    def start_from(self, file: Path, planes: np.ndarray) -> None:
+        """The weights of an ONNX file; ``planes``: a batch of what the network will see."""
+        self.net.load_state_dict(loaded(file, torch.from_numpy(planes).float()).state_dict())
+        self.average.load_state_dict(self.net.state_dict())
+
     def learn(self, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[float, float, float]:
         """One step; loss, IoU of the network and of the cues' mean."""
         planes, truth, band = (torch.from_numpy(array).float() for array in batch)
@@ -167,8 +176,7 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * warmth * falling + 1e-6
         self.net.train()
-        # These CPUs convolve bfloat16 at more than twice the rate of float32.
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             logits = self.net(planes.to(memory_format=torch.channels_last))
         logits = logits.float()
         loss = loss_of(logits, truth, band)
@@ -227,6 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--size", choices=SHAPES, default="small")
+    parser.add_argument("--start", type=Path, help="ONNX file whose weights to begin with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ship", type=Path, help="folder for model.onnx")
     args = parser.parse_args()
@@ -244,6 +253,8 @@ def main() -> None:
         # Asked to stop, it takes its worker along.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         try:
+            if args.start and not training.step:
+                training.start_from(args.start, queue.get(timeout=900)[0])
             train(training, queue)
         finally:
             training.save()

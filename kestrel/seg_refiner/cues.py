@@ -40,6 +40,10 @@ BASINS = np.array([0.5, 0, 1, 0], np.float32)
 HELD_SLOPE = 16.0
 """Logit of the coarse mask itself per quarter of the object's size."""
 
+THIN = 0.6
+"""Least size of an object, fraction of its longer side: outlines of thin objects are as far off as
+those of others as long."""
+
 MEAN_WEIGHTS = {
     "guided": 0.18,
     "colour": 0.10,
@@ -90,8 +94,9 @@ class Cues:
 
 
 def _size(coverage: np.ndarray) -> float:
-    """Side of the square of the object's area, pixels."""
-    return math.sqrt(max(1.0, float(coverage.sum())))
+    """Side of the square of the object's area, or more where the object is thin; pixels."""
+    _, _, width, height = cv2.boundingRect((coverage > 0.5).astype(np.uint8))
+    return max(1.0, math.sqrt(float(coverage.sum())), THIN * max(width, height))
 
 
 def signed_distance(coverage: np.ndarray) -> np.ndarray:
