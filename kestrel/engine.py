@@ -69,6 +69,8 @@ class EngineResult:
 class InferenceEngine:
     """Serves one model. Usable from any event loop, from several at once, and as ``async with``."""
 
+    _checking: asyncio.Task[None] | None = None
+
     def __init__(
         self, config: RuntimeConfig, model: Moondream, samples: Path | None = None
     ) -> None:
@@ -311,7 +313,11 @@ class InferenceEngine:
         Raises ``EngineError`` that says what is wrong, or ``RequestError``.
         """
         if time.monotonic() - self._scheduler.last_success > HEALTHY_FOR_S:
-            await self._check()
+            # Shared: a check is let in past the bounds of the queue, and anybody may ask for one.
+            check = self._checking
+            if check is None or check.done() or check.get_loop() != asyncio.get_running_loop():
+                check = self._checking = asyncio.create_task(self._check())
+            await asyncio.shield(check)
 
     async def _check(self) -> None:
         request = check_request(self._samples)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kestrel.api import DeadlineExceeded, ModelResult, Overloaded, SegmentRequest
+from kestrel.api import DeadlineExceeded, ModelEvent, ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.compose import compose_events, within
@@ -17,6 +18,7 @@ from kestrel.server.room import Room
 from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable
 from serve_graph.hedge import Hedge
+from serve_graph.pulse import Pulse
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -53,6 +55,7 @@ class GraphBackend:
         self._starting = ["model", "refiner"]
         self._model_there = asyncio.Event()
         self._model = ModelHalf(model)
+        self._model_pulse = Pulse(lambda: self._model.health())
         self._refiner = RefinerHalf(refiner, refine_timeout_s, hedge)
 
     async def wait_for_halves(self) -> None:
@@ -78,12 +81,14 @@ class GraphBackend:
             self.config = replace(self.config, api_keys=tuple(api_keys))
 
     async def ready(self) -> str | None:
-        """None once both halves have answered, else which are still starting."""
+        """None once both halves have answered, else which are still starting; and where the model
+        pool has since ceased to answer, that."""
         if self.draining:
             return f"{STOPPING}, {self.room.requests} requests left"
-        if not self._starting:
-            return None
-        return f"{' and '.join(self._starting)} still starting"
+        if self._starting:
+            return f"{' and '.join(self._starting)} still starting"
+        # Not the refiners: without them paths are the model's own, which is better than nothing.
+        return "model pool does not answer" if self._model_pulse.away else None
 
     async def serving(self) -> str | None:
         """None once the model pool has answered: without refiners, paths are the model's own."""
@@ -100,7 +105,9 @@ class GraphBackend:
     ) -> tuple[ModelResult, SegmentRefineBitmapsResult]:
         """The model's result and what refinement made of it; raises RequestError."""
         deadline = Deadline(timeout_s)
-        model = await self._model.complete(request, request_id, deadline)
+        with self._model_pulse.call(deadline):
+            model = await self._model.complete(request, request_id, deadline)
+        self._model_pulse.answered()
         return model, await self._refined(request, model, deadline)
 
     def events(
@@ -109,12 +116,21 @@ class GraphBackend:
         """The contract's events; RequestError before the first one only."""
         deadline = Deadline(timeout_s)
         return compose_events(
-            self._model.events(request, request_id, deadline),
+            self._model_events(request, request_id, deadline),
             lambda model: self._refined(request, model, deadline),
             request_id=request_id,
             timeout_s=timeout_s,
             return_base64=request.return_base64,
         )
+
+    async def _model_events(
+        self, request: SegmentRequest, request_id: str, deadline: Deadline
+    ) -> AsyncGenerator[ModelEvent, None]:
+        async with contextlib.aclosing(self._model.events(request, request_id, deadline)) as events:
+            with self._model_pulse.call(deadline):
+                async for event in events:
+                    self._model_pulse.answered()
+                    yield event
 
     async def _refined(
         self, request: SegmentRequest, model: ModelResult, deadline: Deadline
