@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,29 @@ def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: An
     *others, last = application["deployments"]
     assert others == (deployments or [])
     assert last == {"name": "Ingress", "user_config": {"draining": True}}
+
+
+def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def note(what: str) -> Callable[..., None]:
+        return lambda *_, **__: done.append(what)
+
+    monkeypatch.setattr(LocalCluster, "start", note("start"))
+    monkeypatch.setattr(LocalCluster, "deploy", note("deploy"))
+    monkeypatch.setattr(LocalCluster, "wait_ready", note("wait"))
+    monkeypatch.setattr(LocalCluster, "drain", note("drain"))
+    monkeypatch.setattr(LocalCluster, "stop", note("stop"))
+    # Asked every two seconds whether Ray is there: the signal comes between.
+    monkeypatch.setattr(LocalCluster, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        __main__.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert done == ["start", "deploy", "wait", "drain", "stop"]
 
 
 # Its environment
