@@ -215,6 +215,7 @@ def _write(
 def _serve(config: RuntimeConfig, host: str, port: int) -> int:
     import uvicorn
 
+    from kestrel.job import EngineEnded
     from kestrel.server.connection import protocol
     from kestrel.server.http import create_app
     from kestrel.server.sending import send_by
@@ -240,6 +241,9 @@ def _serve(config: RuntimeConfig, host: str, port: int) -> int:
         )
     )
     server.run()
+    if failures and isinstance(failures[0], EngineEnded):
+        print(f"kestrel: {_one_line(failures[0])}", file=sys.stderr)
+        return FAILED  # whoever supervises this process is to start it again
     if failures:
         raise InputError(f"the model cannot be loaded: {_one_line(failures[0])}")
     return 0 if server.started else FAILED

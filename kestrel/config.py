@@ -297,6 +297,8 @@ class RuntimeConfig:
     """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
     refiner_threads: int = 1
     """Refinements that run at once beside the engine thread."""
+    refiner_stuck_s: float = 30.0
+    """While a refinement has run for longer, the engine's health check fails, seconds."""
     allow_empty_paths: bool = False
     """Serve a checkpoint that gives a box and no path for the built-in picture; by default the
     engine does not start with it."""
@@ -353,6 +355,12 @@ class RuntimeConfig:
             "request_timeout_s",
             "must be over 0 seconds",
             self.request_timeout_s,
+        )
+        _check(
+            _positive(self.refiner_stuck_s),
+            "refiner_stuck_s",
+            "must be over 0 seconds",
+            self.refiner_stuck_s,
         )
         _check(
             self.torch_threads is None or (_is_int(self.torch_threads) and self.torch_threads > 0),

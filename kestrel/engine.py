@@ -10,7 +10,6 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -27,11 +26,11 @@ from kestrel.api import (
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
-from kestrel.job import EngineError, Job
+from kestrel.job import EngineError, Job, engine_ended
 from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load
 from kestrel.ops.device import resolve_device, resolve_dtype
-from kestrel.refining import make_refiner, refined_by
+from kestrel.refining import RefineThreads, make_refiner, refined_by
 from kestrel.scheduler import Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.self_check import check_outcome, check_request
@@ -52,6 +51,8 @@ Outcome = tuple[ModelResult, Refinement]
 
 HEALTHY_FOR_S = 10.0
 """A request that completed this recently proves as much as a health check of its own."""
+LEAVE_AFTER_S = 10.0
+"""How long ``shutdown`` waits for refinements that run."""
 
 
 @dataclass(slots=True)
@@ -79,8 +80,7 @@ class InferenceEngine:
         self._samples = samples
         self._model = model
         self._refiner = make_refiner(config)
-        self._refine_pool = ThreadPoolExecutor(config.refiner_threads, thread_name_prefix="refine")
-        self._refining = 0
+        self._refining = RefineThreads(config.refiner_threads, config.refiner_stuck_s)
         self._reasons: Counter[str] = Counter()
         self._scheduler = Scheduler(model, config, deliver)
         # An engine that is dropped, or alive at exit, must not leave its thread in the model.
@@ -120,6 +120,12 @@ class InferenceEngine:
     def max_context(self) -> int:
         """Positions that prompt and answer share."""
         return self._scheduler.longest
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread, as a fault of the device does; only a new engine, on CUDA
+        a new process, serves again."""
+        return self._scheduler.failure
 
     # The Python door.
 
@@ -277,18 +283,14 @@ class InferenceEngine:
         if self._refiner is None:
             return self._unrefined(model, "unavailable")
         image = request.image if picture is None else picture
-        work = asyncio.get_running_loop().run_in_executor(
-            self._refine_pool, refined_by, self._refiner, image, model, request
-        )
-        self._refining += 1
+        work = self._refining.submit(refined_by, self._refiner, image, model, request)
         try:
-            refined = await asyncio.wait_for(
-                work, self.config.request_timeout_s if timeout_s is None else max(0.0, timeout_s)
+            refined: SegmentRefineBitmapsResult = await asyncio.wait_for(
+                asyncio.wrap_future(work),
+                self.config.request_timeout_s if timeout_s is None else max(0.0, timeout_s),
             )
         except asyncio.TimeoutError:
             raise DeadlineExceeded() from None
-        finally:
-            self._refining -= 1
         self._reasons[refined.reason] += 1
         return refined
 
@@ -310,8 +312,12 @@ class InferenceEngine:
     async def health(self) -> None:
         """Returns when a built-in picture was segmented, or a request completed just now.
 
-        Raises ``EngineError`` that says what is wrong, or ``RequestError``.
+        Raises ``EngineError`` that says what is wrong, also while a refinement has run for over
+        ``refiner_stuck_s``, or ``RequestError``.
         """
+        if self.failure is not None:
+            raise engine_ended(self.failure)
+        self._refining.check()
         if time.monotonic() - self._scheduler.last_success > HEALTHY_FOR_S:
             # Shared: a check is let in past the bounds of the queue, and anybody may ask for one.
             check = self._checking
@@ -328,14 +334,15 @@ class InferenceEngine:
         """Requests that wait, run and are being refined; outcomes, steps and tokens so far."""
         return {
             **self._scheduler.stats(),
-            "refining": self._refining,
+            "refining": self._refining.count,
             "refinements": dict(self._reasons),
         }
 
     async def shutdown(self) -> None:
-        """Fail what runs and waits with ``Overloaded``, join the threads. Idempotent."""
+        """Fail what runs and waits with ``Overloaded``, join the threads; a refinement that does
+        not end within ``LEAVE_AFTER_S`` is left to itself. Idempotent."""
         await asyncio.to_thread(self._scheduler.close)
-        await asyncio.to_thread(self._refine_pool.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._refining.close, LEAVE_AFTER_S)
         self._finalizer.detach()
 
     # One request's way.
@@ -374,7 +381,7 @@ class InferenceEngine:
             events=events,
         )
         try:
-            self._scheduler.submit(job, backlog=self._refining, always=always)
+            self._scheduler.submit(job, backlog=self._refining.count, always=always)
         except BaseException as error:
             job.mailbox.put(error)
             raise

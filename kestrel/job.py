@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from kestrel.api import ModelMetrics, SegmentRequest
+from kestrel.api import ModelMetrics, Overloaded, SegmentRequest
 from kestrel.batch import Row
 from kestrel.pictures import Picture
 
 
 class EngineError(RuntimeError):
     """The engine failed, not the request; ``__cause__`` says how."""
+
+
+class EngineEnded(Overloaded, EngineError):
+    """The engine's thread ended by a failure, ``__cause__``: only a new engine serves again. Over
+    HTTP a 503: another replica, or the process that is started in place of this one, may serve."""
 
 
 @dataclass(eq=False)
@@ -55,5 +60,12 @@ class Job(Row):
 def engine_error(cause: BaseException) -> EngineError:
     """An ``EngineError`` for one job; shared by several, it would collect all their frames."""
     error = EngineError(f"the engine failed: {type(cause).__name__}")
+    error.__cause__ = cause
+    return error
+
+
+def engine_ended(cause: BaseException) -> EngineEnded:
+    """An ``EngineEnded`` for one caller."""
+    error = EngineEnded(str(engine_error(cause)), retry_after_s=5.0)
     error.__cause__ = cause
     return error

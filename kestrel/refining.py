@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 from kestrel.api import ModelResult, SegmentRequest
+from kestrel.busy import Busy
 from kestrel.config import RuntimeConfig
+from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
 if TYPE_CHECKING:
@@ -56,3 +63,79 @@ def refined_by(
         return SegmentRefineBitmapsResult(reason="refine_failed")
     finally:
         ASKING.reset(asking)
+
+
+class RefineThreads:
+    """Threads for refinements, any of which may hang in native code.
+
+    Nothing stops such a thread; it is a daemon, so that the process can still end.
+    """
+
+    def __init__(self, threads: int, stuck_s: float) -> None:
+        """``stuck_s``: a refinement that runs for longer is stuck, seconds."""
+        self._stuck_s = stuck_s
+        self._busy = Busy()
+        self._lock = threading.Lock()
+        self._open: set[Future[Any]] = set()
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._tasks = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"refine_{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def count(self) -> int:
+        """Refinements that wait or run, each until its thread has ended it, wanted or not."""
+        with self._lock:
+            return len(self._open)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call it in one of the threads; cancelled before that, it is never called."""
+        future: Future[Any] = Future()
+        with self._lock:
+            self._open.add(future)
+        future.add_done_callback(self._ended)
+        self._tasks.put((future, lambda: function(*arguments)))
+        return future
+
+    def check(self) -> None:
+        """``EngineError`` while a refinement is stuck."""
+        if self._busy.longest_s() > self._stuck_s:
+            raise EngineError(f"a refinement has run for over {self._stuck_s:g} s")
+
+    def close(self, wait_s: float) -> None:
+        """Cancel what waits; wait ``wait_s`` seconds at most for what runs. Idempotent."""
+        with self._lock:
+            left = list(self._open)
+        running = [future for future in left if not future.cancel()]
+        for _ in self._threads:
+            self._tasks.put(None)
+        began = time.monotonic()
+        stuck = wait(running, wait_s).not_done
+        if stuck:
+            log.warning("%d refinements still run after %g s and are left", len(stuck), wait_s)
+            return
+        for thread in self._threads:
+            thread.join(max(0.0, began + wait_s - time.monotonic()))
+
+    def _ended(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._open.discard(future)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, call = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                with self._busy.one():
+                    made = call()
+            except BaseException as error:  # whoever waits for it is told
+                future.set_exception(error)
+            else:
+                future.set_result(made)
+            # Not to hold a picture until the next one comes.
+            del future, call, task

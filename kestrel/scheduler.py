@@ -29,7 +29,7 @@ from kestrel.api import (
 )
 from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
-from kestrel.job import EngineError, Job, engine_error
+from kestrel.job import EngineError, Job, engine_ended, engine_error
 from kestrel.moondream.model import Moondream
 from kestrel.pictures import Picture, Pictures
 from kestrel.skills.segment import Phase
@@ -65,6 +65,8 @@ class Scheduler:
         self._entering: list[Job] = []
         """Admitted, in order: their prompts are not fed whole. Each has a slot, or will have."""
         self._closing = False
+        self.failure: BaseException | None = None
+        """What ended the thread, if it was not ``close``."""
         self._outbox: list[Delivery] = []
         self._patches = model.config.vision.n_patches
         self._seconds = 1.0
@@ -100,9 +102,12 @@ class Scheduler:
 
         ``backlog``: requests that wait elsewhere and count against ``max_queue``. Raises
         ``Overloaded`` when the queue is full by count or bytes, or so long that the job's deadline
-        would pass in it (not with ``always``), or when the scheduler is closed.
+        would pass in it (not with ``always``), or when the scheduler is closed;
+        ``EngineEnded`` when its thread is.
         """
         with self._wake:
+            if self.failure is not None:
+                raise engine_ended(self.failure)
             if self._closing:
                 raise Overloaded("the engine is shut down")
             reason, seconds = self._refusal(job, len(self._waiting) + backlog)
@@ -191,14 +196,13 @@ class Scheduler:
     def _main(self) -> None:
         # Set even to torch's own choice: a thread in which it is not set takes twice the time.
         torch.set_num_threads(self._threads)
-        reason: BaseException | None = None
         try:
             with torch.inference_mode():
                 while self._turn():
                     pass
         except BaseException as error:
             log.critical("the engine thread ended", exc_info=True)
-            reason = error
+            self.failure = error
         with self._wake:
             self._closing = True
             left = [*self._waiting, *self._admitted()]
@@ -207,7 +211,7 @@ class Scheduler:
             self._batch.rows = []
         for job in left:
             failure = Overloaded("the engine is shutting down")
-            self._fail(job, failure if reason is None else engine_error(reason))
+            self._fail(job, failure if self.failure is None else engine_error(self.failure))
         self._flush()
 
     def _admitted(self) -> list[Job]:

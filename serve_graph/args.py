@@ -185,6 +185,7 @@ class IngressSettings(BaseModel):
 ELSEWHERE = {
     "refiner": "args.refiner",
     "refiner_threads": "refiner_pool.threads",
+    "refiner_stuck_s": "refiner_pool.stuck_s",
     "source": "runtime.model, with the keys of kestrel.config.ModelSource",
 }
 """Fields of ``RuntimeConfig`` that a graph's ``runtime`` does not take, and where they are."""

@@ -6,15 +6,12 @@ import asyncio
 import contextvars
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kestrel import api
+from kestrel.busy import Busy
 from serve_graph import metrics, tracing
 
 if TYPE_CHECKING:
@@ -22,54 +19,6 @@ if TYPE_CHECKING:
 
     from kestrel.config import Limits, RefinerConfig
     from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
-
-MEAN_WEIGHT = 0.05
-"""Weight of one refinement in the running mean of what they take."""
-
-
-class Busy:
-    """How long one refinement takes of a replica's full attention.
-
-    Refinements that run together share a replica's CPUs, so each counts the time that passes
-    divided by how many there were. Safe to use from several threads.
-    """
-
-    def __init__(self) -> None:
-        self.mean_s: float | None = None
-        """Running mean, seconds; None before the first."""
-        self._lock = threading.Lock()
-        self._began: list[float] = []
-        self._since = time.monotonic()
-        self._spent = 0.0
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Around one refinement, in its thread."""
-        with self._lock:
-            began = self._pass()
-            self._began.append(began)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pass()
-                self._began.remove(began)
-                # All the time in which anything ran, over all that finished.
-                spent, self._spent = self._spent, 0.0
-                mean = spent if self.mean_s is None else self.mean_s
-                self.mean_s = mean + MEAN_WEIGHT * (spent - mean)
-
-    def _pass(self) -> float:
-        now = time.monotonic()
-        if self._began:
-            self._spent += now - self._since
-        self._since = now
-        return now
-
-    def longest_s(self) -> float:
-        """For how long the oldest refinement that runs has run, seconds; 0: none does."""
-        with self._lock:
-            return time.monotonic() - min(self._began) if self._began else 0.0
 
 
 class RefinerDeployment:

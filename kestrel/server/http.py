@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
+from kestrel.job import EngineEnded, engine_ended
 from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from kestrel.engine import InferenceEngine
 
 log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+"""Seconds between two looks at whether the engine still has its thread."""
 
 
 class EngineBackend:
@@ -59,14 +63,20 @@ class EngineBackend:
             return "the model is being loaded"
         try:
             await self._engine.health()
-        except Exception:
+        except Exception as error:
             log.exception("the engine is not well")
-            return "the engine is not well"
+            return f"the engine is not well: {error}"
         return None
 
     async def serving(self) -> str | None:
         """``ready``: without its engine this process has nothing to serve with."""
         return await self.ready()
+
+    async def ended(self) -> EngineEnded:
+        """Waits until the engine's thread has ended by a failure, and gives that."""
+        while self._engine is None or self._engine.failure is None:
+            await asyncio.sleep(WATCH_S)
+        return engine_ended(self._engine.failure)
 
     def _running(self) -> InferenceEngine:
         if self._engine is None:
@@ -100,15 +110,15 @@ def create_app(
 ) -> Starlette:
     """The ASGI application. It answers 503 until its engine is ready.
 
-    ``on_failure`` is called when the engine cannot be created; without it the application goes on
-    answering 503, and its log says why.
+    ``on_failure`` is called when the engine cannot be created, and with ``EngineEnded`` when it
+    failed for good; without it the application goes on answering 503, and its log says why.
     """
     backend = EngineBackend(runtime_cfg or RuntimeConfig())
 
     async def start() -> None:
         await backend.start()
-        if backend.failure is not None and on_failure is not None:
-            on_failure(backend.failure)
+        if on_failure is not None:
+            on_failure(backend.failure or await backend.ended())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

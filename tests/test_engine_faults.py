@@ -1,0 +1,214 @@
+"""Engines whose refinement hangs or whose thread ended: what they say, and how they are left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from engines import CONFIG, Switch, until
+from project import ROOT
+from tiny_models import random_model
+
+from kestrel.api import DeadlineExceeded, Overloaded
+from kestrel.batch import Batch
+from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
+from kestrel.engine import EngineError, InferenceEngine
+from kestrel.server.http import EngineBackend
+
+pytest_plugins = ["engines"]
+
+
+@pytest.fixture
+def hang(switch: Switch) -> Iterator[Callable[[], None]]:
+    """Called, it has every refinement wait until the test is over."""
+    release = threading.Event()
+
+    def hanging(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        assert release.wait(60)
+        return mask
+
+    def begin() -> None:
+        switch.behave = hanging
+
+    yield begin
+    release.set()
+
+
+async def started(**changes: Any) -> InferenceEngine:
+    config = RuntimeConfig(
+        max_batch_size=2, refiner=RefinerConfig(refiner="switch"), **{**CONFIG, **changes}
+    )
+    return await InferenceEngine.create(config)
+
+
+async def test_health_fails_while_a_refinement_is_stuck(ask, hang, switch):
+    engine = await started(refiner_stuck_s=0.3)
+    try:
+        hang()
+        with pytest.raises(DeadlineExceeded):
+            await engine.segment(**ask, timeout_s=1.0)
+        # The model half completed just now, which alone would be health enough.
+        with pytest.raises(EngineError, match=r"a refinement has run for over 0\.3 s"):
+            await engine.health()
+        backend = EngineBackend(engine.config)
+        backend._engine = engine
+        assert "a refinement has run for over" in str(await backend.ready())
+    finally:
+        began = time.monotonic()
+        await asyncio.wait_for(engine.shutdown(), 30)
+        assert time.monotonic() - began < 20
+
+
+async def test_a_refinement_counts_until_its_thread_ends(ask, hang, switch):
+    engine = await started(max_queue=2, refiner_stuck_s=30)
+    try:
+        hang()
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                await engine.segment(**ask, timeout_s=1.0)
+        # The second never got a thread, and is gone with its request.
+        assert engine.stats()["refining"] == 1
+        tasks = [asyncio.create_task(engine.segment(**ask, timeout_s=5.0)) for _ in range(1)]
+        await until(lambda: engine.stats()["refining"] == 2)
+        with pytest.raises(Overloaded, match="the queue is full"):
+            await engine.segment(**ask)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        await asyncio.wait_for(engine.shutdown(), 30)
+
+
+def test_seconds_that_are_none_are_refused():
+    with pytest.raises(ConfigError, match="refiner_stuck_s"):
+        RuntimeConfig(refiner_stuck_s=0)
+
+
+def test_a_process_ends_though_a_refinement_hangs():
+    code = """
+        import time
+        from kestrel.refining import RefineThreads
+        threads = RefineThreads(1, 30.0)
+        threads.submit(time.sleep, 1000)
+        threads.close(0.5)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# An engine whose thread ended
+
+
+def bare() -> InferenceEngine:
+    model = random_model()
+    model.fuse()
+    return InferenceEngine(RuntimeConfig(refiner=None, **CONFIG), model)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the device: steps fail, and so does beginning afresh."""
+
+    def fault(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Batch, "step", fault)
+    monkeypatch.setattr(Batch, "reset", fault)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_whose_thread_ended_names_the_cause(poisoned):
+    engine = bare()
+    with pytest.raises(EngineError, match="RuntimeError"):
+        await engine.segment(object="cat")
+    await until(lambda: engine.failure is not None)
+    for call in (lambda: engine.segment(object="cat"), engine.health):
+        with pytest.raises(EngineError, match="the engine failed: RuntimeError") as caught:
+            await call()
+        assert "illegal memory access" in str(caught.value.__cause__)
+        assert isinstance(caught.value, Overloaded)  # 503 over HTTP: another may serve it
+    await engine.shutdown()
+
+
+async def test_an_engine_that_is_shut_down_has_not_failed():
+    engine = bare()
+    await engine.shutdown()
+    assert engine.failure is None
+    with pytest.raises(Overloaded, match="shut down"):
+        await engine.segment(object="cat")
+
+
+SERVER = """
+import sys
+from kestrel.batch import Batch
+from kestrel.cli import main
+
+step = Batch.step
+
+def fault(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def failing(batch, chunks=()):
+    if served:
+        Batch.reset = fault
+        fault()
+    return step(batch, chunks)
+
+served = []
+Batch.step = failing
+from kestrel.server.http import EngineBackend
+complete = EngineBackend.complete
+
+async def completing(*args, **named):
+    served.append(1)
+    return await complete(*args, **named)
+
+EngineBackend.complete = completing
+sys.exit(main(["serve", "--device", "cpu", "--port", sys.argv[1]]))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_the_one_process_server_ends_with_its_engine(tmp_path: Path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        unused_port = listener.getsockname()[1]
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+    url = f"http://127.0.0.1:{unused_port}"
+    process = subprocess.Popen(
+        [sys.executable, script, str(unused_port)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        give_up = time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < give_up
+            try:
+                if httpx.get(f"{url}/healthz", timeout=30).status_code == 200:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.2)
+            time.sleep(0.1)
+        answer = httpx.post(f"{url}/v1/segment", json={"object": "cat"}, timeout=30)
+        assert answer.status_code == 500
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1, said
+    assert said.splitlines()[-1] == "kestrel: the engine failed: RuntimeError"
