@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,12 +31,21 @@ from serve_graph.ray_token import token, token_variables
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+PORTS = range(20_000, 32_000)
+"""Below those that systems lend to outgoing connections: one of these could take a port before it
+is used."""
+_given: deque[int] = deque(maxlen=len(PORTS) // 2)
+
+
 def free_port() -> int:
-    """A TCP port that nothing listens on at this moment, below those that systems lend to outgoing
-    connections: one of these could take it before it is used."""
-    for port in random.sample(range(20_000, 32_000), 100):
+    """A TCP port that nothing listens on at this moment, and that this process has not been given
+    before, as far as it remembers: what it was for may be about to listen."""
+    for port in random.sample(PORTS, len(PORTS)):
+        if port in _given:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
     raise LaunchError("no TCP port from 20000 to 32000 is free")
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from serve_graph import __main__, launch
-from serve_graph.launch import LocalCluster
+from serve_graph.launch import LocalCluster, free_port
 
 SECRET = "a-plain-key-of-a-client-0001"
 
@@ -162,3 +162,9 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
     assert printed == {name: value for name, value in own.items() if name not in there}
+
+
+def test_a_port_is_given_twice() -> None:
+    """One for the dashboard and for Ray Client, say: Ray then refuses to start."""
+    ports = [free_port() for _ in range(600)]
+    assert len(set(ports)) == len(ports)
