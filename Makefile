@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python -m serve_graph demo --output demo_out
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 serve: $(READY)
 	$(BIN)/python -m serve_graph up --config configs/local.yaml
