@@ -17,6 +17,7 @@ def _has_cluster(item: pytest.Item) -> bool:
     return CLUSTERS in item.path.parents
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _has_cluster(item):
