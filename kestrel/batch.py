@@ -266,7 +266,7 @@ class Batch:
         parts = []
         if texts:
             asking = [rows[i] for i in texts]
-            likely = self._likely(asking, self._pick(hidden, texts))
+            likely = self._likely(asking, hidden, texts)
             if likely is None:
                 likely = self._choose(self._token_logits(rows, hidden, texts), asking)
             parts.append(likely)
@@ -289,14 +289,14 @@ class Batch:
     def _pick(self, hidden: Tensor, which: list[int]) -> Tensor:
         return hidden if len(which) == len(hidden) else hidden[which]
 
-    def _likely(self, rows: list[Row], hidden: Tensor) -> Tensor | None:
-        """The likeliest tokens of rows that take them, all within their paths, without an operator
-        of torch; None: not so simple."""
+    def _likely(self, rows: list[Row], hidden: Tensor, which: list[int]) -> Tensor | None:
+        """The likeliest tokens of ``rows``, lines ``which`` of ``hidden``, all within their
+        paths, without an operator of torch; None: not so simple."""
         if self._stacked is None or not all(
             row.decode.phase is Phase.TEXT and is_greedy(row.settings.temperature) for row in rows
         ):
             return None
-        logits = self._stacked.logits(hidden.numpy())
+        logits = self._stacked.logits(self._pick(hidden, which).numpy())
         logits[:, self._regions] = -np.inf
         return torch.from_numpy(logits.argmax(-1))
 
