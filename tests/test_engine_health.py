@@ -3,62 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from kestrel import InferenceEngine
 from kestrel.job import EngineError
 
+pytest_plugins = ["engines"]
 
-class Idle(InferenceEngine):
-    """An engine without a model, on which nothing has completed of late."""
 
-    def __init__(self) -> None:
-        self._scheduler = SimpleNamespace(last_success=-1e9)  # type: ignore[assignment]
-        self.checks = 0
+class Checks:
+    """The engine's own checks, counted and slowed; ``fault`` is what they end with."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.begun = 0
         self.fault: Exception | None = None
+        self._check = engine._check
 
-    async def _check(self) -> None:
-        self.checks += 1
+    async def __call__(self) -> None:
+        self.begun += 1
         await asyncio.sleep(0.05)
         if self.fault is not None:
             raise self.fault
+        await self._check()
 
 
-async def test_calls_at_once_share_one_check() -> None:
-    engine = Idle()
+@pytest.fixture
+def checks(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> Checks:
+    """Nothing that completed of late counts: every ``health`` asks for a check."""
+    made = Checks(engine)
+    monkeypatch.setattr("kestrel.engine.HEALTHY_FOR_S", -1.0)
+    monkeypatch.setattr(engine, "_check", made)
+    return made
+
+
+async def test_calls_at_once_share_one_check(engine: InferenceEngine, checks: Checks) -> None:
+    completed = engine.stats()["completed"]
     await asyncio.gather(*(engine.health() for _ in range(40)))
-    assert engine.checks == 1
+    assert checks.begun == 1
     await engine.health()
-    assert engine.checks == 2
+    assert checks.begun == 2
+    assert engine.stats()["completed"] == completed + 2
 
 
-async def test_all_of_them_hear_that_it_failed() -> None:
-    engine = Idle()
-    engine.fault = EngineError("stuck")
+async def test_all_of_them_hear_that_it_failed(engine: InferenceEngine, checks: Checks) -> None:
+    checks.fault = EngineError("stuck")
     said = await asyncio.gather(*(engine.health() for _ in range(3)), return_exceptions=True)
-    assert said == [engine.fault] * 3 and engine.checks == 1
+    assert said == [checks.fault] * 3 and checks.begun == 1
 
 
-async def test_one_that_leaves_does_not_end_the_check_of_the_others() -> None:
-    engine = Idle()
+async def test_one_that_leaves_does_not_end_the_check_of_the_others(
+    engine: InferenceEngine, checks: Checks
+) -> None:
     first, second = (asyncio.create_task(engine.health()) for _ in range(2))
     await asyncio.sleep(0.01)
     first.cancel()
     await second
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert engine.checks == 1
+    assert checks.begun == 1
 
 
-def test_a_check_of_another_event_loop_is_not_waited_for() -> None:
-    engine = Idle()
-
+def test_a_check_of_another_event_loop_is_not_waited_for(
+    engine: InferenceEngine, checks: Checks
+) -> None:
     async def left_behind() -> None:
         asyncio.create_task(engine.health())  # noqa: RUF006
         await asyncio.sleep(0.01)
 
     asyncio.run(left_behind())
     asyncio.run(engine.health())
-    assert engine.checks == 2
+    assert checks.begun == 2
