@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import os
 import resource
 import signal
@@ -268,33 +269,38 @@ def test_client_that_leaves_frees_the_slot(
 def test_client_that_leaves_cancels_the_refinement(
     graph: Graph, samples: list[Sample], huge: bytes
 ) -> None:
-    request = body(replace(samples[0], image=huge))
+    request = body(replace(samples[0], image=huge)) | {"stream": True}
     before = graph.count("Refiner", "cancelled")
-    with ThreadPoolExecutor() as pool:
 
-        def leave_when_refining() -> None:
-            with (
-                contextlib.suppress(httpx.TransportError),
-                httpx.Client(base_url=graph.url, headers=graph.http.headers) as client,
-                client.stream("POST", "/v1/segment", json=request | {"stream": True}) as response,
-            ):
-                for event in sse(response):
-                    if event["type"] == "path_delta" and event["chunk"].endswith("Z"):
-                        assert wait_for(lambda: graph.count("Refiner", "running") > 0)
-                        return
+    def left_while_refining() -> bool:
+        """Whether the refinement was seen to run: on a busy machine it may end before."""
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.Client(base_url=graph.url, headers=graph.http.headers) as client,
+            client.stream("POST", "/v1/segment", json=request) as response,
+        ):
+            for event in sse(response):
+                if event["type"] == "path_delta" and event["chunk"].endswith("Z"):
+                    return wait_for(lambda: graph.count("Refiner", "running") > 0, 5)
+        return False
 
-        pool.submit(leave_when_refining).result()
-    assert wait_for(lambda: graph.count("Refiner", "cancelled") == before + 1)
+    def cancelled() -> bool:
+        return wait_for(lambda: graph.count("Refiner", "cancelled") > before, 10)
+
+    assert any(left_while_refining() and cancelled() for _ in range(5))
+    assert wait_for(lambda: graph.count("Refiner", "running") == 0)
 
 
 def test_full_queue_is_a_503_that_says_when_to_come_back(
     graph: Graph, samples: list[Sample]
 ) -> None:
-    request = body(replace(samples[0], image=enlarged(samples[0], 3000, 2000)))
-    with ThreadPoolExecutor(30) as pool:
-        replies = list(pool.map(lambda _: graph.http.post("/v1/segment", json=request), range(30)))
+    # One body for all, or the senders would be slower than the graph where cores are few.
+    request = json.dumps(body(replace(samples[0], image=enlarged(samples[0], 3000, 2000)))).encode()
+    sent = {"content": request, "headers": {"content-type": "application/json"}}
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(pool.map(lambda _: graph.http.post("/v1/segment", **sent), range(40)))
     by_status = {status: [r for r in replies if r.status_code == status] for status in (200, 503)}
-    assert len(by_status[200]) + len(by_status[503]) == 30
+    assert len(by_status[200]) + len(by_status[503]) == 40
     assert by_status[200] and by_status[503]
     for reply in by_status[503]:
         assert int(reply.headers["retry-after"]) >= 1
