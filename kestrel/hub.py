@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,13 @@ OTHER_FILES = (
     "one at a time: that also notes which of them the repository does not have"
 )
 """``hf download`` of several files at once notes nothing of those that are not there."""
+ASKED_AGAIN_S = 60.0
+"""How long a hub that did not answer is not asked for another file: the library tries for half a
+minute before it gives up, for each."""
 log = logging.getLogger(__name__)
+
+_silent: tuple[float, str] | None = None
+"""When the hub last gave no answer (monotonic seconds), and why."""
 
 
 class NotThere(ConfigError):
@@ -62,10 +69,16 @@ class Snapshot:
         Raises ``NotThere``, ``NotKnown``, and ``ConfigError`` that says what to do for everything
         else.
         """
+        global _silent
         from huggingface_hub import errors, hf_hub_download
 
+        silent = _silent is not None and time.monotonic() - _silent[0] < ASKED_AGAIN_S
         try:
-            return Path(hf_hub_download(self.repo, filename, revision=self.revision))
+            return Path(
+                hf_hub_download(
+                    self.repo, filename, revision=self.revision, local_files_only=silent
+                )
+            )
         except errors.GatedRepoError as error:
             raise ConfigError(
                 f"model.repo: {self.repo} asks for consent: accept its terms on the hub, then log "
@@ -83,9 +96,12 @@ class Snapshot:
         except errors.LocalEntryNotFoundError as error:
             if self._noted_absent(filename):
                 raise self._not_there(filename) from error
+            if not silent:
+                _silent = time.monotonic(), _line(error.__cause__ or error)
+            assert _silent is not None
             raise NotKnown(
                 f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
-                f"be asked ({_line(error.__cause__ or error)}); on a machine with access run: "
+                f"be asked ({_silent[1]}); on a machine with access run: "
                 f"hf download {self.repo} {filename} --revision {self.revision}, {OTHER_FILES}, "
                 "and copy its cache (HF_HOME)"
             ) from error
@@ -95,6 +111,16 @@ class Snapshot:
             raise ConfigError(
                 f"model.repo: {filename} of {self} cannot be fetched ({_line(error)})"
             ) from error
+
+    def cached(self, filename: str) -> Path | None:
+        """The file if the local cache has it."""
+        from huggingface_hub import errors, try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(self.repo, filename, revision=self.revision)
+        except errors.HFValidationError:
+            return None  # ``download`` says what is wrong with the name
+        return Path(found) if isinstance(found, str) else None
 
     def _noted_absent(self, filename: str) -> bool:
         """Whether the hub said before, of this very commit, that it has no such file."""

@@ -7,10 +7,12 @@ because the library reads its environment once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Hub:
 
     def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
         self.files = files
+        self.asked: set[str] = set()
         self.fetched: list[str] = []
         self.app = Starlette(
             routes=[
@@ -56,6 +59,8 @@ class Hub:
 
         if repo == "team/gated":
             return refused(403, "GatedRepo")
+        if repo == "team/busy":
+            return refused(503, "ServiceUnavailable")
         if repo not in self.files:
             return refused(404, "RepoNotFound")
         return None if revision in (COMMIT, "main") else refused(404, "RevisionNotFound")
@@ -69,6 +74,7 @@ class Hub:
     def _file(self, request: Request) -> Response:
         path = request.path_params
         repo = f"{path['owner']}/{path['name']}"
+        self.asked.add(f"{repo}:{path['path']}")
         refused = self._refusal(repo, path["revision"])
         if refused is not None:
             return refused
@@ -158,13 +164,13 @@ def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, tmp_path):
     assert offline == [whole, sharded, pt]
 
 
-@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper()])
-def test_what_may_change_is_served(hub, revision, tmp_path):
-    (said,) = located([{"repo": "team/whole", "revision": revision}], tmp_path, hub.url)
-    assert said.startswith("model.revision: ")
-    assert "pin the 40-digit commit" in said
-    if revision in (None, "main"):
-        assert f"now it is {COMMIT}" in said
+def test_what_may_change_is_served(hub, tmp_path):
+    revisions = (None, "main", COMMIT[:12], COMMIT.upper())
+    sources = [{"repo": "team/whole", "revision": revision} for revision in revisions]
+    for revision, said in zip(revisions, located(sources, tmp_path, hub.url), strict=True):
+        assert said.startswith("model.revision: ")
+        assert "pin the 40-digit commit" in said
+        assert (f"now it is {COMMIT}" in said) == (revision in (None, "main"))
 
 
 def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_path):
@@ -195,14 +201,6 @@ def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_p
         assert isinstance(line, str) and line.startswith("model.") and part in line
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_a_machine_without_access_does_not_say_what_to_copy(offline, tmp_path):
-    (said,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
-    assert "is not in the local cache" in said
-    assert f"hf download team/whole model.safetensors --revision {COMMIT}" in said
-    assert "tokenizer.json" in said and "config.json" in said
-
-
 def cached(home: Path, repo: str, files: dict[str, bytes]) -> None:
     """Put files into a cache as a copy of them alone would be."""
     folder = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
@@ -211,20 +209,58 @@ def cached(home: Path, repo: str, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def said(hub, files, tmp_path_factory) -> dict[tuple[str, str], Any]:
+    """What machines without access say, by what their cache lacks (``all``, a file) and by
+    ``HF_HUB_OFFLINE``, and where the hub is ``busy``; side by side, since the library tries for
+    half a minute."""
+
+    def say(lacking: str, offline: str) -> Any:
+        home = tmp_path_factory.mktemp("home")
+        if lacking == "busy":
+            (answer,) = located([WHOLE | {"repo": "team/busy"}], home, hub.url)
+            return answer
+        if lacking != "all":
+            have = {k: v for k, v in files["team/whole"].items() if k != lacking}
+            cached(home, "team/whole", have)
+        (answer,) = located([WHOLE], home, NOWHERE, HF_HUB_OFFLINE=offline)
+        return answer
+
+    cases = [*itertools.product(("all", "config.json", "tokenizer.json"), "01"), ("busy", "0")]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(cases, pool.map(lambda case: say(*case), cases), strict=True))
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_machine_without_access_does_not_say_what_to_copy(said, offline):
+    answer = said["all", offline]
+    assert "is not in the local cache" in answer
+    assert ("Connection refused" in answer) == (offline == "0")
+    assert f"hf download team/whole model.safetensors --revision {COMMIT}" in answer
+    assert "tokenizer.json" in answer and "config.json" in answer
+
+
 @pytest.mark.parametrize("offline", ["0", "1"])
 @pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json"])
-def test_a_file_that_was_not_copied_is_taken_for_one_that_there_is_not(
-    files, offline, lacking, tmp_path
-):
-    cached(tmp_path, "team/whole", {k: v for k, v in files["team/whole"].items() if k != lacking})
-    (said,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
-    assert isinstance(said, str), "it is served as something else"
-    assert f"{lacking} of team/whole@{COMMIT} is not in the local cache" in said
-    assert f"hf download team/whole {lacking} --revision {COMMIT}" in said
+def test_a_file_that_was_not_copied_is_taken_for_one_that_there_is_not(said, offline, lacking):
+    answer = said[lacking, offline]
+    assert isinstance(answer, str), "it is served as something else"
+    assert f"{lacking} of team/whole@{COMMIT} is not in the local cache" in answer
+    assert f"hf download team/whole {lacking} --revision {COMMIT}" in answer
+
+
+def test_a_hub_that_does_not_answer_is_tried_for_every_file(said, hub):
+    assert "model.safetensors of team/busy" in said["busy", "0"] and "503" in said["busy", "0"]
+    assert {name for name in hub.asked if name.startswith("team/busy")} == {
+        "team/busy:model.safetensors.index.json"
+    }
 
 
 def test_weights_that_were_copied_alone_are_not_found_for_want_of_an_index(files, tmp_path):
     cached(tmp_path, "team/whole", files["team/whole"])
-    (found,) = located([WHOLE], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    (found,) = located([WHOLE], tmp_path, NOWHERE, HF_HUB_OFFLINE="1")
     assert [Path(file).name for file in found[0]] == ["model.safetensors"]
     assert Path(found[2]).name == "config.json"

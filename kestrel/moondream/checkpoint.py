@@ -14,6 +14,7 @@ from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, 
 from kestrel.moondream.names import parameter_name
 from kestrel.moondream.weights import read_index
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PUBLIC_TOKENIZER = "moondream/starmie-v1"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|pt)")
@@ -156,13 +157,14 @@ def locate(source: ModelSource) -> Checkpoint:
 def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
     if filename is not None and not filename.endswith(".index.json"):
         return [snapshot.download(filename)]
+    if filename is None and (whole := snapshot.cached(WHOLE)) is not None:
+        return [whole]  # nobody needs an index of shards, nor a hub that could be asked for one
     try:
         index = _optional(snapshot, filename or INDEX)
     except NotKnown:
-        # Where the whole file is in the cache, nobody needs an index of shards.
         index = None
     if index is None:
-        return [snapshot.download(filename or "model.safetensors")]
+        return [snapshot.download(filename or WHOLE)]
     folder = PurePosixPath(filename or INDEX).parent
     return [snapshot.download(str(folder / shard)) for shard in _indexed_shards(index)]
 
