@@ -264,9 +264,12 @@ def test_a_script_that_forgets_to_shut_down_still_ends_well() -> None:
         "    engine = await InferenceEngine.create(RuntimeConfig(device='cpu', torch_threads=1))\n"
         "    stream = await engine.segment(object='cat', stream=True)\n"
         "asyncio.run(main())\n"
+        "import sys\n"
+        "print({'torch._dynamo', 'sympy'} & set(sys.modules))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n", "a start imports torch's compiler, which takes seconds"
     assert "Traceback" not in done.stderr and "terminate" not in done.stderr

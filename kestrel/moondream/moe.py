@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kestrel.moondream.initial import normal_weights
 from kestrel.ops.graphs import capturing
 from kestrel.ops.linear import FinalLinear, Product, final, reorders, shape_of
 
@@ -22,8 +23,7 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, experts: int, out_dim: int, in_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
-        nn.init.normal_(self.weight, std=in_dim**-0.5)
+        self.weight = normal_weights(experts, out_dim, in_dim, std=in_dim**-0.5)
 
     def products(self) -> list[Product]:
         """Each expert's product, its weights in the order of the CPU's kernels. What those hold

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.moondream.config import RegionConfig
+from kestrel.moondream.initial import normal_weights
 from kestrel.moondream.text import DenseMlp
 
 
@@ -27,8 +28,8 @@ class Region(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.coord_features = nn.Parameter(torch.randn(1, config.coord_feat_dim // 2))
-        self.size_features = nn.Parameter(torch.randn(2, config.size_feat_dim // 2))
+        self.coord_features = normal_weights(1, config.coord_feat_dim // 2, std=1.0)
+        self.size_features = normal_weights(2, config.size_feat_dim // 2, std=1.0)
         self.coord_encoder = nn.Linear(config.coord_feat_dim, dim)
         self.size_encoder = nn.Linear(config.size_feat_dim, dim)
         self.ln = nn.LayerNorm(dim, eps=1e-5) if config.use_ln else None

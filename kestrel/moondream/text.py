@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.moondream.config import TextConfig
+from kestrel.moondream.initial import normal_weights
 from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.rope import rotary_table, rotate
 from kestrel.ops.attention import attend
@@ -119,8 +120,7 @@ class TextDecoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        nn.init.normal_(self.wte, std=0.02)
+        self.wte = normal_weights(config.vocab_size, config.dim, std=0.02)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             Block(config, i) for i in range(config.n_layers)
         )
@@ -130,12 +130,13 @@ class TextDecoder(nn.Module):
 
     def reset_tables(self) -> None:
         """(Re)compute the tables that no checkpoint holds, on the device of the embedding."""
-        config = self.config
-        with torch.device(self.wte.device):
+        config, device = self.config, self.wte.device
+        # Not on the meta device, whose arange imports torch's compiler too.
+        with torch.device("cpu" if device.type == "meta" else device):
             table = rotary_table(config.rotary_dim, config.max_context, config.rope_theta)
             logs = torch.arange(1, config.max_context + 1, dtype=torch.float32).log()
-        self.register_buffer("rotary", table, persistent=False)
-        self.register_buffer("log_positions", logs, persistent=False)
+        self.register_buffer("rotary", table.to(device), persistent=False)
+        self.register_buffer("log_positions", logs.to(device), persistent=False)
 
     def forward(self, x: Tensor, prefix: int) -> Tensor:
         """Whole sequences, without a cache: the plain form of what ``CachedText`` computes.
