@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from devices import DEVICES
 from safetensors.torch import load_file
 from seeded import ANSWER, CASES, MD2, MODELS, PICTURES, POINTS, picture, seeded_model
 from torch import Tensor
@@ -18,15 +19,6 @@ from kestrel.moondream.crops import overlap_crops
 from kestrel.moondream.model import Moondream
 from kestrel.skills.segment import Coord, SegmentDecode, Size
 
-CPU = torch.device("cpu")
-GPU = pytest.param(
-    torch.device("cuda"),
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    ],
-)
-DEVICES = [CPU, GPU]
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 CLEAR = 0.1
 """A lead, in spreads of the logits, that the roundings of bfloat16 do not take back."""
