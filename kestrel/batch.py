@@ -64,9 +64,13 @@ class Batch:
         *,
         kv_bytes: int | None = None,
         kernels: str = "auto",
+        kestrel_kernels: bool = False,
     ) -> None:
-        """``kv_bytes``, ``kernels``: ``kv_cache_bytes`` and ``kernels`` of ``RuntimeConfig``."""
+        """``kv_bytes``, ``kernels``, ``kestrel_kernels``: ``kv_cache_bytes`` and the others of
+        ``RuntimeConfig``."""
         self.model = model
+        if kestrel_kernels:  # before steps are captured
+            model.use_kestrel_kernels()
         self.rows: list[Row] = []
         self._text = model.cached
         self._stacked = self._text.stacked

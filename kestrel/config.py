@@ -272,6 +272,10 @@ class RuntimeConfig:
     kernels: str = "auto"
     """Attention and sampling of decode steps: ``torch``, ``flashinfer`` (CUDA), or ``auto``:
     FlashInfer where it loads and agrees with torch."""
+    kestrel_kernels: bool = False
+    """Have the proprietary kestrel-kernels choose each token's experts (Moondream 3 on CUDA). Their
+    licence allows use with their own engine only: turn it on where M87 Labs has agreed. The engine
+    does not start where they do not load, run or agree with torch."""
     prefill_tokens: int = 512
     """Most positions that one engine step prefills, patches of crops counted, beside one token for
     every running request: bounds how long those stall. A single crop or image may exceed it."""
@@ -343,6 +347,12 @@ class RuntimeConfig:
             "kernels",
             "must be auto, torch or flashinfer",
             self.kernels,
+        )
+        _check(
+            isinstance(self.kestrel_kernels, bool),
+            "kestrel_kernels",
+            "must be true or false",
+            self.kestrel_kernels,
         )
         _check(
             _is_int(self.image_cache_bytes) and self.image_cache_bytes >= 0,

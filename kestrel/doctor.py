@@ -42,6 +42,7 @@ from kestrel.errors import DeadlineExceeded, PromptTooLong
 
 log = logging.getLogger(__name__)
 
+KERNELS_INSTALL = "pip install -c constraints.txt '.[kestrel-kernels]'"
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
 KERNELS_LIBRARIES = ("nvidia_cutlass_dsl/lib", "tvm_ffi/lib")
@@ -197,15 +198,21 @@ def _sees_gpu(machine: Machine) -> bool:
 
 def check_kernels(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     version = machine.version("kestrel-kernels")
+    needed = wanted.runtime.kestrel_kernels
+    if version is None and needed:
+        remedy = f"{KERNELS_INSTALL}, or set runtime.kestrel_kernels: false"
+        yield bad("kestrel-kernels", "not installed, and kestrel_kernels is true", remedy)
+        return
     if version is None:
         yield ok("kestrel-kernels", "not installed, not needed")
         return
-    # Nothing here calls them: whoever does must know, and serving goes on without.
+    # Serving goes on without, unless the configuration asks for them.
+    said = "" if needed else " (kestrel_kernels is false: nothing calls it)"
     problems = list(_kernels_problems(machine, version))
     for text, remedy in problems:
-        yield bad("kestrel-kernels", f"{text} (nothing here calls it)", remedy, needed=False)
+        yield bad("kestrel-kernels", f"{text}{said}", remedy, needed=needed)
     if not problems:
-        yield ok("kestrel-kernels", f"{version}, not needed: nothing here calls it")
+        yield ok("kestrel-kernels", f"{version}{said}")
 
 
 def _kernels_problems(machine: Machine, version: str) -> Iterator[tuple[str, str]]:
@@ -223,7 +230,7 @@ def _kernels_problems(machine: Machine, version: str) -> Iterator[tuple[str, str
         if not folders:
             yield (
                 f"its runtime libraries ({library}) are missing",
-                "pip install -c constraints.txt '.[kestrel-kernels]'",
+                KERNELS_INSTALL,
             )
         elif not set(folders) & set(known):
             yield (

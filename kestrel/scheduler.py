@@ -80,6 +80,7 @@ class Scheduler:
                 config.max_batch_size,
                 kv_bytes=config.kv_cache_bytes,
                 kernels=config.kernels,
+                kestrel_kernels=config.kestrel_kernels,
             )
         # Where the model has one core, others encode pictures beside its steps. More threads, or a
         # GPU, are better used one thing after the other.

@@ -215,6 +215,14 @@ def test_precompiled_kernels_do_not_find_their_libraries():
     assert finding.verdict is Verdict.OK
 
 
+def test_kernels_that_are_asked_for_are_missed_at_the_first_request():
+    failure = the_failure(doctor.check_kernels, Fake(), wanted(kestrel_kernels=True))
+    assert "pip install -c constraints.txt '.[kestrel-kernels]'" in failure.remedy
+    halves = Fake(versions={"kestrel-kernels": "0.1.2"})
+    findings = found(doctor.check_kernels, halves, wanted(kestrel_kernels=True))
+    assert len(findings) == 3 and all(f.verdict is Verdict.FAIL for f in findings)
+
+
 def test_kernels_that_nothing_calls_keep_a_machine_from_serving():
     findings = found(doctor.check_kernels, Fake(versions={"kestrel-kernels": "0.1.2"}))
     assert len(findings) == 3 and all(f.verdict is Verdict.WARN for f in findings)

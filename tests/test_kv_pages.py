@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CPU, DEVICES, GPU
 from serving import picture
 from tiny_models import TINY_2, TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
@@ -22,17 +23,8 @@ from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
 from kestrel.ops.attention import attend
-from kestrel.ops.sampling import by_rank, sample
+from kestrel.ops.sampling import sample
 
-CPU = torch.device("cpu")
-GPU = pytest.param(
-    torch.device("cuda"),
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    ],
-)
-DEVICES = [CPU, GPU]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -242,14 +234,6 @@ def test_captured_steps_with_flashinfer_compute_other_than_slots():
         expected = text.decode(x, torch.tensor(filled).cuda(), slotted, None, max(filled) + 1)
         got = steps(x, filled)
         torch.testing.assert_close(got, expected, atol=0.1, rtol=0.05)
-
-
-def test_the_nucleus_keeps_too_few_or_too_many():
-    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).expand(5, 4)
-    top_p = torch.tensor([[0.0001], [0.5], [0.51], [0.75], [1.0]])
-    kept = by_rank(probs, top_p)
-    expected = [[1], [1], [1, 3], [1, 3], [0, 1, 2, 3]]
-    assert [row.nonzero().flatten().tolist() for row in kept] == expected
 
 
 # The engine

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import CPU, DEVICES
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model
 
@@ -19,17 +20,6 @@ from kestrel.moondream.model import Moondream
 from kestrel.moondream.weights import load_weights
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
-CPU = torch.device("cpu")
-DEVICES = [
-    CPU,
-    pytest.param(
-        torch.device("cuda"),
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
 
 
 def build(name: str, weights: Path, device: torch.device = CPU, dtype=torch.float32) -> Moondream:
@@ -122,12 +112,13 @@ def test_bfloat16_chooses_other_tokens_than_the_reference(case, device, md3_weig
     assert torch.equal(torch.stack(chosen), expected["logits"].argmax(-1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ["md2", "engine"])
 @torch.inference_mode()
-def test_region_heads_drift_from_the_reference(case, md3_weights):
+def test_region_heads_drift_from_the_reference(case, device, md3_weights):
     name, weights = weights_of(case, md3_weights)
-    model = build(name, weights)
-    expected = load_file(FIXTURES / name / "expected.safetensors")
+    model = build(name, weights, device)
+    expected = load_file(FIXTURES / name / "expected.safetensors", device=str(device))
     hidden = expected["hidden"][0]
     close = {"atol": 1e-4, "rtol": 0}
     torch.testing.assert_close(model.coord_logits(hidden), expected["coord_logits"], **close)
@@ -138,10 +129,11 @@ def test_region_heads_drift_from_the_reference(case, md3_weights):
     torch.testing.assert_close(size, expected["size_embedding"], **close)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_vision_features_and_image_embedding_drift_from_the_reference():
-    model = build("md2", FIXTURES / "md2")
-    expected = load_file(FIXTURES / "md2" / "expected.safetensors")
+def test_vision_features_and_image_embedding_drift_from_the_reference(device):
+    model = build("md2", FIXTURES / "md2", device)
+    expected = load_file(FIXTURES / "md2" / "expected.safetensors", device=str(device))
     crops = expected["crops_u8"]
     features = model.vision.features(crops[:1])[0]
     torch.testing.assert_close(features, expected["features_global"], atol=1e-4, rtol=0)
@@ -167,84 +159,90 @@ def test_crop_grids_differ_from_the_published_rule():
         assert list(got) == grid, size
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_the_one_crop_shortcut_differs_from_encoding_both_crops():
-    model = build("md2", FIXTURES / "md2")
+def test_the_one_crop_shortcut_differs_from_encoding_both_crops(device):
+    model = build("md2", FIXTURES / "md2", device)
     crop = torch.randint(0, 256, (1, 3, 378, 378), generator=torch.Generator().manual_seed(3))
-    once = model.vision.embed(crop.to(torch.uint8), (1, 1))
-    features = model.vision.features(crop.to(torch.uint8))[0]
+    crop = crop.to(device, torch.uint8)
+    once = model.vision.embed(crop, (1, 1))
+    features = model.vision.features(crop)[0]
     torch.testing.assert_close(once, model.vision.project(features, features))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_prompts_padded_into_one_batch_differ_from_single_ones(md3_weights):
-    model = build("md3", md3_weights["engine"])
+def test_prompts_padded_into_one_batch_differ_from_single_ones(device, md3_weights):
+    model = build("md3", md3_weights["engine"], device)
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 1024, (n,), generator=generator) for n in (9, 4, 6)]
-    padded = torch.zeros(3, 9, dtype=torch.long)
+    prompts = [torch.randint(0, 1024, (n,), generator=generator).to(device) for n in (9, 4, 6)]
+    padded = torch.zeros(3, 9, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    lengths = torch.tensor([9, 4, 6])
-    cache, slots = model.new_cache(4), torch.tensor([3, 0, 2])
+    lengths = torch.tensor([9, 4, 6], device=device)
+    cache, slots = model.new_cache(4), torch.tensor([3, 0, 2], device=device)
     hidden = model.prefill(model.embed_tokens(padded), lengths, 0, cache, slots)
-    step = torch.tensor([7, 8, 9])
+    step = torch.tensor([7, 8, 9], device=device)
     after = model.decode(model.embed_tokens(step), lengths, cache, slots)
     for row, prompt in enumerate(prompts):
-        alone, first = model.new_cache(1), torch.tensor([0])
-        length = torch.tensor([len(prompt)])
+        alone, first = model.new_cache(1), torch.tensor([0], device=device)
+        length = torch.tensor([len(prompt)], device=device)
         one = model.prefill(model.embed_tokens(prompt)[None], length, 0, alone, first)
         torch.testing.assert_close(hidden[row : row + 1], one, atol=1e-5, rtol=1e-5)
         one = model.decode(model.embed_tokens(step[row : row + 1]), length, alone, first)
         torch.testing.assert_close(after[row : row + 1], one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ["md2", "engine"])
 @torch.inference_mode()
-def test_serving_computes_other_than_the_plain_decoder(case, md3_weights):
+def test_serving_computes_other_than_the_plain_decoder(case, device, md3_weights):
     name, weights = weights_of(case, md3_weights)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, 24, 128, generator=generator) * 0.3
+    x = (torch.randn(2, 24, 128, generator=generator) * 0.3).to(device)
     close = {"atol": 2e-5, "rtol": 2e-5}
     for fused in (True, False):
-        model = build(name, weights)
+        model = build(name, weights, device)
         if not fused:
             model._cached = None
         for prefix in (0, 9):
             plain = model.text(x, prefix)
             text, cache = model.cached, model.new_cache(3)
-            slots = torch.tensor([2, 1])
+            slots = torch.tensor([2, 1], device=device)
             if prefix:
                 for row, slot in enumerate(slots.tolist()):
                     cache.put(slot, text.prefix(x[row, :prefix]))
             # The rest in chunks of unequal lengths, then the last positions one by one.
-            starts = torch.tensor([prefix, prefix])
+            starts = torch.tensor([prefix, prefix], device=device)
             for end in (prefix + 1, 15, 20):
                 start = int(starts[0])
                 got = text.extend(x[:, start:end], starts, cache, slots, end)
                 torch.testing.assert_close(got, plain[:, start:end], **close)
-                starts = torch.tensor([end, end])
+                starts = torch.tensor([end, end], device=device)
             for position in range(20, 24):
-                at = torch.tensor([position, position])
+                at = torch.tensor([position, position], device=device)
                 got = text.decode(x[:, position], at, cache, slots, position + 1)
                 torch.testing.assert_close(got, plain[:, position], **close)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_gathered_and_visited_experts_disagree(md3_weights, monkeypatch):
-    model = build("md3", md3_weights["engine"])
+def test_gathered_and_visited_experts_disagree(device, md3_weights, monkeypatch):
+    model = build("md3", md3_weights["engine"], device)
     mlp = model.text.blocks[1].mlp
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(device)
     monkeypatch.setattr("kestrel.moondream.moe.GATHER_LIMIT", 1_000)
     gathered = mlp(x)
     monkeypatch.setattr("kestrel.moondream.moe.GATHER_LIMIT", 0)
     torch.testing.assert_close(gathered, mlp(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_a_step_that_is_captured_waits_for_the_host(monkeypatch):
+def test_a_step_that_is_captured_waits_for_the_host(device, monkeypatch):
     """Counting who visits which expert reads numbers back, which no capture survives."""
-    mlp = random_model().text.blocks[1].mlp
-    x = torch.randn(moe.EVERY_LIMIT + 36, 32, generator=torch.Generator().manual_seed(1))
+    mlp = random_model().to(device).text.blocks[1].mlp
+    x = torch.randn(moe.EVERY_LIMIT + 36, 32, generator=torch.Generator().manual_seed(1)).to(device)
     visited = mlp(x)
     monkeypatch.setattr(moe, "capturing", lambda device: True)
     monkeypatch.setattr(moe.MixtureOfExperts, "_visited", None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import CPU, DEVICES
 from safetensors.torch import load_file, save_file
 
 from kestrel.config import SHIPPED_MODELS, ConfigError, RefinerConfig
@@ -18,7 +19,6 @@ from kestrel.seg_refiner import SegmentRefiner
 from kestrel.seg_refiner.seghead import SegHeadRefiner
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
-CPU = torch.device("cpu")
 TINY = SegHeadConfig(enc_dim=64, dim=64)
 """For the vision tower of the md2 fixture."""
 BOX = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
@@ -44,10 +44,14 @@ def disc() -> torch.Tensor:
     return ((x - 180) ** 2 + (y - 200) ** 2 < 110**2).float()[None, None]
 
 
-def test_five_rounds_give_the_reference_s_masks_and_scores(features, expected, tmp_path):
-    head = load_seg_head(FIXTURES / "seghead" / "weights.safetensors", CPU, torch.float32)
-    final, early = features
-    mask = disc()
+@pytest.mark.parametrize("device", DEVICES)
+def test_five_rounds_give_the_reference_s_masks_and_scores(features, expected, device, monkeypatch):
+    # Convolutions on CUDA would else round their factors to 10 bits.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head = load_seg_head(FIXTURES / "seghead" / "weights.safetensors", device, torch.float32)
+    final, early = (given.to(device) for given in features)
+    expected = {name: tensor.to(device) for name, tensor in expected.items()}
+    mask = start = disc().to(device)
     with torch.inference_mode():
         fused = head.fuse(final, early)
         for i in range(5):
@@ -61,7 +65,7 @@ def test_five_rounds_give_the_reference_s_masks_and_scores(features, expected, t
             torch.testing.assert_close(scores, expected["iou_each"][i], atol=1e-3, rtol=0)
             assert scores.argmax() == expected["best_each"][i]
             mask = torch.sigmoid(whole[:, scores.argmax()][None])
-        refined = head.refine(final, early, disc())
+        refined = head.refine(final, early, start)
     torch.testing.assert_close(refined, mask)
     torch.testing.assert_close(refined[0, 0, ::3, ::3], expected["final"], atol=1e-3, rtol=0)
 

@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kestrel.config import ConfigError
 from kestrel.moondream.cached import CachedText
 from kestrel.moondream.checkpoint import Checkpoint, local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import UInt8Array
 from kestrel.moondream.kv import KVCache, SlotKV
+from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.region import Region
 from kestrel.moondream.text import TextDecoder
 from kestrel.moondream.tokens import SegmentTokenizer
 from kestrel.moondream.vision import VisionEncoder
 from kestrel.moondream.weights import load_weights
 from kestrel.ops.linear import final, finalize
+from kestrel.ops.routing import precompiled
 
 
 class Moondream(nn.Module):
@@ -69,6 +72,19 @@ class Moondream(nn.Module):
         self.text.lm_head = final(self.text.lm_head)
         finalize(self.vision)
         finalize(self.region)
+
+    def use_kestrel_kernels(self) -> None:
+        """Have kestrel-kernels choose each token's experts; raises ``ConfigError`` where there are
+        none to choose, or where they do not load, run or agree with torch."""
+        moe = self.config.text.moe
+        if moe is None:
+            raise ConfigError(
+                "kestrel_kernels is on, but the model has no experts to choose; turn it off"
+            )
+        choose = precompiled(moe.num_experts, moe.experts_per_token, self.text.wte)
+        for block in self.text.blocks:
+            if isinstance(block.mlp, MixtureOfExperts):
+                block.mlp.choose = choose
 
     def new_cache(self, slots: int) -> SlotKV:
         """KV cache with one slot per running request."""

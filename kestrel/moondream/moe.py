@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.moondream.initial import normal_weights
+from kestrel.ops import routing
 from kestrel.ops.graphs import capturing
 from kestrel.ops.linear import FinalLinear, Product, final, reorders, shape_of
 
@@ -43,6 +44,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, dim: int, inner_dim: int, experts: int, per_token: int) -> None:
         super().__init__()
         self.per_token = per_token
+        self.choose: routing.Choice = routing.choose
         self.router: nn.Linear | FinalLinear = nn.Linear(dim, experts)
         self.fc1 = ExpertWeights(experts, 2 * inner_dim, dim)
         self.fc2 = ExpertWeights(experts, dim, inner_dim)
@@ -59,8 +61,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         tokens = x.reshape(-1, x.shape[-1])
-        scores, chosen = self.router(tokens).topk(self.per_token, dim=-1)
-        weights = scores.softmax(dim=-1)
+        weights, chosen = self.choose(self.router(tokens), self.per_token)
         if self._products is not None:
             mixed = self._visited(tokens, chosen, weights)
         elif chosen.numel() <= GATHER_LIMIT:
