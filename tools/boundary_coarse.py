@@ -7,8 +7,8 @@ import math
 import cv2
 import numpy as np
 
-POLYGONS, ROUGH_POLYGONS, BLOBS, PERFECT = 0.68, 0.12, 0.1, 0.06
-"""Shares of the kinds; the rest is a fine polygon."""
+POLYGONS, ROUGH_POLYGONS, BLOBS, PERFECT = 0.6, 0.12, 0.08, 0.12
+"""Shares of the kinds; the rest are fine polygons."""
 JITTER = 0.012
 """Vertices of a path lie off by about this fraction of the object's size."""
 
@@ -63,4 +63,4 @@ def coarsened(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return out
     if kind < POLYGONS + ROUGH_POLYGONS + BLOBS + PERFECT:
         return mask.copy()
-    return coarse_polygon(mask, rng, 120, 0.001, 0.0)
+    return coarse_polygon(mask, rng, int(rng.integers(60, 200)), rng.uniform(0, 0.003), 0.0)
