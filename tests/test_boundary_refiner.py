@@ -16,6 +16,7 @@ from kestrel.seg_refiner import boundary as boundary_module
 from kestrel.seg_refiner.boundary import MODEL, BoundaryRefiner, load_network
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.guided import GuidedRefiner
+from kestrel.seg_refiner.trust import log_vertices
 
 SQUARE = "M0 0H1V1H0Z"
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -79,6 +80,29 @@ def test_a_perfect_mask_stays_as_it_is(refiner):
         assert mask_iou(refiner(picture, truth), truth) > 0.98
     kept = [mask_iou(refiner(p, t), t) for p, t, _ in (scene(s, 400, 300) for s in range(12))]
     assert np.mean(kept) > 0.99
+
+
+def test_true_masks_are_left_alone_and_few_jittered_vertices_are_not(refiner):
+    scenes = [scene(seed, 400, 300) for seed in range(12)]
+    left = [np.array_equal(refiner(picture, truth), truth) for picture, truth, _ in scenes]
+    kept = [np.array_equal(refiner(picture, coarse), coarse) for picture, _, coarse in scenes]
+    assert sum(left) >= 10 and sum(kept) == 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_detail_counts_vertices_whatever_the_size(pieces):
+    corners = np.array([[0.1, 0.2], [0.9, 0.1], [0.8, 0.9], [0.5, 0.6], [0.2, 0.9]])
+    for side in (100, 1000):
+        mask = np.zeros((side, pieces * side), np.uint8)
+        for piece in range(pieces):
+            shape = (corners * (1 - 0.5 * piece) + [piece, 0]) * side
+            cv2.fillPoly(mask, [np.round(shape).astype(np.int32)], 1)
+        assert log_vertices(mask) == pytest.approx(np.log(8))  # five, but few count alike
+    angle = np.linspace(0, 2 * np.pi, 2000)
+    star = (0.3 + 0.05 * np.sin(40 * angle)) * np.stack([np.cos(angle), np.sin(angle)])
+    detailed = np.zeros((1000, 1000), np.uint8)
+    cv2.fillPoly(detailed, [np.round(500 + 1000 * star.T).astype(np.int32)], 1)
+    assert log_vertices(detailed) == pytest.approx(np.log(80))
 
 
 def test_a_picture_without_edges_is_rounded_no_more_than_by_the_guided_filter(refiner):

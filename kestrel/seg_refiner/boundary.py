@@ -2,7 +2,8 @@
 
 All of them see the grown box at a bounded working size. The network reads the picture, the coarse
 mask and the cues of ``cues.py``, and corrects the cues' mean; its answer is averaged with that
-mean, which errs elsewhere. One more guided pass takes the result to full size.
+mean, which errs elsewhere. One more guided pass takes the result to full size. A mask that is
+likely right already stays as it is (``trust.py``).
 ``kestrel/models/boundary/README.md`` tells how the network was trained and how good it all is.
 
 Ideas: corrections by a network that sees any coarse mask (Cheng et al., "CascadePSP", CVPR 2020;
@@ -23,6 +24,7 @@ from kestrel.config import ConfigError
 from kestrel.seg_refiner.box import refined_in_box
 from kestrel.seg_refiner.cues import Cues
 from kestrel.seg_refiner.guided import apply_coefficients, coefficients, planes
+from kestrel.seg_refiner.trust import trusted
 
 MODEL = Path(__file__).parents[1] / "models" / "boundary" / "model.onnx"
 READ_CUES = (
@@ -98,13 +100,12 @@ class BoundaryRefiner:
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         crop = np.ascontiguousarray(image)
         small, coverage = _at_working_size(crop, mask)
-        return _at_full_size(crop, small, self._soft(small, coverage))
-
-    def _soft(self, small: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-        """Share of the object, float32 [h, w] in 0..1, at working size."""
         cues = self.cues(small, coverage)
         (learned,) = self.network(network_planes(small, coverage, cues)[None])
-        return cues["mean"] + np.float32(SHARE) * (learned - cues["mean"])
+        if trusted(mask, coverage, learned):
+            return mask
+        soft = cues["mean"] + np.float32(SHARE) * (learned - cues["mean"])
+        return _at_full_size(crop, small, soft)
 
 
 def _at_working_size(crop: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
