@@ -2,8 +2,8 @@
 
     python tools/boundary_train.py --run runs/boundary --steps 20000 --ship kestrel/models/boundary
 
-Goes on from ``state.pt`` when it is started again, with ``--size large`` for the last third: nearer
-to the size at which the network works later, at two and a half times the time. ``--start`` begins
+Goes on from ``state.pt`` when it is started again, with ``--size large`` or ``full`` for the last
+third: nearer to the size at which the network works later, or at it, at several times the time. ``--start`` begins
 with the weights of an ONNX file instead of random ones. Logs to ``log.csv``:
 step, seconds, loss, IoU of the network and of the cues' mean that it corrects, learning rate, ms
 of this process for each sample. A process beside it draws the samples. ``--ship`` writes the
@@ -36,6 +36,7 @@ SHAPES = {
     "middle": ((144, 144), (160, 128), (128, 160), (176, 112), (112, 176), (160, 160)),
     "small": ((128, 128), (128, 128), (144, 112), (112, 144), (96, 144), (144, 96), (112, 112)),
     "large": ((192, 192), (192, 144), (144, 192), (160, 160), (192, 112), (112, 192)),
+    "full": ((256, 256), (256, 192), (192, 256), (224, 224), (256, 160), (160, 256)),
 }
 """Height and width of a batch, px; sides are multiples of 16."""
 BATCH = 16
