@@ -27,7 +27,6 @@ INSTALL = {
     "cv2": "pip install opencv-python-headless",
     "onnxruntime": "pip install 'onnxruntime>=1.18'",
     "torch": "pip install torch, as the line on torch says",
-    "torchvision": "pip install '.[hq-sam]'",
     "transformers": "pip install '.[hq-sam]'",
 }
 """By the module that does not load."""
@@ -39,6 +38,7 @@ SETTINGS = {
 
 
 def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
+    """Nothing here calls it, but transformers, which hq-sam runs on, import it where it is."""
     torch, vision = machine.version("torch"), machine.version("torchvision")
     needed = wanted.refiner is not None and "hq-sam" in wanted.refiner.loaded
     if torch is None:
@@ -48,10 +48,7 @@ def check_torchvision(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     pair = f"0.{int(match[1]) + 15}" if match else "of the same day"
     remedy = f"pip install --no-deps 'torchvision=={pair}.*' (without --no-deps pip changes torch)"
     if vision is None:
-        if needed:
-            yield bad("torchvision", "not installed; hq-sam imports it", remedy)
-        else:
-            yield ok("torchvision", "not installed, not needed")
+        yield ok("torchvision", "not installed, not needed")
     elif match and not vision.startswith(pair + "."):
         text = f"{vision} does not belong to torch {torch}"
         yield bad("torchvision", text, remedy, needed=needed)

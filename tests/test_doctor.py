@@ -237,22 +237,22 @@ def test_precompiled_kernels_meet_a_newer_companion():
     assert "4.3.5, not 4.4.0" in finding.text and "nvidia-cutlass-dsl==4.3.5" in finding.remedy
 
 
-@pytest.mark.parametrize("names", [{"refiner": "hq-sam"}, {"selectable": ("none", "hq-sam")}])
-def test_hq_sam_asks_for_a_torchvision_that_is_not_there(names):
-    asked = wanted(RefinerConfig(**names))
-    failure = the_failure(doctor.check_torchvision, Fake(), asked)
-    assert "--no-deps 'torchvision==0.24.*'" in failure.remedy
-    assert [f.verdict for f in found(doctor.check_torchvision, Fake())] == [Verdict.OK]
-
-
 @pytest.mark.parametrize(
-    ("refiner", "verdict"), [("hq-sam", Verdict.FAIL), ("guided", Verdict.WARN)]
+    ("names", "verdict"),
+    [
+        ({"refiner": "hq-sam"}, Verdict.FAIL),
+        ({"selectable": ("none", "hq-sam")}, Verdict.FAIL),
+        ({"refiner": "guided"}, Verdict.WARN),
+    ],
 )
-def test_torchvision_of_another_torch_is_not_seen(refiner, verdict):
+def test_torchvision_of_another_torch_is_not_seen(names, verdict):
     machine = Fake(versions={"torchvision": "0.25.0+cu128"})
-    (finding,) = found(doctor.check_torchvision, machine, wanted(RefinerConfig(refiner=refiner)))
+    asked = wanted(RefinerConfig(**names))
+    (finding,) = found(doctor.check_torchvision, machine, asked)
     assert finding.verdict is verdict
     assert "0.25.0+cu128 does not belong to torch 2.9.1" in finding.text
+    assert "--no-deps 'torchvision==0.24.*'" in finding.remedy
+    assert [f.verdict for f in found(doctor.check_torchvision, Fake(), asked)] == [Verdict.OK]
     right = Fake(versions={"torchvision": "0.24.1+cu128"})
     assert found(doctor.check_torchvision, right)[0].verdict is Verdict.OK
 

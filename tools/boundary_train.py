@@ -3,8 +3,8 @@
     python tools/boundary_train.py --run runs/boundary --steps 20000 --ship kestrel/models/boundary
 
 Goes on from ``state.pt`` when it is started again, with ``--size large`` or ``full`` for the last
-third: nearer to the size at which the network works later, or at it, at several times the time. ``--start`` begins
-with the weights of an ONNX file instead of random ones. Logs to ``log.csv``:
+third: nearer to the size at which the network works later, or at it, at several times the time.
+``--start`` begins with the weights of an ONNX file instead of random ones. Logs to ``log.csv``:
 step, seconds, loss, IoU of the network and of the cues' mean that it corrects, learning rate, ms
 of this process for each sample. A process beside it draws the samples. ``--ship`` writes the
 averaged weights as ONNX and checks that ONNX Runtime gives what torch gives.
