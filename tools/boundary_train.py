@@ -48,8 +48,8 @@ LOG_EVERY, SAVE_EVERY = 20, 60.0
 """Steps; seconds."""
 BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """CPUs with AVX-512 convolve bfloat16 at more than twice the rate of float32; others crawl."""
-MAX_DIFFERENCE = 2e-3
-"""Probability by which ONNX Runtime with its float16 weights may differ from torch."""
+MAX_DIFFERENCE = 1e-2
+"""Probability by which ONNX Runtime with its float16 weights may differ from torch, on noise."""
 
 
 def band_of(sample: Sample) -> np.ndarray:

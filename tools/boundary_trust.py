@@ -19,7 +19,7 @@ import numpy as np
 from kestrel.seg_refiner.boundary import _at_working_size, load_network, network_planes
 from kestrel.seg_refiner.box import grown_box, mask_box
 from kestrel.seg_refiner.cues import Cues
-from kestrel.seg_refiner.trust import agreement_of, log_vertices
+from kestrel.seg_refiner.trust import LEAST, agreement_of, log_vertices
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from photographs import cases
@@ -64,7 +64,7 @@ def main() -> None:
     for name, half in halves.items():
         weights, bias = fitted(half[:, :2], half[:, 2])
         other = halves["B" if name == "A" else "A"]
-        kept = other[:, :2] @ weights + bias > 0
+        kept = other[:, :2] @ weights + bias > LEAST
         true = other[:, 2] > 0.5
         print(
             f"fitted on {name}: weights {weights.round(3)}, bias {bias:.3f}; keeps "
