@@ -16,7 +16,7 @@ from kestrel.seg_refiner import boundary as boundary_module
 from kestrel.seg_refiner.boundary import MODEL, BoundaryRefiner, load_network
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.guided import GuidedRefiner
-from kestrel.seg_refiner.trust import log_vertices
+from kestrel.seg_refiner.trust import VERTICES, vertices_of
 
 SQUARE = "M0 0H1V1H0Z"
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -97,12 +97,12 @@ def test_detail_counts_vertices_whatever_the_size(pieces):
         for piece in range(pieces):
             shape = (corners * (1 - 0.5 * piece) + [piece, 0]) * side
             cv2.fillPoly(mask, [np.round(shape).astype(np.int32)], 1)
-        assert log_vertices(mask) == pytest.approx(np.log(8))  # five, but few count alike
+        assert 5 <= vertices_of(mask) <= 8
     angle = np.linspace(0, 2 * np.pi, 2000)
     star = (0.3 + 0.05 * np.sin(40 * angle)) * np.stack([np.cos(angle), np.sin(angle)])
     detailed = np.zeros((1000, 1000), np.uint8)
     cv2.fillPoly(detailed, [np.round(500 + 1000 * star.T).astype(np.int32)], 1)
-    assert log_vertices(detailed) == pytest.approx(np.log(80))
+    assert vertices_of(detailed) > VERTICES
 
 
 def test_a_picture_without_edges_is_rounded_no_more_than_by_the_guided_filter(refiner):

@@ -29,14 +29,19 @@ from kestrel.server.http import EngineBackend
 
 pytest_plugins = ["engines"]
 
+HANGS = threading.Event()
+"""A refinement has begun, and hangs."""
+
 
 @pytest.fixture
 def hang(switch: Switch, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Called, it has every refinement wait until the test is over; engines leave it sooner."""
     monkeypatch.setattr("kestrel.engine.LEAVE_AFTER_S", 1.0)
     release = threading.Event()
+    HANGS.clear()
 
     def hanging(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        HANGS.set()
         assert release.wait(60)
         return mask
 
@@ -57,7 +62,7 @@ async def started(**changes: Any) -> InferenceEngine:
 async def left_in_refinement(engine: InferenceEngine, ask: dict[str, Any]) -> None:
     """One request whose refinement hangs, left by its client."""
     asked = asyncio.create_task(engine.segment(**ask))
-    await until(lambda: engine.stats()["refining"] == 1)
+    await until(HANGS.is_set)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked

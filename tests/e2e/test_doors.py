@@ -80,9 +80,14 @@ def test_stream_by_handle_that_is_left_frees_what_it_holds(
         return graph.count("Model", "cancelled") + graph.count("Refiner", "cancelled")
 
     before = cancelled()
-    first = graph.driver.ask("leave_stream", object=samples[0].noun, image=str(picture))
-    assert first["ok"]["type"] == "bbox"
-    assert wait_for(lambda: cancelled() == before + 1)
+
+    def left_in_time() -> bool:
+        """Whether it was left before its answer was there: on a busy machine it may be."""
+        first = graph.driver.ask("leave_stream", object=samples[0].noun, image=str(picture))
+        assert first["ok"]["type"] == "bbox"
+        return wait_for(lambda: cancelled() > before, 10)
+
+    assert any(left_in_time() for _ in range(5))
     assert wait_for(lambda: graph.count("Model", "running") == 0)
     assert wait_for(lambda: graph.count("Refiner", "running") == 0)
 
