@@ -16,9 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kestrel.seg_refiner.boundary import _at_working_size, load_network, network_planes
+from kestrel.seg_refiner.boundary import BoundaryRefiner
 from kestrel.seg_refiner.box import grown_box, mask_box
-from kestrel.seg_refiner.cues import Cues
 from kestrel.seg_refiner.trust import agreement_of, trusted, vertices_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -28,14 +27,14 @@ SHARES = (5, 25, 50, 75, 95)
 """Percentiles that are printed."""
 
 
-def signs(image: np.ndarray, mask: np.ndarray, cues: Cues) -> tuple[float, int, bool]:
+def signs(image: np.ndarray, mask: np.ndarray, refiner: BoundaryRefiner) -> tuple[float, int, bool]:
     """Agreement, vertices and whether it is left, of a coarse mask [H, W] in its crop."""
     x0, y0, x1, y1 = grown_box(mask_box(mask), mask.shape[1], mask.shape[0])
     crop = np.ascontiguousarray(image[y0:y1, x0:x1])
     cut = np.ascontiguousarray(mask[y0:y1, x0:x1])
-    small, coverage = _at_working_size(crop, cut)
-    (learned,) = load_network()(network_planes(small, coverage, cues(small, coverage))[None])
-    return agreement_of(coverage, learned), vertices_of(cut), trusted(cut, coverage, learned)
+    view = refiner.look(crop, cut)
+    left = trusted(cut, view.coverage, view.learned)
+    return agreement_of(view.coverage, view.learned), vertices_of(cut), left
 
 
 def main() -> None:
@@ -43,11 +42,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    cues = Cues()
+    refiner = BoundaryRefiner()
     found: dict[str, list[tuple[float, int, bool]]] = {"true masks": [], "32 vertices": []}
     for case in cases(args.folder, "train", perfect=False):
         for kind, mask in zip(found, (case.truth, case.coarse), strict=True):
-            found[kind].append(signs(case.image, mask, cues))
+            found[kind].append(signs(case.image, mask, refiner))
     for kind, rows in found.items():
         agreement, vertices, left = np.array(rows, float).T
         print(f"{kind}, percentiles {SHARES}: agreement", np.percentile(agreement, SHARES).round(2))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -86,6 +87,19 @@ def load_network(model: Path = MODEL) -> Network:
     return lambda inputs: session.run(None, {"planes": inputs})[0]
 
 
+class View(NamedTuple):
+    """A crop at working size, and what is thought of it: shares of the object in 0..1."""
+
+    small: np.ndarray
+    """uint8 [h, w, 3]."""
+    coverage: np.ndarray
+    """Of the coarse mask, float32 [h, w]."""
+    mean: np.ndarray
+    """Of the cues, float32 [h, w]."""
+    learned: np.ndarray
+    """The network's, float32 [h, w]."""
+
+
 class BoundaryRefiner:
     """Callable ``(image uint8 [H, W, 3] RGB, mask uint8 [H, W] 0/1) -> mask uint8 [H, W] 0/1``.
 
@@ -101,13 +115,19 @@ class BoundaryRefiner:
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         crop = np.ascontiguousarray(image)
+        view = self.look(crop, mask)
+        if trusted(mask, view.coverage, view.learned):
+            return mask
+        soft = view.mean + np.float32(SHARE) * (view.learned - view.mean) + np.float32(LEAN)
+        return _at_full_size(crop, view.small, soft)
+
+    def look(self, crop: np.ndarray, mask: np.ndarray) -> View:
+        """A contiguous crop uint8 [H, W, 3] and its coarse mask uint8 [H, W] 0/1, at working
+        size."""
         small, coverage = _at_working_size(crop, mask)
         cues = self.cues(small, coverage)
         (learned,) = self.network(network_planes(small, coverage, cues)[None])
-        if trusted(mask, coverage, learned):
-            return mask
-        soft = cues["mean"] + np.float32(SHARE) * (learned - cues["mean"]) + np.float32(LEAN)
-        return _at_full_size(crop, small, soft)
+        return View(small, coverage, cues["mean"], learned)
 
 
 def _at_working_size(crop: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Whether a coarse mask is right already: then the boundary refiner leaves it as it is.
 
 The network, which was trained on right masks too, moves their outlines less than those that a model
-spelled with a few vertices. Where it leaves most of an outline it decides alone; where it leaves
-some, the outline must have more detail than a few vertices could give.
+spelled with a few vertices. Where it leaves a good part of an outline it decides alone; where it
+leaves less, the outline must have more detail than a few vertices could give.
 """
 
 from __future__ import annotations
