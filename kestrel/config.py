@@ -13,6 +13,8 @@ from typing import Any
 from kestrel.api_keys import ApiKey, parse_keys
 
 SHIPPED_MODELS = Path(__file__).parent / "models"
+KERNELS_INSTALL = "pip install -c constraints.txt '.[kestrel-kernels]'"
+"""What ``RuntimeConfig.kestrel_kernels`` takes."""
 
 
 class ConfigError(ValueError):

@@ -23,7 +23,7 @@ from kestrel.checks_refiner import (
     check_torchvision,
     check_tracers,
 )
-from kestrel.config import ConfigError, RuntimeConfig
+from kestrel.config import KERNELS_INSTALL, ConfigError, RuntimeConfig
 from kestrel.diagnosis import (
     LESS_MEMORY,
     TRACEBACK,
@@ -42,7 +42,6 @@ from kestrel.errors import DeadlineExceeded, PromptTooLong
 
 log = logging.getLogger(__name__)
 
-KERNELS_INSTALL = "pip install -c constraints.txt '.[kestrel-kernels]'"
 KERNELS_COMPANION = ("nvidia-cutlass-dsl", "4.3.5")
 """The release that kestrel-kernels 0.1.2 was built with; another one lacks its symbols."""
 KERNELS_LIBRARIES = ("nvidia_cutlass_dsl/lib", "tvm_ffi/lib")

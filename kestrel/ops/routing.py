@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kestrel.config import ConfigError
+from kestrel.config import KERNELS_INSTALL, ConfigError
 
 Choice = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Router's scores [N, experts], experts per token k -> weights [N, k] in the scores' type, and the
 experts' numbers int64 [N, k]."""
 
-INSTALL = "pip install -c constraints.txt '.[kestrel-kernels]'"
 DEVICE = "cuda"
 TRIED_ROWS = (1, 5, 64, 740)
 AGREES = 1e-2
@@ -49,7 +48,8 @@ def precompiled(experts: int, per_token: int, like: Tensor) -> Choice:
     try:
         topk_fwd = load()
     except Exception as error:  # native libraries, drivers
-        raise _refused(f"do not load ({type(error).__name__}: {error}); {INSTALL}") from error
+        reason = f"do not load ({type(error).__name__}: {error}); {KERNELS_INSTALL}"
+        raise _refused(reason) from error
     if like.device.type != DEVICE:
         raise _refused(f"need CUDA, and the model is on {like.device.type}")
 
