@@ -248,14 +248,19 @@ async def idle_overhead(rounds: int) -> dict[str, Any]:
     }
 
 
-def random_checkpoint(folder: Path) -> int:
-    """Write a random model of about 300 million parameters; gives their number."""
+def large_config() -> MoondreamConfig:
+    """Sizes of about 300 million parameters, pictures as the shipped model takes them."""
     shipped = MoondreamConfig.from_dict(json.loads((NANO / "config.json").read_text()))
     sizes = shipped.to_dict()
     sizes["text"] |= {"dim": 1024, "ff_dim": 4096, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16}
     sizes["vision"] |= {"proj_out_dim": 1024}
     sizes["region"] |= {"dim": 1024}
-    config = MoondreamConfig.from_dict(sizes)
+    return MoondreamConfig.from_dict(sizes)
+
+
+def random_checkpoint(folder: Path) -> int:
+    """Write a random model of about 300 million parameters; gives their number."""
+    config = large_config()
     torch.manual_seed(0)
     model = talkative(Moondream(config))
     save_file(dict(model.named_parameters()), str(folder / "model.safetensors"))

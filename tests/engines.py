@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import GPU
 from PIL import Image
 from serving import encoded
 
@@ -56,10 +57,14 @@ def switch(switched: Switch) -> Iterator[Switch]:
 CONFIG: dict[str, Any] = {"device": "cpu", "torch_threads": 1}
 
 
-@pytest.fixture(scope="module")
-def engine(switched: Switch) -> Iterator[InferenceEngine]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=GPU.marks)])
+def engine(switched: Switch, request: pytest.FixtureRequest) -> Iterator[InferenceEngine]:
     """The shipped model with four slots; tests may use it from any event loop."""
-    config = RuntimeConfig(max_batch_size=4, refiner=RefinerConfig(refiner="switch"), **CONFIG)
+    config = RuntimeConfig(
+        max_batch_size=4,
+        refiner=RefinerConfig(refiner="switch"),
+        **{**CONFIG, "device": request.param, "dtype": "float32"},
+    )
     made = asyncio.run(InferenceEngine.create(config))
     yield made
     asyncio.run(made.shutdown())

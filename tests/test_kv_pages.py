@@ -198,7 +198,8 @@ def test_flashinfer_attends_other_than_torch():
 def test_flashinfer_draws_other_tokens_than_torch():
     flashinfer()
     logits = torch.randn(64, 1664, generator=torch.Generator().manual_seed(2)).cuda() * 3
-    temperatures, top_ps = [0.0, 0.5, 1.0, 2.0] * 16, [0.3, 0.9, 1.0, 0.6] * 16
+    temperatures = [0.0, 0.5, 1.0, 2.0] * 16
+    top_ps = [0.3, 0.9, 1.0, 0.6, 0.3, 0.0, 1e-7, 1e-3] * 8
     draws = [random.Random(n).random() for n in range(64)]
     by_torch = sample(logits, temperatures, top_ps, draws)
     by_flashinfer = sample(logits, temperatures, top_ps, draws, fast.nucleus)
@@ -218,22 +219,34 @@ def test_captured_steps_with_flashinfer_compute_other_than_slots():
         vision=replace(TINY_2.vision, proj_out_dim=128),
         region=replace(TINY_2.region, dim=128),
     )
-    model = ready(config, torch.device("cuda")).to(torch.bfloat16)
+    exact = ready(config, torch.device("cuda"))
+    model = random_model(config).to(torch.device("cuda"), torch.bfloat16)
+    model.text.reset_tables()
     model.fuse()
-    text = model.cached
-    slotted, paged = text.new_cache(3), text.new_pages(3)
-    steps = DecodeSteps(text, paged, flashinfer=True)
-    for row in range(3):
-        prefix = text.prefix(torch.randn(5 + row, 128).cuda().bfloat16())
+    texts = (exact.cached, model.cached)
+    caches = [text.new_cache(4) for text in texts]
+    paged = model.cached.new_pages(4)
+    steps = DecodeSteps(model.cached, paged, flashinfer=True)
+    for row in range(4):
+        x = torch.randn(5 + row, 128, generator=torch.Generator().manual_seed(row)).cuda()
+        for text, kv in zip(texts, caches, strict=True):
+            kv.put(row, text.prefix(x.to(text.text.wte.dtype)))
         paged.reserve(row, 100)
-        slotted.put(row, prefix)
-        paged.put(row, prefix)
-    for step in range(20):
-        filled = [5 + row + step for row in range(3)]
-        x = torch.randn(3, 128).cuda().bfloat16()
-        expected = text.decode(x, torch.tensor(filled).cuda(), slotted, None, max(filled) + 1)
-        got = steps(x, filled)
-        torch.testing.assert_close(got, expected, atol=0.1, rtol=0.05)
+        paged.put(row, model.cached.prefix(x.bfloat16()))
+    chance = torch.Generator().manual_seed(9)
+    for step in range(60):
+        rows = 4 - step // 15
+        if step in (15, 30, 45):
+            paged.free(rows)
+        filled = [5 + row + step for row in range(rows)]
+        x, at = torch.randn(rows, 128, generator=chance).cuda(), torch.tensor(filled).cuda()
+        wanted, torchs = (
+            text.decode(x.to(text.text.wte.dtype), at, kv, None, max(filled) + 1).float()
+            for text, kv in zip(texts, caches, strict=True)
+        )
+        got = steps(x.bfloat16(), filled).float()
+        error = (got - wanted).norm() / wanted.norm()
+        assert error < 2 * (torchs - wanted).norm() / wanted.norm() + 1e-3
 
 
 # The engine

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner import SegmentRefiner
@@ -71,8 +72,9 @@ def picture(height: int = 90, width: int = 120) -> np.ndarray:
 
 
 @needs_transformers
-def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(saved):
-    refine = HqSamRefiner(config(saved))
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(saved, device):
+    refine = HqSamRefiner(replace(config(saved), device=device.type))
     mask = np.zeros((90, 120), np.uint8)
     mask[25:65, 35:85] = 1
     refined = refine(picture(), mask)

@@ -99,10 +99,11 @@ def picture() -> np.ndarray:
     return image
 
 
-def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(parts):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(parts, device):
     mask = np.zeros((90, 120), np.uint8)
     mask[25:65, 35:85] = 1
-    refined = SegHeadRefiner(parts)(picture(), mask)
+    refined = SegHeadRefiner(replace(parts, device=device.type))(picture(), mask)
     assert refined.dtype == np.uint8 and refined.shape == mask.shape
     assert set(np.unique(refined)) <= {0, 1}
     outside = refined.copy()

@@ -106,9 +106,13 @@ def _workspace(device: torch.device) -> Tensor:
     return _workspaces[device]
 
 
+LEAST_TOP_P = 1e-6
+"""A smaller ``top_p`` is taken as this one: it keeps the likeliest candidate alone, as 0 does."""
+
+
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
     """``kestrel.ops.sampling.by_rank`` without its sort; what it keeps adds up to 1."""
-    return load().sampling.top_p_renorm_probs(probs, top_p[:, 0].contiguous())
+    return load().sampling.top_p_renorm_probs(probs, top_p[:, 0].clamp(min=LEAST_TOP_P))
 
 
 def wanted(kernels: str, like: Tensor, heads: tuple[int, int, int], page: int) -> bool:
@@ -175,9 +179,9 @@ def _trial_nucleus(like: Tensor) -> float:
     from kestrel.ops.sampling import by_rank
 
     chance = torch.Generator(like.device).manual_seed(0)
-    probs = torch.rand(4, 300, generator=chance, device=like.device).pow(6)
+    probs = torch.rand(5, 300, generator=chance, device=like.device).pow(6)
     probs /= probs.sum(-1, keepdim=True)
-    top_p = torch.tensor([[0.2], [0.5], [0.9], [1.0]], device=like.device)
+    top_p = torch.tensor([[0.0], [0.2], [0.5], [0.9], [1.0]], device=like.device)
     expected = by_rank(probs, top_p)
     expected = expected / expected.sum(-1, keepdim=True)
     return float((nucleus(probs, top_p) - expected).abs().max())

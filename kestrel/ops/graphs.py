@@ -28,7 +28,8 @@ class Captured:
         self._run = run
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._capture(pool)
+            with torch.cuda.device(device):  # streams are the current device's
+                self._capture(pool)
 
     def _capture(self, pool: Pool) -> None:
         aside = torch.cuda.Stream()
