@@ -48,7 +48,9 @@ async def test_the_shipped_model_answers_otherwise_than_on_a_cpu(device):
     found = await answers(config(device), asked)
     for here, there in zip(found, expected, strict=True):
         assert here["token_ids"] == there["token_ids"], here["object"]
-        assert here["bbox"] == there["bbox"] and here["tokens"] == there["tokens"]
+        # 2 to a power and products with it: each device rounds them in its own way.
+        assert here["bbox"] == pytest.approx(there["bbox"], abs=1e-6)
+        assert here["tokens"] == there["tokens"]
 
 
 @on_gpu
@@ -71,13 +73,13 @@ def test_a_captured_step_computes_other_than_one_that_is_called(device, slots):
     model = load(NANO, device, torch.float32)
     text, dim = model.cached, model.config.text.dim
     paged, called = text.new_pages(slots), text.new_pages(slots)
+    steps = DecodeSteps(text, paged, flashinfer=False)
     chance = torch.Generator().manual_seed(slots)
     for row in range(slots):
         prefix = text.prefix(torch.randn(3 + row, dim, generator=chance).to(device))
         for kv in (paged, called):
             kv.reserve(row, 300)
             kv.put(row, prefix)
-    steps = DecodeSteps(text, paged, flashinfer=False)
     filled = [3 + row for row in range(slots)]
     for rows in range(slots, 0, -1):
         if rows < slots:

@@ -104,12 +104,14 @@ def test_pages_and_fixed_steps_compute_other_than_slots(config, device):
     rows, slots = 5, 6
     prefixes = torch.randn(rows, 19, dim, generator=chance).to(device)
     slotted, paged = text.new_cache(slots), text.new_pages(slots)
+    steps = DecodeSteps(text, paged, flashinfer=False)
     for row, x in enumerate(prefixes):
         prefix = text.prefix(x)
         paged.reserve(row, 200)
         slotted.put(row, prefix)
         paged.put(row, prefix)
-    steps = DecodeSteps(text, paged, flashinfer=False)
+    with pytest.raises(ValueError, match="before any slot"):
+        DecodeSteps(text, paged, flashinfer=False)
     # Prompts of unequal length as one padded batch, then tokens.
     counts = [1, 7, 4, 9, 2]
     x = torch.randn(rows, max(counts), dim, generator=chance).to(device)
@@ -326,5 +328,8 @@ async def test_paged_answers_differ_from_those_of_slots(endless, device):
     for changes in ({}, {"kv_cache_bytes": 2**30, "device": device, "dtype": "float32"}):
         async with await InferenceEngine.create(config(endless, **changes)) as engine:
             results = await asyncio.gather(*(engine.segment(**a) for a in asked))
-            answers.append([r.output for r in results])
-    assert answers[0] == answers[1]
+            answers.append([r.output["segments"][0] for r in results])
+    for slotted, paged in zip(*answers, strict=True):
+        # A GPU rounds a power of two in its own way.
+        assert paged.pop("bbox") == pytest.approx(slotted.pop("bbox"), abs=1e-6)
+        assert paged == slotted

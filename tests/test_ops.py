@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from devices import CPU, DEVICES
+from devices import DEVICES
 
 from kestrel.ops.attention import attend
 from kestrel.ops.graphs import Captured, Pool
@@ -35,10 +35,10 @@ def test_attention_differs_from_its_formula(device, kv_heads, masked):
 
 
 def test_the_nucleus_keeps_too_few_or_too_many(device):
-    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]], device=device).expand(5, 4)
-    top_p = torch.tensor([[0.0001], [0.5], [0.51], [0.75], [1.0]], device=device)
+    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]], device=device).expand(6, 4)
+    top_p = torch.tensor([[0.0], [0.0001], [0.5], [0.51], [0.75], [1.0]], device=device)
     kept = by_rank(probs, top_p)
-    expected = [[1], [1], [1, 3], [1, 3], [0, 1, 2, 3]]
+    expected = [[1], [1], [1], [1, 3], [1, 3], [0, 1, 2, 3]]
     assert [row.nonzero().flatten().tolist() for row in kept] == expected
 
 
@@ -51,7 +51,7 @@ def test_a_row_is_drawn_otherwise_among_others(device):
     together = sample(logits.to(device), temperatures, top_ps, draws).tolist()
     settings = zip(temperatures, top_ps, draws, strict=True)
     alone = [
-        sample(row[None].to(CPU), [t], [p], [d]).item()
+        sample(row[None].to(device), [t], [p], [d]).item()
         for row, (t, p, d) in zip(logits, settings, strict=True)
     ]
     assert together == alone

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.moondream.initial import normal_weights
-from kestrel.ops import routing
+from kestrel.ops import experts, routing
 from kestrel.ops.graphs import capturing
 from kestrel.ops.linear import FinalLinear, Product, final, reorders, shape_of
 
@@ -15,8 +15,8 @@ GATHER_LIMIT = 32
 """Up to this many (token, expert) pairs, gathering expert weights beats visiting every expert."""
 EVERY_LIMIT = 64
 """Up to this many tokens, CUDA runs every expert on every token: a decode step reads most experts'
-weights in any case, and nothing in it waits for the host. Steps of more tokens do so while they are
-captured, when nothing may wait."""
+weights in any case, and nothing in it waits for the host. More tokens are grouped by expert where
+the device can, or do so while they are captured, when nothing may wait."""
 
 
 class ExpertWeights(nn.Module):
@@ -41,13 +41,13 @@ class MixtureOfExperts(nn.Module):
     An expert halves ``fc1(x)`` into h and g and gives ``fc2(gelu(h) * (g + 1))`` (erf GELU).
     """
 
-    def __init__(self, dim: int, inner_dim: int, experts: int, per_token: int) -> None:
+    def __init__(self, dim: int, inner_dim: int, count: int, per_token: int) -> None:
         super().__init__()
         self.per_token = per_token
         self.choose: routing.Choice = routing.choose
-        self.router: nn.Linear | FinalLinear = nn.Linear(dim, experts)
-        self.fc1 = ExpertWeights(experts, 2 * inner_dim, dim)
-        self.fc2 = ExpertWeights(experts, dim, inner_dim)
+        self.router: nn.Linear | FinalLinear = nn.Linear(dim, count)
+        self.fc1 = ExpertWeights(count, 2 * inner_dim, dim)
+        self.fc2 = ExpertWeights(count, dim, inner_dim)
         self._products: list[tuple[Product, Product]] | None = None
 
     def finalize(self) -> None:
@@ -66,7 +66,11 @@ class MixtureOfExperts(nn.Module):
             mixed = self._visited(tokens, chosen, weights)
         elif chosen.numel() <= GATHER_LIMIT:
             mixed = self._gathered(tokens, chosen, weights)
-        elif capturing(tokens.device) or (tokens.is_cuda and len(tokens) <= EVERY_LIMIT):
+        elif tokens.is_cuda and len(tokens) <= EVERY_LIMIT:
+            mixed = self._every(tokens, chosen, weights)
+        elif experts.can_group(tokens):
+            mixed = self._grouped(tokens, chosen, weights)
+        elif capturing(tokens.device):
             mixed = self._every(tokens, chosen, weights)
         else:
             mixed = self._visited(tokens, chosen, weights)
@@ -86,6 +90,19 @@ class MixtureOfExperts(nn.Module):
         share = share.scatter_(1, chosen, weights.to(tokens.dtype)).T[..., None]
         h, g = (tokens @ self.fc1.weight.transpose(1, 2)).chunk(2, dim=-1)
         return ((F.gelu(h) * (g + 1)) @ self.fc2.weight.transpose(1, 2) * share).sum(dim=0)
+
+    def _grouped(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        counts = flat.new_zeros(len(self.fc1.weight)).scatter_add_(0, flat, torch.ones_like(flat))
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = experts.grouped(tokens[order // self.per_token], self.fc1.weight, ends)
+        h, g = hidden.chunk(2, dim=-1)
+        out = experts.grouped(F.gelu(h) * (g + 1), self.fc2.weight, ends)
+        # Back in the order of the tokens: their parts add up in the same order each time.
+        parts = torch.empty_like(out)
+        parts[order] = out
+        return (parts.view(*chosen.shape, -1) * weights[..., None].to(out.dtype)).sum(dim=1)
 
     def _visited(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         mixed = torch.zeros_like(tokens)

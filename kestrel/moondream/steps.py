@@ -25,7 +25,10 @@ class DecodeSteps:
 
     def __init__(self, text: CachedText, cache: PagedKV, *, flashinfer: bool) -> None:
         """``flashinfer``: attention by FlashInfer, which ``kestrel.ops.fast.wanted`` vouches for.
-        On CUDA every step is captured here, which takes a moment and memory of its own."""
+        On CUDA every step is captured here, which takes a moment and memory of its own, and writes
+        into the first position of each slot: ``cache`` must not hold anything yet."""
+        if any(cache.held):
+            raise ValueError("steps are made before any slot holds pages")
         self._text, self._cache = text, cache
         c, device = text.config, cache.kv.device
         self._x = text.text.wte.new_zeros(cache.slots, c.dim)

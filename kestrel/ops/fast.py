@@ -107,12 +107,16 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 LEAST_TOP_P = 1e-6
-"""A smaller ``top_p`` is taken as this one: it keeps the likeliest candidate alone, as 0 does."""
+"""The kernel is given no smaller ``top_p``."""
 
 
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
     """``kestrel.ops.sampling.by_rank`` without its sort; what it keeps adds up to 1."""
-    return load().sampling.top_p_renorm_probs(probs, top_p[:, 0].clamp(min=LEAST_TOP_P))
+    kept = load().sampling.top_p_renorm_probs(probs, top_p[:, 0].clamp(min=LEAST_TOP_P))
+    # Where the likeliest candidate is enough it is kept alone, whatever the kernel makes of it.
+    most, likeliest = probs.max(dim=-1, keepdim=True)
+    alone = torch.zeros_like(probs).scatter_(-1, likeliest, 1.0)
+    return torch.where(most >= top_p, alone, kept)
 
 
 def wanted(kernels: str, like: Tensor, heads: tuple[int, int, int], page: int) -> bool:
@@ -144,10 +148,12 @@ def _reason_against(like: Tensor, heads: tuple[int, int, int], page: int) -> str
     except Exception as error:  # it looks for the GPU while it is imported
         return f"FlashInfer does not load ({type(error).__name__}: {error}); {INSTALL}"
     try:
-        differs = max(_trial_attention(like, heads, page), _trial_nucleus(like))
+        trials = _trial_attention(like, heads, page), _trial_nucleus(like)
     except Exception as error:  # compilers, drivers, versions
         return f"FlashInfer fails ({type(error).__name__}: {error})"
-    return f"FlashInfer differs from torch by {differs:.3f}" if not differs <= AGREES else None
+    # A number that is none does not agree either.
+    wrong = [differs for differs in trials if not differs <= AGREES]
+    return f"FlashInfer differs from torch by {wrong[0]:.3f}" if wrong else None
 
 
 def _trial_attention(like: Tensor, heads: tuple[int, int, int], page: int) -> float:

@@ -66,6 +66,8 @@ def by_rank(probs: Tensor, top_p: Tensor) -> Tensor:
     """``probs`` [B, N] of the smallest set of most likely candidates that reaches ``top_p``
     [B, 1], 0 elsewhere; the reference of what other kernels do."""
     ranked, order = probs.sort(dim=-1, descending=True)
-    # A candidate is in the nucleus if those before it do not reach top_p; the first always is.
-    kept = ranked * (ranked.cumsum(dim=-1) - ranked < top_p)
-    return torch.zeros_like(probs).scatter_(-1, order, kept)
+    # A candidate is in the nucleus if those before it do not reach top_p; the first always is,
+    # also where top_p is 0 or has become so in float32.
+    kept = ranked.cumsum(dim=-1) - ranked < top_p
+    kept[..., 0] = True
+    return torch.zeros_like(probs).scatter_(-1, order, ranked * kept)
