@@ -331,5 +331,8 @@ async def test_paged_answers_differ_from_those_of_slots(endless, device):
             answers.append([r.output["segments"][0] for r in results])
     for slotted, paged in zip(*answers, strict=True):
         # A GPU rounds a power of two in its own way.
-        assert paged.pop("bbox") == pytest.approx(slotted.pop("bbox"), abs=1e-6)
+        for box in ("bbox", "coarse_bbox"):
+            assert paged.pop(box) == pytest.approx(slotted.pop(box), abs=1e-6)
+        sizes = [torch.tensor(answer.pop("sizes")) for answer in (paged, slotted)]
+        torch.testing.assert_close(*sizes, atol=1e-6, rtol=0)
         assert paged == slotted
