@@ -276,11 +276,11 @@ async def requests_of(
     times: dict[str, list[float]] = {"nouns": [], "images": []}
     for _ in range(2):
         images = fresh(4)
-        nouns = [Question(fresh(1)[0].image, q.noun) for q in images]
-        nouns = [Question(nouns[0].image, q.noun) for q in nouns]
-        for name, asked in (("nouns", nouns), ("images", images)):
+        one = fresh(1)[0].image
+        nouns = [Question(one, q.noun) for q in images]
+        for name, group in (("nouns", nouns), ("images", images)):
             began = time.perf_counter()
-            await asyncio.gather(*(ask(engine, q, tokens) for q in asked))
+            await asyncio.gather(*(ask(engine, q, tokens) for q in group))
             times[name].append(time.perf_counter() - began)
     found["four_nouns_ms"], found["four_images_ms"] = (
         statistics.median(times[name]) * 1e3 for name in ("nouns", "images")
