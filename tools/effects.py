@@ -5,8 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-TRAIN_SIZE = 126
+SIDE = 168
 """Side of the model's input, px."""
+BLUR_SIDE = 126
+"""Side of a picture for which blur is given, px."""
 
 
 def shade(canvas: np.ndarray, alpha: np.ndarray, x0: int, y0: int, darkness: float) -> None:
@@ -31,7 +33,7 @@ def finish(canvas: np.ndarray, effects: dict[str, float], rng: np.random.Generat
     if "bias" in effects:
         canvas += effects["bias"]
     if "blur" in effects:
-        sigma = effects["blur"] * min(width, height) / TRAIN_SIZE
+        sigma = effects["blur"] * min(width, height) / BLUR_SIDE
         canvas = cv2.GaussianBlur(canvas, (0, 0), sigma)
     if "noise" in effects:
         noise = np.empty(canvas.shape, np.int16)

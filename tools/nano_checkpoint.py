@@ -45,7 +45,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
-    """Sizes of the shipped model: 126 px, 81 patches, width 192, tau attention."""
+    """Sizes of the shipped model: 168 px, 144 patches, width 192, tau attention."""
     vocab = -(-tokenizer.get_vocab_size() // 64) * 64
     return MoondreamConfig(
         text=TextConfig(
@@ -56,16 +56,16 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             max_context=512,
             n_heads=6,
             n_kv_heads=6,
-            prefix_attn=82,
+            prefix_attn=145,
             tau_attn=True,
         ),
         vision=VisionConfig(
             enc_dim=192,
-            enc_n_layers=5,
+            enc_n_layers=6,
             enc_ff_dim=768,
             enc_n_heads=6,
             proj_out_dim=192,
-            crop_size=126,
+            crop_size=168,
             max_crops=0,
             overlap_margin=0,
             proj_inner_dim=768,

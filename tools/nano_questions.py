@@ -1,213 +1,403 @@
-"""Stored scenes to training questions: prompts, answers, patch labels, batches."""
+"""Stored scenes to training questions: prompts, answers, patch labels, batches.
+
+All of a batch is made at once, by the device that trains on it.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
-from nano_training import QUANTUM, Batch, Question, lay_out, outline_tokens
-from scene_store import CELLS, GRID, OBJECTS, SIDE, VERTICES, SceneStore, mirrored
+import torch.nn.functional as F
+from nano_training import IGNORE, LEVELS, QUANTUM, Batch
+from scene_store import CELLS, GRID, OBJECTS, VERTICES, Scenes
 from tokenizers import Tokenizer
+from torch import Tensor
 from words import KINDS, SYNONYMS
 
 from kestrel.moondream.config import PromptConfig
 
-LENGTH = 68
-"""Positions per question: prompt 5, spatial ref 3, coords and size 3, path 53, and spare."""
-BOX_LENGTH = 14
-"""Positions per question when only the box is asked for."""
+ABSENT = 0.12
+"""Share of the questions that ask for a noun that is not there."""
+REFERRED = 0.12
+"""Share of the others that point to the object although no other has its noun."""
+OTHERWISE = 0.3
+"""Share of the questions that use another word for the noun."""
+ARTICLES = {"": 4, "a ": 1, "the ": 1}
+"""What stands before the word, and how often."""
 LEAST_SHARE = 8
 """An object that covers less of a patch, in 255ths, does not shape it."""
-ARTICLES = ("", "", "", "", "a ", "the ")
+CELL_SAMPLES = 2
+"""Points per side of a cell that are tried against an outline."""
+PATH = 2 * VERTICES + 3
+"""Tokens of a path: the numbers, M, L and Z."""
+LENGTH = 64
+"""Positions per question: prompt 6, spatial ref 3, coords and size 3, path 51, and spare."""
+BOX_LENGTH = 12
+"""Positions per question when only the box is asked for."""
 
 
 class SceneQuestions:
-    """Turns scenes into questions with the vocabulary of the shipped model."""
+    """The vocabulary of the shipped model as questions use it."""
 
     def __init__(self, tokenizer: Tokenizer, nouns: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.nouns = list(nouns)
         self.noun_ids = [tokenizer.token_to_id(noun) for noun in self.nouns]
-        self.ids = {
-            piece: tokenizer.token_to_id(piece)
-            for piece in ["M", "L", "Z", *map(str, range(0, 961, QUANTUM))]
-        }
+        self.command_ids = [tokenizer.token_to_id(command) for command in "MLZ"]
+        self.level_ids = [tokenizer.token_to_id(str(v * QUANTUM)) for v in range(LEVELS)]
         self.prompt_ids = PromptConfig(segment_prefix=(1, tokenizer.token_to_id("<|segment|>"), 2))
-
-    def wording(self, noun: str, rng: np.random.Generator) -> str:
-        """The noun as somebody would type it: mostly itself, sometimes a synonym or a plural."""
-        words = SYNONYMS.get(noun, ())
-        word = words[rng.integers(len(words))] if words and rng.random() < 0.3 else noun
-        return ARTICLES[rng.integers(len(ARTICLES))] + word
 
     def prompt(self, words: str) -> list[int]:
         prompt = self.prompt_ids
-        ids = self.tokenizer.encode(words, add_special_tokens=False).ids
-        return [*prompt.segment_prefix, *ids, prompt.answer_id]
+        return [*prompt.segment_prefix, *self.word_ids(words), prompt.answer_id]
+
+    def word_ids(self, words: str) -> list[int]:
+        return self.tokenizer.encode(words, add_special_tokens=False).ids
+
+    def wordings(self, noun: str) -> list[tuple[list[int], float]]:
+        """The noun as somebody would type it, as ids, and how often: mostly itself, sometimes a
+        synonym or a plural."""
+        others = SYNONYMS.get(noun, ())
+        words = {noun: 1 - OTHERWISE if others else 1.0}
+        words |= {other: OTHERWISE / len(others) for other in others}
+        return [
+            (self.word_ids(article + word), often * share)
+            for (article, often), (word, share) in itertools.product(ARTICLES.items(), words.items())
+        ]
+
+    def kinds(self, noun: str) -> set[str]:
+        """The noun and what it is a kind of: not to be called absent where it is seen."""
+        return {noun, *KINDS.get(noun, ())}
 
     def absent(self, present: set[str], rng: np.random.Generator) -> str | None:
         """A noun that is not to be seen, not even as the kind of something seen; None without."""
-        kinds = present.union(*(KINDS.get(noun, ()) for noun in present))
-        unseen = [noun for noun in self.nouns if noun not in kinds]
+        seen = set().union(*map(self.kinds, present))
+        unseen = [noun for noun in self.nouns if noun not in seen]
         return unseen[rng.integers(len(unseen))] if unseen else None
 
 
-class BatchMaker:
-    """Endless training batches of a store.
+@dataclass
+class _Asked:
+    """What each question is about: all [B, Q, ...]."""
 
-    ``questions`` per scene; 0 gives images and patch labels alone, ``boxes_only`` leaves the paths
-    out of the answers. Only the first ``rows`` scenes are drawn from, by default all.
+    noun: Tensor
+    """int64, index of the noun asked for."""
+    present: Tensor
+    """bool, whether it is there."""
+    refs: Tensor
+    """int64: 0 without a spatial reference, 2 with a point, 3 with a box."""
+    ref: Tensor
+    """float [.., 4]: the reference's (x, y, w, h)."""
+    box: Tensor
+    """float [.., 4]: (cx, cy, w, h) of the answer."""
+    outline: Tensor
+    """float [.., 24, 2]: the answer's vertices in 0..1 of the image."""
+
+
+class BatchMaker:
+    """Endless training batches of the scenes that there are.
+
+    ``scenes`` per batch, ``questions`` per scene; 0 gives images and patch labels alone,
+    ``boxes_only`` leaves the paths out of the answers. ``rows`` limits which scenes are drawn from.
     """
 
     def __init__(
         self,
-        store: SceneStore,
+        store: Scenes,
         asker: SceneQuestions,
         *,
         scenes: int,
         questions: int,
         boxes_only: bool,
         seed: int,
+        device: torch.device | str = "cpu",
+        rows: int | None = None,
     ) -> None:
         if store.names != asker.nouns:
             raise ValueError("the store holds other nouns than the questions")
-        self.store, self.asker = store, asker
+        self.store, self.asker, self.rows = store, asker, rows
         self.scenes, self.questions, self.boxes_only = scenes, questions, boxes_only
-        self.rng = np.random.default_rng(seed)
-        self.rows = len(store)
+        self.device = torch.device(device)
+        self.random = torch.Generator(self.device).manual_seed(seed)
+        self.length = BOX_LENGTH if boxes_only else LENGTH
+        wordings = [asker.wordings(noun) for noun in asker.nouns]
+        most, longest = max(map(len, wordings)), max(len(ids) for w in wordings for ids, _ in w)
+        words = torch.zeros(len(wordings), most, longest, dtype=torch.long)
+        lengths = torch.zeros(len(wordings), most, dtype=torch.long)
+        often = torch.zeros(len(wordings), most)
+        for row, said in enumerate(wordings):
+            for column, (ids, share) in enumerate(said):
+                words[row, column, : len(ids)] = torch.tensor(ids)
+                lengths[row, column], often[row, column] = len(ids), share
+        # Prompt, ref, words, answer, then all of the answer that is fed.
+        if 3 + 3 + longest + 1 + 3 + (0 if boxes_only else PATH) > self.length:
+            raise ValueError(f"a noun of {longest} tokens does not fit a question")
+        self.words, self.word_lengths, self.often = (
+            t.to(device) for t in (words, lengths, often)
+        )
+        kinds = [[other in asker.kinds(noun) for other in asker.nouns] for noun in asker.nouns]
+        self.kinds = torch.tensor(kinds, dtype=torch.float32, device=device)
+        self.level_ids = torch.tensor(asker.level_ids, device=device)
+        self.prefix = torch.tensor(asker.prompt_ids.segment_prefix, device=device)
+        self.samples = _cell_samples().to(device)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            order = self.rng.permutation(self.rows)
-            for start in range(0, len(order) - self.scenes + 1, self.scenes):
-                yield self.batch(order[start : start + self.scenes])
+            count = len(self.store) if self.rows is None else self.rows
+            yield self.batch(
+                torch.randint(count, (self.scenes,), generator=self.random, device=self.device)
+            )
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        images, asked, labels = [], [], []
-        for row in rows:
-            store = self.store
-            if self.rng.random() < 0.5:
-                image, shares, boxes, outlines, points = mirrored(store, row)
-            else:
-                image, shares, boxes = store.images[row], store.shares[row], store.boxes[row]
-                outlines, points = store.outlines[row], store.points[row]
-            nouns = [n for n in store.nouns[row].tolist() if n >= 0]
-            images.append(self._recoloured(image))
-            labels.append(self._patch_labels(nouns, shares, boxes, outlines))
-            asked.append(self._ask(nouns, boxes, outlines, points))
-        special = self.asker.prompt_ids
-        length = 0 if not self.questions else BOX_LENGTH if self.boxes_only else LENGTH
-        arrays = lay_out(asked, length, special.coord_id, special.size_id, special.eos_id)
-        return Batch(
-            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-            *(torch.from_numpy(a) for a in arrays),
-            *(torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True)),
+    def batch(self, rows: Tensor) -> Batch:
+        """The scenes of these numbers, int64 [B], half of them seen in a mirror."""
+        found = self.store.take(rows)
+        flip = self._chance(len(rows)) < 0.5
+        images = torch.where(_over(flip, 4), found["images"].flip(2), found["images"])
+        shares = found["shares"].unflatten(-1, (GRID, GRID))
+        shares = torch.where(_over(flip, 4), shares.flip(-1), shares).flatten(2)
+        boxes, points, outlines = found["boxes"], found["points"], found["outlines"]
+        mirror = torch.tensor([-1.0, 1.0], device=self.device), torch.tensor(
+            [1.0, 0.0], device=self.device
         )
+        boxes = torch.where(
+            _over(flip, 3), torch.cat([1 - boxes[..., :1], boxes[..., 1:]], -1), boxes
+        )
+        points = torch.where(_over(flip, 4), points * mirror[0] + mirror[1], points)
+        # Clockwise stays clockwise, and the first vertex is still the one on the middle line.
+        turned = outlines.flip(2).roll(1, dims=2) * mirror[0] + mirror[1]
+        outlines = torch.where(_over(flip, 4), turned, outlines)
+        nouns = found["nouns"].long()
+        labels = self._patch_labels(nouns, shares, boxes, outlines)
+        images = self._recoloured(images).permute(0, 3, 1, 2).contiguous()
+        if self.questions:
+            asked = self._lay_out(self._ask(nouns, boxes, outlines, points))
+        else:
+            asked = self._nothing_asked(len(rows))
+        return Batch(images, *asked, *labels)
 
-    def _recoloured(self, image: np.ndarray) -> np.ndarray:
+    def _chance(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.random, device=self.device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random, device=self.device)
+
+    def _recoloured(self, images: Tensor) -> Tensor:
         """Half of the pictures under another light: each channel's gain and curve a little off."""
-        if self.rng.random() < 0.5:
-            return image
-        levels = np.linspace(0, 1, 256)[:, None]
-        curve = np.exp(self.rng.normal(0, 0.15) + self.rng.normal(0, 0.07, 3))
-        gain = np.exp(self.rng.normal(0, 0.1) + self.rng.normal(0, 0.07, 3))
-        table = np.clip(255 * gain * levels**curve, 0, 255).astype(np.uint8)
-        return np.stack([table[:, c][image[..., c]] for c in range(3)], axis=-1)
+        count = len(images)
+        curve = (self._normal(count, 1) * 0.15 + self._normal(count, 3) * 0.07).exp()
+        gain = (self._normal(count, 1) * 0.1 + self._normal(count, 3) * 0.07).exp()
+        curve, gain = (t[:, None, None] for t in (curve, gain))
+        other = (255 * gain * (images / 255) ** curve).clamp(0, 255).to(torch.uint8)
+        return torch.where(_over(self._chance(count) < 0.5, 4), images, other)
 
     def _patch_labels(
-        self, nouns: list[int], shares: np.ndarray, boxes: np.ndarray, outlines: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """Shares [81, nouns + 1], boxes [81, 4], outlines [81, 48] and cells [81, 49] of ``Batch``,
-        float32."""
-        shown = np.zeros((GRID * GRID, len(self.asker.nouns) + 1), np.float32)
-        of_object = np.full((GRID * GRID, 4), np.nan, np.float32)
-        shapes = np.zeros((GRID * GRID, 2 * VERTICES), np.float32)
-        cells = np.full((GRID * GRID, CELLS * CELLS), np.nan, np.float32)
-        most = np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0), OBJECTS)
-        for slot, noun in enumerate(nouns):
-            part = shares[slot] / np.float32(255)
-            shown[:, noun] += part
-            of_object[part > 0.5] = boxes[slot]
-            centre, size = boxes[slot, :2], boxes[slot, 2:]
-            shapes[part > 0.5] = ((outlines[slot] - centre + size / 2) / size).ravel()
-            cells[most == slot] = _covered(outlines[slot])[most == slot]
-        shown[:, -1] = np.clip(1 - shown.sum(1), 0, 1)
-        return shown / shown.sum(1, keepdims=True), of_object, shapes, cells
+        self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Shares [B, 144, nouns + 1], boxes [B, 144, 4], outlines [B, 144, 48] and cells
+        [B, 144, 49] of ``Batch``, float32."""
+        count = len(self.asker.nouns)
+        there = nouns >= 0
+        part = shares / 255.0 * there[..., None]
+        column = nouns.where(there, count)[..., None].expand_as(part)
+        shown = torch.zeros(len(nouns), count + 1, part.shape[-1], device=self.device)
+        shown = shown.scatter_add_(1, column, part).transpose(1, 2)
+        shown[..., -1] = (1 - shown[..., :-1].sum(-1)).clamp(0, 1)
+        shown = shown / shown.sum(-1, keepdim=True)
+        most, slot = part.max(1)
+        of_object = _rows(boxes, slot)
+        of_object = of_object.where(most[..., None] > 0.5, torch.nan)
+        centre, size = boxes[:, :, None, :2], boxes[:, :, None, 2:].clamp(min=1e-6)
+        relative = ((outlines - centre + size / 2) / size).flatten(2)
+        shapes = _rows(relative, slot) * (most[..., None] > 0.5)
+        covered = covered_cells(_rows(outlines.flatten(2), slot).unflatten(-1, (-1, 2)), self.samples)
+        cells = covered.where(most[..., None] >= LEAST_SHARE / 255, torch.nan)
+        return shown, of_object, shapes, cells
 
-    def _ask(
-        self, nouns: list[int], boxes: np.ndarray, outlines: np.ndarray, points: np.ndarray
-    ) -> list[Question]:
-        """Up to ``questions``: present nouns, ambiguous ones with a ref, some absent ones."""
-        if not self.questions:
-            return []
-        rng, asker = self.rng, self.asker
-        present = {asker.nouns[n] for n in nouns}
-        questions: list[Question] = []
-        for slot in rng.permutation(len(nouns)).tolist() * self.questions:
-            if len(questions) == self.questions:
-                break
-            unseen = asker.absent(present, rng) if rng.random() < 0.12 else None
-            if unseen is not None:
-                words = asker.wording(unseen, rng)
-                questions.append(Question(asker.prompt(words), [], None, []))
-                continue
-            noun, refs = nouns[slot], []
-            box = tuple(boxes[slot].tolist())
-            if nouns.count(noun) > 1 or rng.random() < 0.12:
-                refs = [self._reference(boxes[slot], points[slot])]
-            prompt = asker.prompt(asker.wording(asker.nouns[noun], rng))
-            if self.boxes_only:
-                questions.append(Question(prompt, refs, box, None))
-                continue
-            fed_box = self._missed(boxes[slot])
-            path = outline_tokens(outlines[slot], fed_box, asker.ids)
-            fed_path = outline_tokens(self._shaken(outlines[slot], boxes[slot]), fed_box, asker.ids)
-            questions.append(Question(prompt, refs, box, path, fed_box, fed_path))
-        return questions
+    def _ask(self, nouns: Tensor, boxes: Tensor, outlines: Tensor, points: Tensor) -> _Asked:
+        """Present nouns by turns, ambiguous ones with a ref, some absent ones."""
+        b, q = len(nouns), self.questions
+        there = nouns >= 0
+        order = self._chance(b, OBJECTS).masked_fill(~there, 2.0).argsort(1)
+        turn = torch.arange(q, device=self.device) % there.sum(1, keepdim=True).clamp(min=1)
+        slot = order.gather(1, turn)
+        noun, box, outline = nouns.gather(1, slot), _rows(boxes, slot), _rows(outlines.flatten(2), slot)
+        kinds = F.one_hot(nouns.clamp(min=0), len(self.kinds)).float() * there[..., None]
+        unseen = (kinds.sum(1) @ self.kinds == 0).float()
+        possible = unseen.sum(1, keepdim=True) > 0
+        drawn = torch.multinomial(unseen + ~possible, q, replacement=True, generator=self.random)
+        present = ~((self._chance(b, q) < ABSENT) & possible)
+        twice = (noun[..., None] == nouns[:, None]).sum(-1) > 1
+        refers = present & (twice | (self._chance(b, q) < REFERRED))
+        by_point = self._chance(b, q) < 0.5
+        pick = torch.randint(points.shape[2], (b, q, 1), generator=self.random, device=self.device)
+        point = _rows(points.flatten(2), slot).unflatten(-1, (-1, 2))
+        point = point.gather(2, pick[..., None].expand(-1, -1, -1, 2))[:, :, 0]
+        near = box + self._normal(b, q, 4) * 0.02
+        low = (near[..., :2] - near[..., 2:] / 2).clamp(0, 0.97)
+        high = torch.minimum((near[..., :2] + near[..., 2:] / 2).maximum(low + 0.02), low * 0 + 1)
+        by_box = torch.cat([(low + high) / 2, high - low], -1)
+        ref = torch.where(by_point[..., None], F.pad(point, (0, 2)), by_box)
+        return _Asked(
+            noun.where(present, drawn),
+            present,
+            torch.where(by_point, 2, 3) * refers,
+            ref,
+            box,
+            outline.unflatten(-1, (-1, 2)),
+        )
 
-    def _missed(self, box: np.ndarray) -> tuple[float, float, float, float]:
-        """A box (cx, cy, w, h) as the model would say it: a little off, within the picture."""
-        if self.rng.random() < 0.25:
-            return tuple(box.tolist())
-        size = box[2:]
-        centre = box[:2] + self.rng.normal(0, 0.03, 2) * size
-        size = size * np.exp(self.rng.normal(0, 0.05, 2))
-        return (*np.clip(centre, 0, 1).tolist(), *np.clip(size, 0.01, 1).tolist())
+    def _lay_out(self, asked: _Asked) -> tuple[Tensor, ...]:
+        """tokens, kind, value, target and target_value of ``Batch``."""
+        special = self.asker.prompt_ids
+        b, q = asked.noun.shape
+        said = torch.multinomial(
+            self.often[asked.noun.flatten()], 1, generator=self.random
+        ).view(b, q)
+        words, count = self.words[asked.noun, said], self.word_lengths[asked.noun, said]
+        refs = asked.refs
+        pointer = torch.tensor([special.coord_id] * 2 + [special.size_id], device=self.device)
+        fed_box = self._missed(asked.box)
+        true, fed = [pointer.expand(b, q, 3)], [pointer.expand(b, q, 3)]
+        if not self.boxes_only:
+            true += [self._path(asked.outline, fed_box)]
+            fed += [self._path(self._shaken(asked.outline, asked.box), fed_box)]
+        else:
+            fed_box = asked.box
+        ends = asked.noun.new_full((b, q, 1), special.eos_id)
+        true_ids, fed_ids = torch.cat([*true, ends], -1), torch.cat(fed, -1)
+        length = fed_ids.shape[-1]
+        # Token after token: prefix, reference, words, the token that asks, the answer.
+        place = torch.arange(self.length, device=self.device).expand(b, q, -1)
+        start, after, asks = 3, 3 + refs[..., None], (3 + refs + count)[..., None]
+        step = place - asks - 1
+        answering = (step >= 0) & (step < length) & asked.present[..., None]
+        tokens = torch.zeros_like(place)
+        tokens = torch.where(place < start, _pick(self.prefix.expand(b, q, 3), place), tokens)
+        referring = (place >= start) & (place < after)
+        tokens = torch.where(referring, _pick(pointer.expand(b, q, 3), place - start), tokens)
+        naming = (place >= after) & (place < asks)
+        tokens = torch.where(naming, _pick(words, place - after), tokens)
+        tokens = torch.where(place == asks, special.answer_id, tokens)
+        tokens = torch.where(answering, _pick(fed_ids, step), tokens)
+        numbers = referring | (answering & (step < 3))
+        kind = (numbers & (tokens == special.coord_id)).to(torch.uint8)
+        kind += 2 * (numbers & (tokens == special.size_id)).to(torch.uint8)
+        value = torch.where(
+            referring[..., None],
+            _pick_pair(_spelt(asked.ref), place - start),
+            _pick_pair(_spelt(fed_box), step),
+        ) * (kind > 0)[..., None]
+        # Each position is to give what comes after it: the one that asks gives the first.
+        wanted = step + 1
+        last = torch.where(asked.present, 3 if self.boxes_only else length + 1, 1)[..., None]
+        told = (wanted >= 0) & (wanted < last)
+        target = _pick(true_ids, wanted).where(asked.present[..., None], special.eos_id)
+        target_value = _pick_pair(_spelt(asked.box), wanted)
+        told_box = told & asked.present[..., None] & (wanted < 3)
+        return (
+            tokens,
+            kind,
+            value,
+            target.where(told, IGNORE),
+            target_value * told_box[..., None],
+        )
 
-    def _shaken(self, outline: np.ndarray, box: np.ndarray) -> np.ndarray:
-        """An outline [24, 2] as the model would say it: too wide here, too narrow there.
+    def _nothing_asked(self, scenes: int) -> tuple[Tensor, ...]:
+        none = torch.zeros(scenes, 0, 0, dtype=torch.long, device=self.device)
+        pair = torch.zeros(scenes, 0, 0, 2, device=self.device)
+        return none, none.to(torch.uint8), pair, none, pair
+
+    def _path(self, outline: Tensor, box: Tensor) -> Tensor:
+        """Polygons [B, Q, 24, 2] in 0..1 of the image and boxes [B, Q, 4] -> ids [B, Q, 51]."""
+        centre, size = box[..., None, :2], box[..., None, 2:]
+        relative = (outline - centre + size / 2) / size.clamp(min=1e-6)
+        levels = (relative * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+        numbers = self.level_ids[levels].flatten(2)
+        move, line, close = (numbers.new_full((*numbers.shape[:2], 1), i) for i in self.asker.command_ids)
+        return torch.cat([move, numbers[..., :2], line, numbers[..., 2:], close], -1)
+
+    def _missed(self, box: Tensor) -> Tensor:
+        """Boxes (cx, cy, w, h) as the model would say them: a little off, within the picture."""
+        centre, size = box[..., :2], box[..., 2:]
+        off = torch.cat(
+            [
+                (centre + self._normal(*centre.shape) * 0.03 * size).clamp(0, 1),
+                (size * (self._normal(*size.shape) * 0.05).exp()).clamp(0.01, 1),
+            ],
+            dim=-1,
+        )
+        return torch.where(self._chance(*box.shape[:-1], 1) < 0.25, box, off)
+
+    def _shaken(self, outline: Tensor, box: Tensor) -> Tensor:
+        """Outlines [B, Q, 24, 2] as the model would say them: too wide here, too narrow there.
 
         Fed with true vertices only, it learns to go on from the one before and not to look.
         """
-        if self.rng.random() < 0.2:
-            return outline
-        turn = np.arange(len(outline)) * (2 * np.pi / len(outline))
-        waves = self.rng.normal(0, 0.09, 3)[:, None] * np.cos(
-            np.arange(1, 4)[:, None] * turn + self.rng.uniform(0, 2 * np.pi, 3)[:, None]
-        )
-        reach = 1 + self.rng.normal(0, 0.05) + waves.sum(0) + self.rng.normal(0, 0.04, len(turn))
-        return box[:2] + (outline - box[:2]) * reach[:, None]
-
-    def _reference(self, box: np.ndarray, points: np.ndarray) -> tuple[float, float, float, float]:
-        """A point on the object, or its box a little off."""
-        if self.rng.random() < 0.5:
-            x, y = points[self.rng.integers(len(points))].tolist()
-            return (x, y, 0.0, 0.0)
-        cx, cy, w, h = box + self.rng.normal(0, 0.02, 4)
-        low = np.clip([cx - w / 2, cy - h / 2], 0, 0.97)
-        high = np.clip([cx + w / 2, cy + h / 2], low + 0.02, 1)
-        return (*((low + high) / 2).tolist(), *(high - low).tolist())
+        b, q, n, _ = outline.shape
+        turn = torch.arange(n, device=self.device) * (2 * torch.pi / n)
+        order = torch.arange(1, 4, device=self.device)[:, None]
+        phase = self._chance(b, q, 3, 1) * 2 * torch.pi
+        waves = (self._normal(b, q, 3, 1) * 0.09 * (order * turn + phase).cos()).sum(-2)
+        reach = 1 + self._normal(b, q, 1) * 0.05 + waves + self._normal(b, q, n) * 0.04
+        centre = box[..., None, :2]
+        wrong = centre + (outline - centre) * reach[..., None]
+        return torch.where(self._chance(b, q, 1, 1) < 0.2, outline, wrong)
 
 
-def _covered(outline: np.ndarray) -> np.ndarray:
-    """Polygon [24, 2] in 0..1 of the picture -> share of each cell within, float32 [81, 49]."""
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    # The middle of pixel 0 is at 0.5 of the picture's pixels and at 0 of OpenCV's.
-    points = np.rint((outline * SIDE - 0.5) * 16).astype(np.int32)
-    cv2.fillPoly(mask, [points], 255, shift=4)
-    count = GRID * CELLS
-    share = cv2.resize(mask, (count, count), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    by_patch = share.reshape(GRID, CELLS, GRID, CELLS).transpose(0, 2, 1, 3)
-    return by_patch.reshape(GRID * GRID, CELLS * CELLS)
+def _over(flags: Tensor, dims: int) -> Tensor:
+    """[B] -> [B, 1, ...] of that many dimensions."""
+    return flags.view(-1, *[1] * (dims - 1))
+
+
+def _rows(values: Tensor, slot: Tensor) -> Tensor:
+    """Of values [B, objects, n] the objects of these numbers, [B, m] -> [B, m, n]."""
+    return values.gather(1, slot[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _pick(values: Tensor, place: Tensor) -> Tensor:
+    """Values [B, Q, n] at places [B, Q, S]; places outside give one of them."""
+    return values.gather(2, place.clamp(0, values.shape[2] - 1))
+
+
+def _pick_pair(values: Tensor, place: Tensor) -> Tensor:
+    """Pairs [B, Q, n, 2] at places [B, Q, S] -> [B, Q, S, 2]."""
+    place = place.clamp(0, values.shape[2] - 1)[..., None].expand(-1, -1, -1, 2)
+    return values.gather(2, place)
+
+
+def _spelt(box: Tensor) -> Tensor:
+    """Boxes [B, Q, 4] as three values are fed: (x, 0), (y, 0), (w, h): [B, Q, 3, 2]."""
+    x, y, size = box[..., :1], box[..., 1:2], box[..., 2:]
+    return torch.stack([F.pad(x, (0, 1)), F.pad(y, (0, 1)), size], dim=2)
+
+
+def _cell_samples() -> Tensor:
+    """Points of each patch's cells in 0..1 of the picture, float32 [144, 49 · samples, 2]."""
+    fine = CELLS * CELL_SAMPLES
+    steps = (torch.arange(GRID * fine) + 0.5) / (GRID * fine)
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    points = torch.stack([x, y], -1).view(GRID, CELLS, CELL_SAMPLES, GRID, CELLS, CELL_SAMPLES, 2)
+    return points.permute(0, 3, 1, 4, 2, 5, 6).reshape(GRID * GRID, -1, 2)
+
+
+def covered_cells(polygons: Tensor, samples: Tensor) -> Tensor:
+    """Each patch's polygon [B, 144, n, 2] -> the share of its cells within, float32 [B, 144, 49].
+
+    ``samples`` of :func:`_cell_samples`. A point is within where a ray from it to the right crosses
+    the polygon an odd number of times.
+    """
+    x, y = samples.unbind(-1)
+    within = torch.zeros(polygons.shape[:2] + x.shape[1:], dtype=torch.bool, device=x.device)
+    ends = polygons.roll(-1, dims=2)
+    for (x1, y1), (x2, y2) in zip(
+        (polygons[:, :, k, :, None].unbind(2) for k in range(polygons.shape[2])),
+        (ends[:, :, k, :, None].unbind(2) for k in range(polygons.shape[2])),
+        strict=True,
+    ):
+        slope = (x2 - x1) / torch.where(y2 == y1, 1.0, y2 - y1)
+        within ^= ((y1 > y) != (y2 > y)) & (x < slope * (y - y1) + x1)
+    return within.view(*within.shape[:2], CELLS * CELLS, -1).float().mean(-1)

@@ -64,6 +64,16 @@ def pass_through(blocks: Iterable[Block]) -> None:
             torch.nn.init.zeros_(last.bias)
 
 
+def resized_positions(positions: Tensor, grid: int) -> Tensor:
+    """Positions [1, n², dim] of patches for a grid of another size, [1, grid², dim]."""
+    side = math.isqrt(positions.shape[1])
+    if side == grid:
+        return positions
+    square = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+    return square.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
+
+
 def picture_patches(images: np.ndarray, patch: int) -> Tensor:
     """Pictures uint8 [N, S, S, 3] -> ``patch_emb``'s rows float32 [N · patches, 3 · patch²]."""
     n, size = images.shape[:2]

@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scene_store import CELLS, VERTICES
 from torch import Tensor
 
 from kestrel.moondream.model import Moondream
+from kestrel.moondream.text import Block
 
 QUANTUM = 8
-"""Path integers are trained on multiples of this (121 levels over the grid of 960)."""
+"""Path integers are trained on multiples of this."""
+LEVELS = 960 // QUANTUM + 1
+"""Path integers that are trained, over the grid of 960."""
 IGNORE = -100
 SHAPE_BLOCK = 2
 """Vision block after which a patch tells which of its cells the object covers. The blocks after it
@@ -30,34 +32,16 @@ MLP of a block after that picks what belongs to it."""
 
 
 @dataclass
-class Question:
-    """What is asked of a scene, and the answer.
-
-    ``prompt`` token ids; ``refs`` rows (x, y, w, h), w and h 0 for a point; ``box`` (cx, cy, w, h)
-    or None when the object is absent; ``path`` token ids of the outline without the final EOS, or
-    None when the box is all that is asked for. ``fed_box`` and ``fed_path`` are fed in the place of
-    what is to be answered, with errors as the model's own; ``path`` is relative to ``fed_box``.
-    """
-
-    prompt: list[int]
-    refs: list[tuple[float, float, float, float]]
-    box: tuple[float, float, float, float] | None
-    path: list[int] | None
-    fed_box: tuple[float, float, float, float] | None = None
-    fed_path: list[int] | None = None
-
-
-@dataclass
 class Batch:
     """Tensors of B scenes with Q questions of S positions each.
 
-    ``images`` uint8 [B, 3, 126, 126]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
+    ``images`` uint8 [B, 3, 168, 168]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
-    ``patches`` float [B, 81, nouns + 1] share of each patch that shows each noun, background last;
-    ``boxes`` float [B, 81, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none; ``outlines`` float [B, 81, 48] the 24 vertices (x, y) of
-    that object's outline, in sides of its box; ``cells`` float [B, 81, 49] share of each of the
+    ``patches`` float [B, 144, nouns + 1] share of each patch that shows each noun, background last;
+    ``boxes`` float [B, 144, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
+    the picture, NaN where it shows none; ``outlines`` float [B, 144, 48] the 24 vertices (x, y) of
+    that object's outline, in sides of its box; ``cells`` float [B, 144, 49] share of each of the
     patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one.
     """
 
@@ -73,68 +57,6 @@ class Batch:
     cells: Tensor
 
 
-def outline_tokens(points: np.ndarray, box: tuple[float, float, float, float], ids: dict[str, int]):
-    """Polygon [n, 2] in 0..1 of the image and its box (cx, cy, w, h) -> path token ids."""
-    cx, cy, w, h = box
-    relative = (points - [cx - w / 2, cy - h / 2]) / [max(w, 1e-6), max(h, 1e-6)]
-    grid = np.clip(np.rint(relative * 960 / QUANTUM) * QUANTUM, 0, 960).astype(int)
-    out = [ids["M"], ids[str(grid[0, 0])], ids[str(grid[0, 1])], ids["L"]]
-    for x, y in grid[1:]:
-        out += [ids[str(x)], ids[str(y)]]
-    return [*out, ids["Z"]]
-
-
-def lay_out(questions: list[list[Question]], length: int, coord_id: int, size_id: int, eos: int):
-    """Arrays of ``Batch`` (tokens, kind, value, target, target_value) for [B][Q] questions."""
-    b, q = len(questions), max(len(row) for row in questions)
-    tokens = np.zeros((b, q, length), np.int64)
-    kind = np.zeros((b, q, length), np.uint8)
-    value = np.zeros((b, q, length, 2), np.float32)
-    target = np.full((b, q, length), IGNORE, np.int64)
-    target_value = np.zeros((b, q, length, 2), np.float32)
-    for i, row in enumerate(questions):
-        for j, question in enumerate(row):
-            steps: list[tuple[int, tuple[float, float]]] = [
-                (t, (0.0, 0.0)) for t in question.prompt[:3]
-            ]
-            for x, y, w, h in question.refs:
-                steps += [(coord_id, (x, 0.0)), (coord_id, (y, 0.0))]
-                if w > 0:
-                    steps.append((size_id, (w, h)))
-            steps += [(t, (0.0, 0.0)) for t in question.prompt[3:]]
-            start = len(steps)
-            fed = list(steps)
-            if question.box is not None:
-                steps += _answer(question.box, question.path, coord_id, size_id)
-                fed += _answer(
-                    question.fed_box or question.box,
-                    question.fed_path or question.path,
-                    coord_id,
-                    size_id,
-                )
-            if question.box is None or question.path is not None:
-                steps.append((eos, (0.0, 0.0)))
-            if len(steps) - 1 > length:
-                raise ValueError(f"a question of {len(steps)} tokens does not fit {length}")
-            for n, (token, pair) in enumerate(fed[: len(steps) - 1]):
-                tokens[i, j, n] = token
-                kind[i, j, n] = 1 if token == coord_id else 2 if token == size_id else 0
-                value[i, j, n] = pair
-            for n, (token, pair) in enumerate(steps):
-                if n >= start:
-                    target[i, j, n - 1] = token
-                    target_value[i, j, n - 1] = pair
-    return tokens, kind, value, target, target_value
-
-
-def _answer(
-    box: tuple[float, float, float, float], path: list[int] | None, coord_id: int, size_id: int
-) -> list[tuple[int, tuple[float, float]]]:
-    cx, cy, w, h = box
-    steps = [(coord_id, (cx, 0.0)), (coord_id, (cy, 0.0)), (size_id, (w, h))]
-    return steps + [(token, (0.0, 0.0)) for token in path or []]
-
-
 def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states of the questions after the last block, and those ``OUTLINE_BLOCK`` reads.
 
@@ -143,53 +65,58 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tenso
     text = model.text
     p = prefix.shape[1]
     _, q, s, _ = asked.shape
+    x = torch.cat([prefix, asked.flatten(1, 2)], dim=1)
     positions = torch.cat(
-        [torch.arange(p), torch.arange(p, p + s).repeat(q)],
+        [torch.arange(p, device=x.device), torch.arange(p, p + s, device=x.device).repeat(q)],
     )
     table, logs = text.rotary[positions], text.log_positions[positions]
-    x = torch.cat([prefix, asked.flatten(1, 2)], dim=1)
-    causal = torch.ones(s, s, dtype=torch.bool).tril()
     earlier = x
     for number, block in enumerate(text.blocks):
         if number == OUTLINE_BLOCK:
             earlier = x
-        normed = block.ln(x)
-        qs, ks, vs = block.attn.project(normed, table, logs)
-        scale = 1.0 / math.sqrt(qs.shape[-1])
-        qs = qs * scale
-        kp, vp = ks[:, :, :p], vs[:, :, :p]
-        first = (qs[:, :, :p] @ kp.transpose(-1, -2)).softmax(-1) @ vp
-        mine_q = qs[:, :, p:].unflatten(2, (q, s))
-        mine_k = ks[:, :, p:].unflatten(2, (q, s))
-        mine_v = vs[:, :, p:].unflatten(2, (q, s))
-        to_prefix = (qs[:, :, p:] @ kp.transpose(-1, -2)).unflatten(2, (q, s))
-        to_self = (mine_q @ mine_k.transpose(-1, -2)).masked_fill(~causal, float("-inf"))
-        weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
-        from_prefix = (weights[..., :p].flatten(2, 3) @ vp).unflatten(2, (q, s))
-        second = (from_prefix + weights[..., p:] @ mine_v).flatten(2, 3)
-        x = x + block.attn.merge(torch.cat([first, second], dim=2)) + block.mlp(normed)
+        x = block_pass(block, x, table, logs, p, q)
     return x[:, p:].unflatten(1, (q, s)), earlier[:, p:].unflatten(1, (q, s))
+
+
+def block_pass(block: Block, x: Tensor, table: Tensor, logs: Tensor, p: int, q: int) -> Tensor:
+    """One block over a prefix of ``p`` positions and ``q`` questions, [B, P + Q · S, dim]."""
+    s = (x.shape[1] - p) // q
+    normed = block.ln(x)
+    qs, ks, vs = block.attn.project(normed, table, logs)
+    qs = qs * (1.0 / math.sqrt(qs.shape[-1]))
+    kp, vp = ks[:, :, :p], vs[:, :, :p]
+    first = (qs[:, :, :p] @ kp.transpose(-1, -2)).softmax(-1) @ vp
+    mine_q = qs[:, :, p:].unflatten(2, (q, s))
+    mine_k = ks[:, :, p:].unflatten(2, (q, s))
+    mine_v = vs[:, :, p:].unflatten(2, (q, s))
+    to_prefix = (qs[:, :, p:] @ kp.transpose(-1, -2)).unflatten(2, (q, s))
+    causal = torch.ones(s, s, dtype=torch.bool, device=x.device).tril()
+    to_self = (mine_q @ mine_k.transpose(-1, -2)).masked_fill(~causal, float("-inf"))
+    weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
+    from_prefix = (weights[..., :p].flatten(2, 3) @ vp).unflatten(2, (q, s))
+    second = (from_prefix + weights[..., p:] @ mine_v).flatten(2, 3)
+    return x + block.attn.merge(torch.cat([first, second], dim=2)) + block.mlp(normed)
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:
     """Gaussian over ``bins`` around ``centre`` [...], normalised: [..., bins]."""
-    grid = torch.arange(bins, dtype=torch.float32)
+    grid = torch.arange(bins, dtype=torch.float32, device=centre.device)
     return F.softmax(-0.5 * ((grid - centre[..., None]) / sigma) ** 2, dim=-1)
 
 
 class Losses:
     """The training losses of a batch; every weight is a plain attribute."""
 
-    def __init__(self, model: Moondream, noun_ids: list[int], integer_ids: list[int]) -> None:
+    def __init__(self, model: Moondream, noun_ids: list[int], level_ids: list[int]) -> None:
         self.model = model
-        self.noun_ids = torch.tensor(noun_ids)
-        levels = list(range(0, 961, QUANTUM))
-        self.level_ids = torch.tensor([integer_ids[v] for v in levels])
-        self.level_of = torch.full((model.config.text.vocab_size,), -1, dtype=torch.long)
-        self.level_of[self.level_ids] = torch.arange(len(levels))
+        device = model.device
+        self.noun_ids = torch.tensor(noun_ids, device=device)
+        self.level_ids = torch.tensor(level_ids, device=device)
+        self.level_of = self.level_ids.new_full((model.config.text.vocab_size,), -1)
+        self.level_of[self.level_ids] = torch.arange(LEVELS, device=device)
         # Row l: target distribution over the vocabulary for level l (sigma 3 levels): where the
         # model is not sure, the likeliest level is then near the middle of the likely ones.
-        self.level_targets = soft_bins(torch.arange(len(levels)).float(), len(levels), 3.0)
+        self.level_targets = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
         self.dense_weight = 1.0
         self.cell_weight = 1.0
         self.box_weight = 2.0
@@ -197,15 +124,15 @@ class Losses:
         self.place_weight = 0.1
         self.region_weight = 0.5
         dim = model.config.text.dim
-        self.background = torch.nn.Parameter(torch.randn(dim) * 0.02)
-        self.scale = torch.nn.Parameter(torch.tensor(10.0))
-        self.box_head = torch.nn.Linear(dim, 4)
-        self.answer_head = torch.nn.Linear(dim, 4)
-        self.outline_head = torch.nn.Linear(dim, 2 * VERTICES)
-        self.answer_outline_head = torch.nn.Linear(dim, 2 * VERTICES)
-        self.place_head = torch.nn.Linear(dim, 2 * VERTICES)
+        self.background = torch.nn.Parameter((torch.randn(dim) * 0.02).to(device))
+        self.scale = torch.nn.Parameter(torch.tensor(10.0, device=device))
+        self.box_head = torch.nn.Linear(dim, 4).to(device)
+        self.answer_head = torch.nn.Linear(dim, 4).to(device)
+        self.outline_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
+        self.answer_outline_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
+        self.place_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
         vision = model.config.vision
-        self.cell_head = torch.nn.Linear(vision.enc_dim, CELLS * CELLS)
+        self.cell_head = torch.nn.Linear(vision.enc_dim, CELLS * CELLS).to(device)
 
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the auxiliary loss, not part of the model."""
@@ -220,27 +147,31 @@ class Losses:
         return [self.background, self.scale, *(p for head in heads for p in head.parameters())]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures uint8 [B, 3, 126, 126] -> what the decoder reads, [B, 81, dim], and what
-        ``SHAPE_BLOCK`` gives, [B, 81, enc_dim]."""
+        """Pictures uint8 [B, 3, 168, 168] -> what the decoder reads, [B, 144, dim], and what
+        ``SHAPE_BLOCK`` gives, [B, 144, enc_dim]."""
         features, early = self.model.vision.features_with_early(images, SHAPE_BLOCK)
         return self.model.vision.project(features, features), early
 
-    def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def vision_only(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The dense losses alone: what the vision tower learns from before anything is asked."""
         image, early = self.encode_image(batch.images)
         return self.dense_losses(image, early, batch)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Total loss and its parts as floats."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and its parts, each a number."""
         model, config = self.model, self.model.config
         image, early = self.encode_image(batch.images)
         bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
         prefix = torch.cat([bos, image], dim=1)
         asked = model.text.wte[batch.tokens]
         is_coord, is_size = batch.kind == 1, batch.kind == 2
+        # Rounded to bfloat16, the angles of the fastest waves would be off by half a radian.
+        with torch.autocast(asked.device.type, enabled=False):
+            coords = model.encode_coord(batch.value[is_coord][:, 0])
+            sizes = model.encode_size(batch.value[is_size])
         asked = asked.clone()
-        asked[is_coord] = model.encode_coord(batch.value[is_coord][:, 0]).to(asked.dtype)
-        asked[is_size] = model.encode_size(batch.value[is_size]).to(asked.dtype)
+        asked[is_coord] = coords.to(asked.dtype)
+        asked[is_size] = sizes.to(asked.dtype)
         hidden, earlier = decoder_pass(model, prefix, asked)
         wanted = batch.target != IGNORE
         picked, target = hidden[wanted], batch.target[wanted]
@@ -270,7 +201,7 @@ class Losses:
             "outline": outline,
             "place": place,
         }
-        return total, dense_parts | {name: part.item() for name, part in parts.items()}
+        return total, dense_parts | {name: part.detach() for name, part in parts.items()}
 
     def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         log_probs = logits.log_softmax(-1)
@@ -310,8 +241,8 @@ class Losses:
         if not len(b):
             return hidden.sum() * 0, hidden.sum() * 0
         # M x y L x y x y ...: the first vertex two positions on, the others from five on.
-        first = torch.arange(2)
-        rest = torch.arange(2 * VERTICES - 2) + 3
+        first = torch.arange(2, device=s.device)
+        rest = torch.arange(2 * VERTICES - 2, device=s.device) + 3
         places = s[:, None] + 1 + torch.cat([first, rest])
         levels = self.level_of[batch.target[b[:, None], q[:, None], places]]
         heard = hidden[b, q, s]
@@ -319,7 +250,7 @@ class Losses:
         wanted = levels * (QUANTUM / 960)
         at_numbers = hidden[b[:, None], q[:, None], places]
         number = self.place_head(F.layer_norm(at_numbers, heard.shape[-1:])).float()
-        order = torch.arange(2 * VERTICES).expand(len(b), -1)
+        order = torch.arange(2 * VERTICES, device=s.device).expand(len(b), -1)
         return (
             F.smooth_l1_loss(guess, wanted, beta=0.05),
             F.cross_entropy(number.flatten(0, 1), order.flatten()),
@@ -327,7 +258,7 @@ class Losses:
 
     def dense_losses(
         self, image: Tensor, early: Tensor, batch: Batch
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each patch: cosine to the noun it shows, over all nouns and background; its object's box
         and outline; and which of its cells that object covers.
 
@@ -338,7 +269,7 @@ class Losses:
         classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
         shown = ~batch.boxes[..., 0].isnan()
         # Cosines are scaled up tenfold and more: rounded to bfloat16 they would be steps.
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(image.device.type, enabled=False):
             image = image.float()
             partly = ~batch.cells[..., 0].isnan()
             looked = F.layer_norm(early[partly].float(), early.shape[-1:])
@@ -355,7 +286,7 @@ class Losses:
         total = self.dense_weight * dense + self.cell_weight * cells
         total = total + self.box_weight * boxes + self.outline_weight * shapes
         parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
-        return total, {name: part.item() for name, part in parts.items()}
+        return total, {name: part.detach() for name, part in parts.items()}
 
 
 def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

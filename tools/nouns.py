@@ -286,12 +286,14 @@ def wanted_names(style: str) -> set[str]:
 
 
 _CORE = """
-dog cat horse cow pig rabbit elephant penguin rooster owl turtle fish octopus crab butterfly
-apple banana grapes lemon pineapple strawberry watermelon carrot mushroom pizza hamburger donut
-key umbrella balloon guitar car bus rocket airplane bicycle house tree cactus sunflower
+dog cat horse cow pig rabbit elephant giraffe penguin rooster owl flamingo turtle fish octopus crab
+snail butterfly bee ladybug apple banana grapes lemon pear pineapple strawberry cherries watermelon
+carrot corn mushroom eggplant pizza hamburger donut key scissors book camera candle umbrella gift
+balloon trophy guitar crown shoe car bus tractor helicopter rocket airplane bicycle motorcycle house
+tree cactus sunflower star heart snowman pumpkin
 """
 CORE: tuple[str, ...] = tuple(_CORE.split())
 """What the shipped checkpoint is trained to find ..."""
 
-CORE_STYLES = ("noto", "fluent", "flat")
-"""... drawn in these styles."""
+CORE_STYLES = ("noto", "fluent", "flat", "fxemoji", "emojione", "stamps")
+"""... in these styles: drawings, and photographic cut-outs."""

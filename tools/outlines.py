@@ -68,14 +68,27 @@ def _directions(count: int) -> np.ndarray:
 
 def _farthest(loop: np.ndarray, count: int) -> np.ndarray:
     """How far out ``count`` rays from the origin meet a closed loop [n, 2]: float64 [count]."""
-    edges = np.roll(loop, -1, axis=0) - loop
-    rays = _directions(count)[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        across = rays[..., 0] * edges[:, 1] - rays[..., 1] * edges[:, 0]
-        along = (loop[:, 0] * edges[:, 1] - loop[:, 1] * edges[:, 0]) / across
-        share = (loop[:, 0] * rays[..., 1] - loop[:, 1] * rays[..., 0]) / across
-    met = (share >= 0) & (share <= 1) & (along > 0)
-    return np.where(met, along, _NOTHING).max(axis=1)
+    start, end = loop, np.roll(loop, -1, axis=0)
+    # An edge is seen from the origin between two angles, less than half a turn apart, and meets
+    # the rays between them: mostly one or none.
+    per_ray = 2 * np.pi / count
+    first = np.arctan2(start[:, 0], -start[:, 1]) / per_ray
+    turned = np.arctan2(end[:, 0], -end[:, 1]) / per_ray - first
+    turned -= count * np.round(turned / count)
+    low = np.ceil(np.minimum(first, first + turned) - 1e-9).astype(int)
+    met = np.floor(np.maximum(first, first + turned) + 1e-9).astype(int) - low + 1
+    edge = np.repeat(np.arange(len(loop)), met)
+    ray = np.arange(len(edge)) - np.repeat(np.cumsum(met) - met, met) + low[edge]
+    directions = _directions(count)[ray % count]
+    way = (end - start)[edge]
+    across = directions[:, 0] * way[:, 1] - directions[:, 1] * way[:, 0]
+    # An edge that lies along a ray is met by it at its ends, where its neighbours are met too.
+    crossed = np.abs(across) > 1e-9 * np.abs(way).max(1)
+    along = start[edge, 0] * way[:, 1] - start[edge, 1] * way[:, 0]
+    along = along[crossed] / across[crossed]
+    radii = np.full(count, _NOTHING)
+    np.maximum.at(radii, ray[crossed] % count, along)
+    return radii
 
 
 def polygon_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:

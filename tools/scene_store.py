@@ -1,23 +1,28 @@
-"""Scenes made once and read many times: memory-mapped arrays in a folder.
+"""Scenes drawn once and read many times.
 
-Drawing scenes takes a core; a store is drawn by all cores before training, which then has them to
-itself. Readers mirror scenes at random, so that a second pass does not see the same pictures.
+Drawing scenes takes a core. On a CPU a *store*, memory-mapped arrays in a folder, is drawn by all
+cores before training, which then has them to itself. On an accelerator a *pool* in its memory grows
+while training reads from it. Readers mirror scenes at random, so that a second pass does not see the
+same pictures.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from effects import SIDE
 from outlines import contour, outline
 from scenes import SceneGenerator
+from torch import Tensor
 
-SIDE = 126
-GRID = 9
+GRID = 12
 """Patches per side."""
 CELLS = 7
 """Cells per side of a patch, in which shapes are told."""
@@ -37,96 +42,133 @@ _SHAPES: dict[str, tuple[tuple[int, ...], type]] = {
 }
 
 
-@dataclass
-class SceneStore:
+Job = tuple[int, tuple[str, ...], tuple[str, ...], int, int]
+"""Seed, nouns, styles, first scene and the one after the last."""
+
+
+class Scenes:
     """N scenes of up to 5 named objects; coordinates in 0..1 of the image.
 
-    ``images`` uint8 [N, 126, 126, 3]; ``nouns`` int16 [N, 5] index into ``names``, -1 for none;
-    ``shares`` uint8 [N, 5, 81] part of each patch that shows the object, 255 for all of it;
-    ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32 [N, 5, 24, 2] (x, y);
-    ``points`` float32 [N, 5, 4, 2] on the object.
+    ``arrays`` holds tensors: ``images`` uint8 [N, 168, 168, 3]; ``nouns`` int16 [N, 5] index into
+    ``names``, -1 for none; ``shares`` uint8 [N, 5, 144] part of each patch that shows the object, 255
+    for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32 [N, 5, 24, 2]
+    (x, y); ``points`` float32 [N, 5, 4, 2] on the object. Of them ``ready`` can be read.
     """
 
-    names: list[str]
-    images: np.ndarray
-    nouns: np.ndarray
-    shares: np.ndarray
-    boxes: np.ndarray
-    outlines: np.ndarray
-    points: np.ndarray
+    def __init__(self, names: Sequence[str], arrays: dict[str, Tensor], ready: int) -> None:
+        self.names, self.arrays, self.ready = list(names), arrays, ready
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.ready
+
+    def take(self, rows: Tensor) -> dict[str, Tensor]:
+        """The scenes of these numbers, int64 [B]."""
+        return {name: array[rows] for name, array in self.arrays.items()}
 
 
-def open_store(folder: Path) -> SceneStore:
+def open_store(folder: Path) -> Scenes:
     """Map a store into memory."""
     about = json.loads((folder / "store.json").read_text())
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _SHAPES}
-    return SceneStore(about["names"], **arrays)
+    # Mapped so that pages may be written, as torch asks for; what is written is not kept.
+    mapped = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in _SHAPES}
+    arrays = {name: torch.from_numpy(array) for name, array in mapped.items()}
+    return Scenes(about["names"], arrays, about["count"])
 
 
 def build_store(
     folder: Path, *, count: int, seed: int, nouns: Sequence[str], styles: Sequence[str]
-) -> SceneStore:
+) -> Scenes:
     """Draw ``count`` training scenes with every core, unless the folder holds just these."""
     about = {"names": list(nouns), "styles": list(styles), "seed": seed, "count": count}
+    about["side"] = SIDE
     told = folder / "store.json"
     if not (told.exists() and json.loads(told.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
         told.unlink(missing_ok=True)
-        for name, (shape, dtype) in _SHAPES.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape))
-        jobs = [
-            (folder, seed, tuple(nouns), tuple(styles), start, min(start + _CHUNK, count))
-            for start in range(0, count, _CHUNK)
-        ]
+        arrays = {
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape))
+            for name, (shape, dtype) in _SHAPES.items()
+        }
         with multiprocessing.get_context("spawn").Pool() as pool:
-            for done, _ in enumerate(pool.imap_unordered(_fill, jobs), 1):
-                if done % 20 == 0:
-                    print(f"scenes drawn: {done * _CHUNK} of {count}", flush=True)
+            done = 0
+            for start, part in pool.imap_unordered(_drawn, _jobs(count, seed, nouns, styles)):
+                size = len(part["images"])
+                for name, array in arrays.items():
+                    array[start : start + size] = part[name]
+                done += size
+                if done % (20 * _CHUNK) == 0:
+                    print(f"scenes drawn: {done} of {count}", flush=True)
         told.write_text(json.dumps(about))
     return open_store(folder)
 
 
-def _fill(job: tuple[Path, int, tuple[str, ...], tuple[str, ...], int, int]) -> None:
-    """Draw one stretch of a store. Scenes without a named object give way to others."""
-    folder, seed, nouns, styles, start, stop = job
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in _SHAPES}
-    # A stretch draws from numbers of its own, so the store does not depend on who drew what.
+def grow_pool(
+    device: torch.device,
+    *,
+    count: int,
+    workers: int,
+    seed: int,
+    nouns: Sequence[str],
+    styles: Sequence[str],
+) -> Scenes:
+    """Room for ``count`` scenes in the device's memory, which processes begin to fill."""
+    arrays = {
+        name: torch.from_numpy(np.zeros(1, dtype)).to(device).new_zeros((count, *shape))
+        for name, (shape, dtype) in _SHAPES.items()
+    }
+    pool = Scenes(nouns, arrays, 0)
+
+    def fill() -> None:
+        # The main process reads what is ready: a stretch is, once all of it has been copied.
+        with multiprocessing.get_context("spawn").Pool(workers) as processes:
+            for _, part in processes.imap_unordered(_drawn, _jobs(count, seed, nouns, styles)):
+                size = len(part["images"])
+                for name, array in arrays.items():
+                    array[pool.ready : pool.ready + size] = torch.from_numpy(part[name]).to(device)
+                pool.ready += size
+
+    filler = threading.Thread(target=fill, daemon=True)
+    filler.start()
+    while not pool.ready:
+        if not filler.is_alive():
+            raise RuntimeError("no scenes could be drawn; the error is above")
+        time.sleep(0.1)
+    return pool
+
+
+def _jobs(count: int, seed: int, nouns: Sequence[str], styles: Sequence[str]) -> Iterator[Job]:
+    for start in range(0, count, _CHUNK):
+        yield seed, tuple(nouns), tuple(styles), start, min(start + _CHUNK, count)
+
+
+def _drawn(job: Job) -> tuple[int, dict[str, np.ndarray]]:
+    """One stretch of scenes. Scenes without a named object give way to others."""
+    seed, nouns, styles, start, stop = job
+    count = stop - start
+    arrays = {n: np.zeros((count, *shape), dtype) for n, (shape, dtype) in _SHAPES.items()}
+    arrays["nouns"][:] = -1
+    # A stretch draws from numbers of its own, so the scenes do not depend on who drew what.
     generator = SceneGenerator("train", seed, styles=styles, nouns=nouns)
     index = {noun: number for number, noun in enumerate(nouns)}
     rng = np.random.default_rng((seed, start))
     number = start * 2
-    for row in range(start, stop):
+    for row in range(count):
         scene = generator.scene(number)
         number += 1
         while not scene.objects and number < stop * 2:
             scene = generator.scene(number)
             number += 1
         arrays["images"][row] = scene.image
-        arrays["nouns"][row] = -1
         for slot, found in enumerate(scene.objects[:OBJECTS]):
             side = SIDE // GRID
             cells = found.mask.reshape(GRID, side, GRID, side).mean((1, 3))
             around = contour(found.mask)
-            points = (outline(around, VERTICES) / SIDE).astype(np.float32)
             low, high = around.min(0) / SIDE, around.max(0) / SIDE
             rows, columns = np.nonzero(found.mask)
             pick = rng.integers(len(rows), size=POINTS)
             arrays["nouns"][row, slot] = index[found.noun]
             arrays["shares"][row, slot] = np.rint(cells.ravel() * 255)
             arrays["boxes"][row, slot] = [*((low + high) / 2), *(high - low)]
-            arrays["outlines"][row, slot] = points
+            arrays["outlines"][row, slot] = outline(around, VERTICES) / SIDE
             arrays["points"][row, slot] = (np.stack([columns, rows], 1)[pick] + 0.5) / SIDE
-
-
-def mirrored(store: SceneStore, row: int) -> tuple[np.ndarray, ...]:
-    """Image, shares, boxes, outlines and points of a scene seen in a mirror (left to right)."""
-    shares = store.shares[row].reshape(OBJECTS, GRID, GRID)[:, :, ::-1].reshape(OBJECTS, -1)
-    boxes = store.boxes[row].copy()
-    boxes[:, 0] = 1 - boxes[:, 0]
-    # Clockwise stays clockwise, and the first vertex is still the one on the middle line.
-    outlines = np.roll(store.outlines[row][:, ::-1], 1, axis=1) * [-1, 1] + [1, 0]
-    points = store.points[row] * [-1, 1] + [1, 0]
-    return store.images[row][:, ::-1], shares, boxes, outlines, points
+    return start, arrays

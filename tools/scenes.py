@@ -15,14 +15,15 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from assets import LEVELS, SIDE, SOURCES, Pack, held_out
-from effects import TRAIN_SIZE, finish, shade
+from effects import SIDE as INPUT_SIDE
+from effects import finish, shade
 from grounds import background, photos
 from nouns import NOUNS, wanted_names
 from words import LOOKALIKES
 
 MIN_VISIBLE = 0.35
 """Objects of which less can be seen are taken out of the scene."""
-MIN_PIXELS = 60 / TRAIN_SIZE**2
+MIN_PIXELS = 0.0038
 """Smallest visible area of an object, share of the image."""
 MIN_WHOLE = 0.8
 """Objects whose largest visible piece is a smaller share of what is visible are taken out."""
@@ -102,7 +103,7 @@ class SceneGenerator:
     ``nouns`` limits what is named (all of the table by default), ``styles`` where pictures come
     from; by default training sees every style but
     ``twemoji`` and 85 % of the stamps, evaluation sees all. ``size`` is (width, height) px; without
-    it images are 126 × 126 with a random aspect squashed.
+    it images are 168 × 168 with a random aspect squashed.
     """
 
     def __init__(
@@ -122,8 +123,8 @@ class SceneGenerator:
             raise ValueError(f"split must be train or eval, not {split!r}")
         self.split, self.seed, self.size = split, seed, size
         self.max_objects, self.photos, self.clean = max_objects, photos, clean
-        longer = max(size) if size else TRAIN_SIZE
-        self.large = longer > 2 * TRAIN_SIZE if large_sprites is None else large_sprites
+        longer = max(size) if size else INPUT_SIDE
+        self.large = longer > 2 * INPUT_SIDE if large_sprites is None else large_sprites
         if styles is None:
             styles = [s for s in SOURCES if split == "eval" or s != HELD_OUT_STYLE]
         self.styles = list(styles)
@@ -155,7 +156,7 @@ class SceneGenerator:
 
     def scene(self, index: int) -> Scene:
         """The scene of this number, rendered at the generator's size."""
-        width, height = self.size or (TRAIN_SIZE, TRAIN_SIZE)
+        width, height = self.size or (INPUT_SIDE, INPUT_SIDE)
         return self.render(self.describe(index), width, height)
 
     def describe(self, index: int) -> Description:

@@ -1,6 +1,10 @@
-"""Train the shipped checkpoint from scratch on generated scenes, on CPU.
+"""Train the shipped checkpoint from scratch on generated scenes.
 
     python tools/train_nano.py --minutes 95 --run runs/nano
+    python tools/train_nano.py --device cuda --compile --scenes 512 --workers 14 --eval-scenes 0
+
+On a CPU scenes are drawn into ``--store`` before training. On an accelerator ``--workers`` processes
+draw them into its memory while it trains.
 
 Three phases share the time budget: the vision tower alone, on what each patch shows; then boxes;
 then boxes and paths. Weights are float32, matrix products bfloat16 (``--float32`` turns that off,
@@ -21,20 +25,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import nano_questions
 import nano_training
 import numpy as np
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
 from nano_questions import BatchMaker, SceneQuestions
-from nano_start import initialise, pass_through, picture_patches
+from nano_start import initialise, pass_through, picture_patches, resized_positions
 from nano_training import Batch, Losses
 from nouns import CORE, CORE_STYLES
 from safetensors.torch import load_file
-from scene_store import build_store
+from scene_store import Scenes, build_store, grow_pool
 from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
+from kestrel.moondream.vision import VisionBlock
 
 LOSSES = (
     "tokens",
@@ -49,10 +55,10 @@ LOSSES = (
     "place",
 )
 FIGURES = ("iou", "box_iou", "right", "absent")
-FIELDS = ["minutes", "step", "phase", "scenes_per_s", *LOSSES, "norm", *FIGURES]
+FIELDS = ["minutes", "step", "phase", "scenes", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 REPORT_STEPS = 50
 LONGEST_STEP_S = 5.0
-"""A step counts as no more: a process that was stopped for a while has not trained."""
+"""A step on a CPU counts as no more: a process that was stopped for a while has not trained."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--store", type=Path, default=Path("runs/scenes"), help="drawn scenes")
     parser.add_argument("--store-scenes", type=int, default=120_000)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--workers", type=int, help="processes that draw while a device trains")
     parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per step")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--eval-every", type=float, default=6.0, help="minutes to save after")
-    parser.add_argument("--eval-scenes", type=int, default=120)
+    parser.add_argument("--eval-scenes", type=int, default=120, help="0: weights are kept unjudged")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 matrix products")
     parser.add_argument("--compile", action="store_true", help="faster steps; needs a C++ compiler")
@@ -118,21 +126,18 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         torch.manual_seed(args.seed)
-        self.store = build_store(
-            args.store, count=args.store_scenes, seed=args.seed, nouns=CORE, styles=CORE_STYLES
-        )
+        self.store = self._scenes()
         self.tokenizer = build_tokenizer(vocabulary_words())
         self.model = Moondream(nano_config(self.tokenizer))
         self.questions = SceneQuestions(self.tokenizer, CORE)
         integer_ids = [self.tokenizer.token_to_id(str(v)) for v in range(961)]
         patch = self.model.config.vision.enc_patch_size
-        initialise(self.model, integer_ids, picture_patches(self.store.images[:500], patch))
+        pictures = self.store.arrays["images"][:500].cpu().numpy()
+        initialise(self.model, integer_ids, picture_patches(pictures, patch))
         if args.warm is not None:
-            known = load_file(args.warm / "model.safetensors")
-            self.model.load_state_dict(known, strict=False)
-            blocks = enumerate(self.model.text.blocks)
-            pass_through(b for n, b in blocks if f"text.blocks.{n}.ln.weight" not in known)
-        self.losses = Losses(self.model, self.questions.noun_ids, integer_ids)
+            self._begin_with(load_file(args.warm / "model.safetensors"))
+        self.model.to(args.device)
+        self.losses = Losses(self.model, self.questions.noun_ids, self.questions.level_ids)
         tables = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimiser = torch.optim.AdamW(
@@ -142,13 +147,31 @@ class Run:
             ],
             lr=args.peak,
             betas=(0.9, 0.98),
-            foreach=True,
+            fused=True,
         )
         self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.step, self.spent, self.best = 0, 0.0, 0.0
         self.state_file = args.run / "state.pt"
         if self.state_file.exists():
             self.resume()
+
+    def _scenes(self) -> Scenes:
+        args = self.args
+        about = {"count": args.store_scenes, "seed": args.seed, "nouns": CORE}
+        if args.device.type == "cpu":
+            return build_store(args.store, styles=CORE_STYLES, **about)
+        return grow_pool(args.device, workers=args.workers, styles=CORE_STYLES, **about)
+
+    def _begin_with(self, known: dict[str, torch.Tensor]) -> None:
+        """Weights of a checkpoint, which may be of smaller pictures and have fewer blocks."""
+        model = self.model
+        known["vision.pos_emb"] = resized_positions(
+            known["vision.pos_emb"].float(), model.config.vision.grid
+        )
+        model.load_state_dict(known, strict=False)
+        for tower in ("text", "vision"):
+            blocks = enumerate(getattr(model, tower).blocks)
+            pass_through(b for n, b in blocks if f"{tower}.blocks.{n}.attn.proj.weight" not in known)
 
     @property
     def progress(self) -> float:
@@ -169,11 +192,12 @@ class Run:
             questions=phase.questions,
             boxes_only=phase.name == "boxes",
             seed=self.args.seed * 1_000_003 + self.step,
+            device=self.args.device,
         )
         return iter(maker)
 
     def resume(self) -> None:
-        saved = torch.load(self.state_file, weights_only=True)
+        saved = torch.load(self.state_file, weights_only=True, map_location=self.args.device)
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.average = saved["average"]
@@ -199,14 +223,15 @@ class Run:
         )
         partial.replace(self.state_file)
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.progress, self.args.peak)
         asked = batch.tokens.numel() > 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.float32):
+        kind = self.args.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=not self.args.float32):
             loss, parts = (self.losses if asked else self.losses.vision_only)(batch)
         loss.backward()
-        parts["norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        parts["norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
@@ -214,6 +239,12 @@ class Run:
         names, live = zip(*self.model.named_parameters(), strict=True)
         torch._foreach_lerp_([self.average[n] for n in names], [p.detach() for p in live], 1 - keep)
         return parts
+
+    def keep_unjudged(self) -> None:
+        """Write the averaged weights and the last ones."""
+        live = {k: v.detach() for k, v in self.model.named_parameters()}
+        for folder, weights in (("averaged", self.average), ("last", live)):
+            write_checkpoint(self.args.run / folder, self.model, weights, self.tokenizer)
 
     def evaluated(self, *, averaged: bool = True) -> dict[str, float]:
         """Figures of the averaged weights, or the last ones, on held-out scenes; ships them when
@@ -259,11 +290,14 @@ def plot(log: Path) -> None:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
     args.run.mkdir(parents=True, exist_ok=True)
     run = Run(args)
     if args.compile:
-        nano_training.decoder_pass = torch.compile(nano_training.decoder_pass, dynamic=False)
-        run.losses.encode_image = torch.compile(run.losses.encode_image, dynamic=False)
+        # One block at a time: all of a tower share what is compiled.
+        nano_training.block_pass = torch.compile(nano_training.block_pass, dynamic=False)
+        VisionBlock.forward = torch.compile(VisionBlock.forward, dynamic=False)
+        nano_questions.covered_cells = torch.compile(nano_questions.covered_cells, dynamic=False)
     log = args.run / "log.csv"
     if not log.exists():
         log.write_text(",".join(FIELDS) + "\n")
@@ -277,18 +311,22 @@ def main() -> None:
             phase, parts_seen = run.phase, []
             batches = run.batches(phase)
         parts_seen.append(run.train_step(next(batches)))
-        run.spent += min(time.monotonic() - start, LONGEST_STEP_S)
+        spent = time.monotonic() - start
+        run.spent += min(spent, LONGEST_STEP_S) if args.device.type == "cpu" else spent
         if run.step % REPORT_STEPS:
             continue
         row: dict[str, object] = {
-            k: round(float(np.mean([p[k] for p in parts_seen])), 4) for k in parts_seen[0]
+            k: round(torch.stack([p[k] for p in parts_seen]).mean().item(), 4) for k in parts_seen[0]
         }
         row["minutes"] = round(run.spent / 60, 2)
         row["step"] = run.step
         row["phase"] = phase.name
+        row["scenes"] = len(run.store)
         row["scenes_per_s"] = round(len(parts_seen) * args.scenes / (time.monotonic() - since), 1)
         if run.spent - last_eval > 60 * args.eval_every:
-            if phase.questions:
+            if not args.eval_scenes:
+                run.keep_unjudged()
+            elif phase.questions:
                 row.update({k: round(v, 4) for k, v in run.evaluated().items() if k in FIELDS})
             last_eval = run.spent
             run.save()
@@ -298,6 +336,10 @@ def main() -> None:
             plot(log)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         parts_seen, since = [], time.monotonic()
+    if not args.eval_scenes:
+        run.keep_unjudged()
+        run.save()
+        return
     # After a short run the averages still hold much of its beginning.
     for averaged in (True, False):
         final = {k: round(v, 4) for k, v in run.evaluated(averaged=averaged).items()}
