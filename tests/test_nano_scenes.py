@@ -49,6 +49,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         import outlines
         import scene_store
         import scenes
+        import words
 
         patch.setattr(assets, "CACHE", cache)
         (cache / "downloads").mkdir()
@@ -73,7 +74,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             module.__name__: module
             for module in (
                 *(assets, grounds, nano_checkpoint, nano_questions, nano_start, nano_training),
-                *(outlines, scene_store, scenes),
+                *(outlines, scene_store, scenes, words),
             )
         }
         scenes._packs.cache_clear()
@@ -138,34 +139,127 @@ def test_truth_is_where_the_ink_is(tools):
     assert ink[~mask].mean() < 0.05
 
 
-def test_a_store_teaches_a_step(tools, tmp_path):
-    store = tools["scene_store"].build_store(tmp_path, count=8, seed=1, nouns=NOUNS, styles=STYLES)
-    assert (store.nouns[:, 0] >= 0).all() and np.isfinite(store.outlines).all()
-    tokenizer = tools["nano_checkpoint"].build_tokenizer(list(NOUNS))
-    questions = tools["nano_questions"].SceneQuestions(tokenizer, NOUNS)
-    maker = tools["nano_questions"].BatchMaker(
-        store, questions, scenes=4, questions=2, boxes_only=False, seed=0
+@pytest.fixture(scope="module")
+def made(tools, tmp_path_factory) -> tuple[Any, Any]:
+    """Scenes of a store, and the questions of a vocabulary."""
+    folder = tmp_path_factory.mktemp("store")
+    store = tools["scene_store"].build_store(folder, count=8, seed=1, nouns=NOUNS, styles=STYLES)
+    tokenizer = tools["nano_checkpoint"].build_tokenizer(tools["words"].vocabulary_words())
+    return store, tools["nano_questions"].SceneQuestions(tokenizer, NOUNS)
+
+
+def maker_of(tools: dict[str, Any], made: tuple[Any, Any], **options: Any) -> Any:
+    asked = {"scenes": 4, "questions": 2, "boxes_only": False, "seed": 0} | options
+    return tools["nano_questions"].BatchMaker(*made, **asked)
+
+
+def test_a_question_is_what_the_engine_asks_and_what_it_is_to_answer(tools, made):
+    _, asker = made
+    words = asker.tokenizer
+    batch = maker_of(tools, made, scenes=64, questions=3).batch(torch.arange(64) % 8)
+    ignore, special = tools["nano_training"].IGNORE, asker.prompt_ids
+    path, kinds = 2 * 24 + 3, set()
+    for tokens, kind, target in zip(
+        *(t.flatten(0, 1).tolist() for t in (batch.tokens, batch.kind, batch.target)), strict=True
+    ):
+        asks = tokens.index(special.answer_id)
+        refs = [k for k in kind[:asks] if k]
+        assert refs in ([], [1, 1], [1, 1, 2]) and kind[3 : 3 + len(refs)] == refs
+        said = words.decode(tokens[3 + len(refs) : asks])
+        plain = tokens[:3] + tokens[3 + len(refs) : asks + 1]
+        assert plain == asker.prompt(said)
+        told = target[asks:]
+        assert set(target[:asks]) == {ignore}
+        if told[0] == special.eos_id:
+            kinds.add("absent")
+            assert set(told[1:]) == {ignore} and not any(kind[asks:])
+            continue
+        kinds.add((len(refs), said.split()[-1]))
+        answer = told[: told.index(special.eos_id)]
+        assert answer[:3] == [special.coord_id] * 2 + [special.size_id] and len(answer) == 3 + path
+        assert set(told[len(answer) + 1 :]) == {ignore}
+        # It is fed what it is to say, but for numbers, which err as its own do.
+        fed = tokens[asks + 1 : asks + 1 + len(answer)]
+        spelt = [words.id_to_token(i) for i in answer[3:]]
+        assert [spelt[0], spelt[3], spelt[-1]] == ["M", "L", "Z"]
+        assert all(a == b for a, b in zip(fed, answer, strict=True) if b not in asker.level_ids)
+        assert kind[asks + 1 : asks + 4] == [1, 1, 2] and not any(kind[asks + 4 :])
+    assert "absent" in kinds
+    told, words = (set(column) for column in zip(*kinds - {"absent"}, strict=True))
+    assert told == {0, 2, 3} and words & set(NOUNS) and words - set(NOUNS)
+
+
+def test_labels_are_those_of_the_scene_or_of_its_mirror_image(tools, made):
+    store, _ = made
+    grid, maker = tools["scene_store"].GRID, maker_of(tools, made, questions=0)
+    plain = {name: array[:8] for name, array in store.arrays.items()}
+    seen = set()
+    for _ in range(12):
+        batch = maker.batch(torch.arange(8))
+        for row in range(8):
+            shown = batch.patches[row, :, :-1].sum(1).view(grid, grid)
+            truth = plain["shares"][row].float().sum(0).view(grid, grid) / 255
+            flipped = not torch.allclose(shown, truth.clamp(max=1), atol=0.02)
+            if flipped:
+                assert torch.allclose(shown, truth.flip(1).clamp(max=1), atol=0.02)
+            seen.add(flipped)
+            covered = batch.cells[row].nan_to_num(0).mean(1).view(grid, grid)
+            # The outlines follow what is seen, so their cells do.
+            both = torch.minimum(covered, shown).sum() / torch.maximum(covered, shown).sum()
+            assert both > 0.7
+            boxes = batch.boxes[row][~batch.boxes[row, :, 0].isnan()]
+            mine = plain["boxes"][row][plain["nouns"][row] >= 0]
+            if flipped:
+                mine = torch.cat([1 - mine[:, :1], mine[:, 1:]], 1)
+            off = (boxes[:, None] - mine).abs().amax(-1)
+            assert (off.min(1).values < 1e-5).all()
+    assert seen == {False, True}
+
+
+def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
+    questions, side = tools["nano_questions"], 12 * 7 * 8
+    turn = torch.arange(24) * (2 * torch.pi / 24)
+    reach = 0.3 + 0.1 * torch.rand(24, generator=torch.Generator().manual_seed(0))
+    polygon = torch.stack([0.5 + reach * turn.sin(), 0.45 - reach * turn.cos()], 1)
+    found = questions.covered_cells(polygon.expand(1, 144, -1, -1), questions._cell_samples()).view(
+        12, 12, 7, 7
     )
+    filled = np.zeros((side, side), np.uint8)
+    cv2.fillPoly(
+        filled, [np.rint((polygon.numpy() * side - 0.5) * 16).astype(np.int32)], 1, shift=4
+    )
+    share = torch.from_numpy(filled).float().view(84, 8, 84, 8).mean((1, 3))
+    found = found.permute(0, 2, 1, 3).reshape(84, 84)
+    assert (found - share).abs().max() <= 0.5 and (found - share).abs().mean() < 0.01
+
+
+def test_a_store_teaches_a_step(tools, made):
+    store, questions = made
+    assert (store.arrays["nouns"][:, 0] >= 0).all() and store.arrays["outlines"].isfinite().all()
     torch.manual_seed(0)
-    model = Moondream(tools["nano_checkpoint"].nano_config(tokenizer))
-    numbers = [tokenizer.token_to_id(str(value)) for value in range(961)]
-    patches = tools["nano_start"].picture_patches(store.images, 14)
+    model = Moondream(tools["nano_checkpoint"].nano_config(questions.tokenizer))
+    numbers = [questions.tokenizer.token_to_id(str(value)) for value in range(961)]
+    patches = tools["nano_start"].picture_patches(store.arrays["images"].numpy(), 14)
     tools["nano_start"].initialise(model, numbers, patches)
-    losses = tools["nano_training"].Losses(model, questions.noun_ids, numbers)
+    losses = tools["nano_training"].Losses(model, questions.noun_ids, questions.level_ids)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = next(iter(maker))
-    # What is fed errs as the model does, in its numbers only.
-    fed, said = batch.tokens[..., 1:], batch.target[..., :-1]
-    number = losses.level_of[said.clamp(min=0)] >= 0
-    command = (said > 0) & ~number & (batch.kind[..., 1:] == 0)
-    assert (fed[command] == said[command]).all() and command.any()
-    assert 0.3 < (fed[number] != said[number]).float().mean() < 1
+    batch = next(iter(maker_of(tools, made)))
     totals = []
     for _ in range(4):
         total, parts = losses(batch)
-        assert all(np.isfinite(part) for part in parts.values())
+        assert all(part.isfinite() for part in parts.values())
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
         totals.append(total.item())
     assert totals[-1] < totals[0]
+
+
+def test_a_pool_holds_the_scenes_of_a_store(tools, made):
+    store, _ = made
+    pool = tools["scene_store"].grow_pool(
+        torch.device("cpu"), count=8, workers=1, seed=1, nouns=NOUNS, styles=STYLES
+    )
+    assert len(pool) == 8
+    for name, array in pool.take(torch.arange(8)).items():
+        assert torch.equal(array, store.arrays[name])

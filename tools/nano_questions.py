@@ -66,7 +66,9 @@ class SceneQuestions:
         words |= {other: OTHERWISE / len(others) for other in others}
         return [
             (self.word_ids(article + word), often * share)
-            for (article, often), (word, share) in itertools.product(ARTICLES.items(), words.items())
+            for (article, often), (word, share) in itertools.product(
+                ARTICLES.items(), words.items()
+            )
         ]
 
     def kinds(self, noun: str) -> set[str]:
@@ -136,9 +138,7 @@ class BatchMaker:
         # Prompt, ref, words, answer, then all of the answer that is fed.
         if 3 + 3 + longest + 1 + 3 + (0 if boxes_only else PATH) > self.length:
             raise ValueError(f"a noun of {longest} tokens does not fit a question")
-        self.words, self.word_lengths, self.often = (
-            t.to(device) for t in (words, lengths, often)
-        )
+        self.words, self.word_lengths, self.often = (t.to(device) for t in (words, lengths, often))
         kinds = [[other in asker.kinds(noun) for other in asker.nouns] for noun in asker.nouns]
         self.kinds = torch.tensor(kinds, dtype=torch.float32, device=device)
         self.level_ids = torch.tensor(asker.level_ids, device=device)
@@ -160,8 +160,9 @@ class BatchMaker:
         shares = found["shares"].unflatten(-1, (GRID, GRID))
         shares = torch.where(_over(flip, 4), shares.flip(-1), shares).flatten(2)
         boxes, points, outlines = found["boxes"], found["points"], found["outlines"]
-        mirror = torch.tensor([-1.0, 1.0], device=self.device), torch.tensor(
-            [1.0, 0.0], device=self.device
+        mirror = (
+            torch.tensor([-1.0, 1.0], device=self.device),
+            torch.tensor([1.0, 0.0], device=self.device),
         )
         boxes = torch.where(
             _over(flip, 3), torch.cat([1 - boxes[..., :1], boxes[..., 1:]], -1), boxes
@@ -213,7 +214,9 @@ class BatchMaker:
         centre, size = boxes[:, :, None, :2], boxes[:, :, None, 2:].clamp(min=1e-6)
         relative = ((outlines - centre + size / 2) / size).flatten(2)
         shapes = _rows(relative, slot) * (most[..., None] > 0.5)
-        covered = covered_cells(_rows(outlines.flatten(2), slot).unflatten(-1, (-1, 2)), self.samples)
+        covered = covered_cells(
+            _rows(outlines.flatten(2), slot).unflatten(-1, (-1, 2)), self.samples
+        )
         cells = covered.where(most[..., None] >= LEAST_SHARE / 255, torch.nan)
         return shown, of_object, shapes, cells
 
@@ -224,7 +227,11 @@ class BatchMaker:
         order = self._chance(b, OBJECTS).masked_fill(~there, 2.0).argsort(1)
         turn = torch.arange(q, device=self.device) % there.sum(1, keepdim=True).clamp(min=1)
         slot = order.gather(1, turn)
-        noun, box, outline = nouns.gather(1, slot), _rows(boxes, slot), _rows(outlines.flatten(2), slot)
+        noun, box, outline = (
+            nouns.gather(1, slot),
+            _rows(boxes, slot),
+            _rows(outlines.flatten(2), slot),
+        )
         kinds = F.one_hot(nouns.clamp(min=0), len(self.kinds)).float() * there[..., None]
         unseen = (kinds.sum(1) @ self.kinds == 0).float()
         possible = unseen.sum(1, keepdim=True) > 0
@@ -254,9 +261,9 @@ class BatchMaker:
         """tokens, kind, value, target and target_value of ``Batch``."""
         special = self.asker.prompt_ids
         b, q = asked.noun.shape
-        said = torch.multinomial(
-            self.often[asked.noun.flatten()], 1, generator=self.random
-        ).view(b, q)
+        said = torch.multinomial(self.often[asked.noun.flatten()], 1, generator=self.random).view(
+            b, q
+        )
         words, count = self.words[asked.noun, said], self.word_lengths[asked.noun, said]
         refs = asked.refs
         pointer = torch.tensor([special.coord_id] * 2 + [special.size_id], device=self.device)
@@ -286,11 +293,14 @@ class BatchMaker:
         numbers = referring | (answering & (step < 3))
         kind = (numbers & (tokens == special.coord_id)).to(torch.uint8)
         kind += 2 * (numbers & (tokens == special.size_id)).to(torch.uint8)
-        value = torch.where(
-            referring[..., None],
-            _pick_pair(_spelt(asked.ref), place - start),
-            _pick_pair(_spelt(fed_box), step),
-        ) * (kind > 0)[..., None]
+        value = (
+            torch.where(
+                referring[..., None],
+                _pick_pair(_spelt(asked.ref), place - start),
+                _pick_pair(_spelt(fed_box), step),
+            )
+            * (kind > 0)[..., None]
+        )
         # Each position is to give what comes after it: the one that asks gives the first.
         wanted = step + 1
         last = torch.where(asked.present, 3 if self.boxes_only else length + 1, 1)[..., None]
@@ -317,7 +327,9 @@ class BatchMaker:
         relative = (outline - centre + size / 2) / size.clamp(min=1e-6)
         levels = (relative * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
         numbers = self.level_ids[levels].flatten(2)
-        move, line, close = (numbers.new_full((*numbers.shape[:2], 1), i) for i in self.asker.command_ids)
+        move, line, close = (
+            numbers.new_full((*numbers.shape[:2], 1), i) for i in self.asker.command_ids
+        )
         return torch.cat([move, numbers[..., :2], line, numbers[..., 2:], close], -1)
 
     def _missed(self, box: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Drawing scenes takes a core. On a CPU a *store*, memory-mapped arrays in a folder, is drawn by all
 cores before training, which then has them to itself. On an accelerator a *pool* in its memory grows
-while training reads from it. Readers mirror scenes at random, so that a second pass does not see the
-same pictures.
+while training reads from it. Readers mirror scenes at random, so that a second pass does not see
+the same pictures.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Scenes:
     """N scenes of up to 5 named objects; coordinates in 0..1 of the image.
 
     ``arrays`` holds tensors: ``images`` uint8 [N, 168, 168, 3]; ``nouns`` int16 [N, 5] index into
-    ``names``, -1 for none; ``shares`` uint8 [N, 5, 144] part of each patch that shows the object, 255
-    for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32 [N, 5, 24, 2]
+    ``names``, -1 for none; ``shares`` uint8 [N, 5, 144] part of each patch that shows the object,
+    255 for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32 [N, 5, 24, 2]
     (x, y); ``points`` float32 [N, 5, 4, 2] on the object. Of them ``ready`` can be read.
     """
 

@@ -3,8 +3,8 @@
     python tools/train_nano.py --minutes 95 --run runs/nano
     python tools/train_nano.py --device cuda --compile --scenes 512 --workers 14 --eval-scenes 0
 
-On a CPU scenes are drawn into ``--store`` before training. On an accelerator ``--workers`` processes
-draw them into its memory while it trains.
+On a CPU scenes are drawn into ``--store`` before training. On an accelerator ``--workers``
+processes draw them into its memory while it trains.
 
 Three phases share the time budget: the vision tower alone, on what each patch shows; then boxes;
 then boxes and paths. Weights are float32, matrix products bfloat16 (``--float32`` turns that off,
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import nano_questions
 import nano_training
-import numpy as np
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
@@ -171,7 +170,9 @@ class Run:
         model.load_state_dict(known, strict=False)
         for tower in ("text", "vision"):
             blocks = enumerate(getattr(model, tower).blocks)
-            pass_through(b for n, b in blocks if f"{tower}.blocks.{n}.attn.proj.weight" not in known)
+            pass_through(
+                b for n, b in blocks if f"{tower}.blocks.{n}.attn.proj.weight" not in known
+            )
 
     @property
     def progress(self) -> float:
@@ -316,7 +317,8 @@ def main() -> None:
         if run.step % REPORT_STEPS:
             continue
         row: dict[str, object] = {
-            k: round(torch.stack([p[k] for p in parts_seen]).mean().item(), 4) for k in parts_seen[0]
+            k: round(torch.stack([p[k] for p in parts_seen]).mean().item(), 4)
+            for k in parts_seen[0]
         }
         row["minutes"] = round(run.spent / 60, 2)
         row["step"] = run.step
