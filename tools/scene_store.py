@@ -52,7 +52,8 @@ class Scenes:
     ``arrays`` holds tensors: ``images`` uint8 [N, 168, 168, 3]; ``nouns`` int16 [N, 5] index into
     ``names``, -1 for none; ``shares`` uint8 [N, 5, 144] part of each patch that shows the object,
     255 for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32
-    [N, 5, 24, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. Of them ``ready`` can be read.
+    [N, 5, 24, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. The first ``ready`` of them
+    can be read.
     """
 
     def __init__(self, names: Sequence[str], arrays: dict[str, Tensor], ready: int) -> None:
