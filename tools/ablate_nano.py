@@ -15,7 +15,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from nano_checkpoint import build_tokenizer, nano_config
@@ -23,7 +22,7 @@ from nano_questions import BatchMaker, SceneQuestions
 from nano_start import initialise, picture_patches
 from nano_training import Batch, Losses
 from nouns import CORE, CORE_STYLES
-from scene_store import SceneStore, build_store
+from scene_store import Scenes, build_store
 from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
@@ -64,10 +63,14 @@ def judge(model: Moondream, losses: Losses, batch: Batch) -> dict[str, float]:
         most, truth = batch.patches.max(-1)
         inside = (truth < len(losses.noun_ids)) & (most > 0.6)
     right = float((named == truth)[inside].float().mean())
-    return {"dense": parts["dense"], "boxes": parts["boxes"], "patches_named": right}
+    return {
+        "dense": parts["dense"].item(),
+        "boxes": parts["boxes"].item(),
+        "patches_named": right,
+    }
 
 
-def train(variant: str, store: SceneStore, minutes: float) -> dict[str, float]:
+def train(variant: str, store: Scenes, minutes: float) -> dict[str, float]:
     """Figures of one variant after so many minutes."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(vocabulary_words())
@@ -75,7 +78,7 @@ def train(variant: str, store: SceneStore, minutes: float) -> dict[str, float]:
     asker = SceneQuestions(tokenizer, CORE)
     integer_ids = [tokenizer.token_to_id(str(v)) for v in range(961)]
     patch = model.config.vision.enc_patch_size
-    initialise(model, integer_ids, picture_patches(store.images[:500], patch))
+    initialise(model, integer_ids, picture_patches(store.arrays["images"][:500].numpy(), patch))
     if variant == "random patch embedding":
         torch.nn.init.normal_(model.vision.patch_emb.weight, std=0.04)
         torch.nn.init.zeros_(model.vision.patch_emb.bias)
@@ -85,17 +88,16 @@ def train(variant: str, store: SceneStore, minutes: float) -> dict[str, float]:
         for block in model.vision.blocks:
             torch.nn.init.normal_(block.attn.qkv.weight, std=0.04)
     peak = 3e-3 if variant == "peak 3e-3" else 1.5e-3
-    losses = Losses(model, asker.noun_ids, integer_ids)
+    losses = Losses(model, asker.noun_ids, asker.level_ids)
     parameters = [*model.parameters(), *losses.extra_parameters()]
     optimiser = torch.optim.AdamW(
-        parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, foreach=True
+        parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True
     )
     options = {"questions": 0, "boxes_only": False, "seed": 1}
     held_back = BatchMaker(store, asker, scenes=HELD_BACK, **options).batch(
-        np.arange(len(store) - HELD_BACK, len(store))
+        torch.arange(len(store) - HELD_BACK, len(store))
     )
-    batches = BatchMaker(store, asker, scenes=24, **options)
-    batches.rows = len(store) - HELD_BACK
+    batches = BatchMaker(store, asker, scenes=24, rows=len(store) - HELD_BACK, **options)
     began, scenes = time.monotonic(), 0
     for batch in batches:
         progress = (time.monotonic() - began) / (60 * minutes)
