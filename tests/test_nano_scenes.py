@@ -258,7 +258,7 @@ def test_a_store_teaches_a_step(tools, made):
 def test_a_pool_holds_the_scenes_of_a_store(tools, made):
     store, _ = made
     pool = tools["scene_store"].grow_pool(
-        torch.device("cpu"), count=8, workers=1, seed=1, nouns=NOUNS, styles=STYLES
+        torch.device("cpu"), count=8, first=8, workers=1, seed=1, nouns=NOUNS, styles=STYLES
     )
     assert len(pool) == 8
     for name, array in pool.take(torch.arange(8)).items():

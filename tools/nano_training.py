@@ -114,9 +114,11 @@ class Losses:
         self.level_ids = torch.tensor(level_ids, device=device)
         self.level_of = self.level_ids.new_full((model.config.text.vocab_size,), -1)
         self.level_of[self.level_ids] = torch.arange(LEVELS, device=device)
-        # Row l: target distribution over the vocabulary for level l (sigma 3 levels): where the
-        # model is not sure, the likeliest level is then near the middle of the likely ones.
-        self.level_targets = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
+        # Row t: what is wanted where token t is. Numbers spread over their neighbours (sigma 3
+        # levels): where the model is not sure, the likeliest is near the middle of the likely ones.
+        self.wanted = torch.eye(model.config.text.vocab_size, device=device)
+        spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
+        self.wanted[self.level_ids[:, None], self.level_ids] = spread
         self.dense_weight = 1.0
         self.cell_weight = 1.0
         self.box_weight = 2.0
@@ -163,7 +165,7 @@ class Losses:
         image, early = self.encode_image(batch.images)
         bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
         prefix = torch.cat([bos, image], dim=1)
-        asked = model.text.wte[batch.tokens]
+        asked = F.embedding(batch.tokens, model.text.wte)
         is_coord, is_size = batch.kind == 1, batch.kind == 2
         # Rounded to bfloat16, the angles of the fastest waves would be off by half a radian.
         with torch.autocast(asked.device.type, enabled=False):
@@ -181,7 +183,7 @@ class Losses:
         size_rows = target == config.prompt.size_id
         coord_logits = model.coord_logits(picked[coord_rows]).float()
         size_logits = model.size_logits(picked[size_rows]).float()
-        tokens = self._token_loss(logits, target)
+        tokens = F.cross_entropy(logits, self.wanted[target])
         coord = _soft_cross_entropy(
             coord_logits, soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
         )
@@ -202,14 +204,6 @@ class Losses:
             "place": place,
         }
         return total, dense_parts | {name: part.detach() for name, part in parts.items()}
-
-    def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        log_probs = logits.log_softmax(-1)
-        level = self.level_of[target]
-        hard = level < 0
-        soft_part = -(self.level_targets[level[~hard]] * log_probs[~hard][:, self.level_ids]).sum()
-        hard_part = F.nll_loss(log_probs[hard], target[hard], reduction="sum")
-        return (soft_part + hard_part) / max(1, len(target))
 
     def _answer_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The whole box, regressed at the noun and where the answer starts.

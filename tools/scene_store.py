@@ -107,12 +107,14 @@ def grow_pool(
     device: torch.device,
     *,
     count: int,
+    first: int,
     workers: int,
     seed: int,
     nouns: Sequence[str],
     styles: Sequence[str],
 ) -> Scenes:
-    """Room for ``count`` scenes in the device's memory, which processes begin to fill."""
+    """Room for ``count`` scenes in the device's memory, which processes fill; given when the
+    ``first`` of them are there."""
     arrays = {
         name: torch.from_numpy(np.zeros(1, dtype)).to(device).new_zeros((count, *shape))
         for name, (shape, dtype) in _SHAPES.items()
@@ -130,7 +132,7 @@ def grow_pool(
 
     filler = threading.Thread(target=fill, daemon=True)
     filler.start()
-    while not pool.ready:
+    while pool.ready < min(first, count):
         if not filler.is_alive():
             raise RuntimeError("no scenes could be drawn; the error is above")
         time.sleep(0.1)

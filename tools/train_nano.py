@@ -56,6 +56,8 @@ LOSSES = (
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "phase", "scenes", "scenes_per_s", *LOSSES, "norm", *FIGURES]
 REPORT_STEPS = 50
+FIRST_SCENES = 50_000
+"""Scenes in a pool before training begins: it would see the same few again and again."""
 LONGEST_STEP_S = 5.0
 """A step on a CPU counts as no more: a process that was stopped for a while has not trained."""
 
@@ -159,7 +161,9 @@ class Run:
         about = {"count": args.store_scenes, "seed": args.seed, "nouns": CORE}
         if args.device.type == "cpu":
             return build_store(args.store, styles=CORE_STYLES, **about)
-        return grow_pool(args.device, workers=args.workers, styles=CORE_STYLES, **about)
+        return grow_pool(
+            args.device, first=FIRST_SCENES, workers=args.workers, styles=CORE_STYLES, **about
+        )
 
     def _begin_with(self, known: dict[str, torch.Tensor]) -> None:
         """Weights of a checkpoint, which may be of smaller pictures and have fewer blocks."""
