@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from effects import SIDE
@@ -30,7 +32,7 @@ OBJECTS = 5
 VERTICES = 24
 POINTS = 4
 """Points on each object, for spatial references."""
-_CHUNK = 500
+_CHUNK = 100
 
 _SHAPES: dict[str, tuple[tuple[int, ...], type]] = {
     "images": ((SIDE, SIDE, 3), np.uint8),
@@ -90,14 +92,14 @@ def build_store(
             name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape))
             for name, (shape, dtype) in _SHAPES.items()
         }
-        with multiprocessing.get_context("spawn").Pool() as pool:
+        with multiprocessing.get_context("spawn").Pool(initializer=_beside) as pool:
             done = 0
             for start, part in pool.imap_unordered(_drawn, _jobs(count, seed, nouns, styles)):
                 size = len(part["images"])
                 for name, array in arrays.items():
                     array[start : start + size] = part[name]
                 done += size
-                if done % (20 * _CHUNK) == 0:
+                if done % 10_000 == 0:
                     print(f"scenes drawn: {done} of {count}", flush=True)
         told.write_text(json.dumps(about))
     return open_store(folder)
@@ -122,12 +124,19 @@ def grow_pool(
     pool = Scenes(nouns, arrays, 0)
 
     def fill() -> None:
-        # The main process reads what is ready: a stretch is, once all of it has been copied.
-        with multiprocessing.get_context("spawn").Pool(workers) as processes:
+        # On a stream of its own: training then does not wait for what is copied.
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with (
+            multiprocessing.get_context("spawn").Pool(workers, _beside) as processes,
+            torch.cuda.stream(stream),
+        ):
             for _, part in processes.imap_unordered(_drawn, _jobs(count, seed, nouns, styles)):
                 size = len(part["images"])
                 for name, array in arrays.items():
-                    array[pool.ready : pool.ready + size] = torch.from_numpy(part[name]).to(device)
+                    array[pool.ready : pool.ready + size].copy_(torch.from_numpy(part[name]))
+                # What is ready is read: a stretch is, once all of it has been copied.
+                if stream is not None:
+                    stream.synchronize()
                 pool.ready += size
 
     filler = threading.Thread(target=fill, daemon=True)
@@ -142,6 +151,12 @@ def grow_pool(
 def _jobs(count: int, seed: int, nouns: Sequence[str], styles: Sequence[str]) -> Iterator[Job]:
     for start in range(0, count, _CHUNK):
         yield seed, tuple(nouns), tuple(styles), start, min(start + _CHUNK, count)
+
+
+def _beside() -> None:
+    """A process that draws has one thread, and gives way to the one that trains."""
+    cv2.setNumThreads(1)
+    os.nice(5)
 
 
 def _drawn(job: Job) -> tuple[int, dict[str, np.ndarray]]:
