@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from assets import SOURCES
-from nouns import CORE, CORE_STYLES
 from PIL import Image
 from scenes import Scene, SceneGenerator
 
@@ -30,7 +29,15 @@ SAMPLES: tuple[tuple[str, int, tuple[int, int]], ...] = (
 """Name of the file, number of the scene, (width, height) px. Chosen for their looks, before a model
 had seen them."""
 
-STYLES = tuple(style for style in CORE_STYLES if SOURCES[style].redistributable)
+STYLES = ("noto", "fluent", "flat")
+"""Styles whose scenes may be passed on with attribution alone."""
+_NOUNS = """
+dog cat horse cow pig rabbit elephant penguin rooster owl turtle fish octopus crab butterfly
+apple banana grapes lemon pineapple strawberry watermelon carrot mushroom pizza hamburger donut
+key umbrella balloon guitar car bus rocket airplane bicycle house tree cactus sunflower
+"""
+NOUNS = tuple(_NOUNS.split())
+"""What the numbers of the scenes stand for: with other nouns they are other scenes."""
 
 NOTE = """# Demo scenes
 
@@ -94,7 +101,7 @@ def main() -> None:
             "eval",
             SEED,
             styles=STYLES,
-            nouns=CORE,
+            nouns=NOUNS,
             size=size,
             photos=0.0,
             clean=True,
