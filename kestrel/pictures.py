@@ -21,8 +21,8 @@ from kestrel.moondream.config import VisionConfig
 from kestrel.moondream.crops import overlap_crops
 
 CROP_THREADS = 4
-"""Images that are decoded and cropped at once, at most; one core is left to the engine's thread,
-which else loses part of its own to them."""
+"""Images that are prepared at once, at most, one for each core. No core is left to the engine's
+thread: rows that share a step need it less than their pictures do."""
 KEEP_PIXELS = 8_000_000
 """Larger pictures are not held for the refiner, which then decodes them again."""
 
@@ -75,10 +75,9 @@ class Pictures:
         wake: threading.Condition,
         encode: Encode | None = None,
     ) -> None:
-        """``encode``: run by the worker threads, one at a time; without it pictures are left as
+        """``encode``: run by the worker threads, several at once; without it pictures are left as
         crops for the engine's thread."""
         self._encode = encode
-        self._encoding = threading.Lock()
         self._vision = vision
         self._limits = config.limits
         self._keep_pixels = config.refiner is not None
@@ -87,7 +86,7 @@ class Pictures:
         self._live: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept_bytes = 0
-        threads = max(1, min(CROP_THREADS, _cores() - 1))
+        threads = min(CROP_THREADS, _cores())
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
     def prepare(self, asking: Asking) -> None:
@@ -152,8 +151,7 @@ class Pictures:
             if self._keep_pixels and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS:
                 picture.pixels = pixels
             if self._encode is not None:
-                with self._encoding:
-                    picture.prefix = self._encode(picture.crops, picture.tiling)
+                picture.prefix = self._encode(picture.crops, picture.tiling)
                 picture.crops = None
                 self.keep(picture)
         except BaseException as error:  # every request about it is told

@@ -189,7 +189,8 @@ class Scheduler:
                 prefix = self._batch.prefix(self._batch.features(crops), tiling)
         except Exception as error:
             raise _encoding_failed(error) from error
-        self.counts["images"] += 1
+        with self._wake:
+            self.counts["images"] += 1
         return prefix
 
     # The engine thread.

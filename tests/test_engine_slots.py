@@ -32,6 +32,29 @@ from kestrel.skills.segment import build_prompt
 pytest_plugins = ["engines"]
 
 
+class Running:
+    """How many calls of a method run at once, at most."""
+
+    most = now = 0
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Running:
+    method, running, lock = getattr(owner, name), Running(), threading.Lock()
+
+    def counted(*args: Any, **options: Any) -> Any:
+        with lock:
+            running.now += 1
+            running.most = max(running.most, running.now)
+        try:
+            return method(*args, **options)
+        finally:
+            with lock:
+                running.now -= 1
+
+    monkeypatch.setattr(owner, name, counted)
+    return running
+
+
 # One batch
 
 
@@ -52,6 +75,22 @@ async def test_requests_of_one_batch_get_the_answers_they_get_alone(engine):
     tokens = sum(result.metrics.output_tokens for result in together)
     assert engine.stats()["steps"] - steps < tokens, "they did not decode together"
     assert [comparable(result) for result in together] == alone
+
+
+async def test_pictures_that_are_encoded_at_once_spoil_each_other(monkeypatch):
+    monkeypatch.setattr("kestrel.pictures._cores", lambda: 4)
+    encoding = counting(monkeypatch, Batch, "prefix")
+    runtime = RuntimeConfig(**{**CONFIG, "image_cache_bytes": 0, "torch_threads": 1})
+    asked = list({arguments["image"]: arguments for arguments in SAMPLES}.values())
+    async with await InferenceEngine.create(runtime) as engine:
+        alone = [comparable(await engine.segment(**arguments)) for arguments in asked]
+        assert encoding.most == 1
+        before = engine.stats()["images"]
+        for _ in range(3):
+            together = await asyncio.gather(*[engine.segment(**a) for a in asked])
+            assert [comparable(result) for result in together] == alone
+        assert encoding.most > 1
+        assert engine.stats()["images"] - before == 3 * len(asked)
 
 
 async def test_a_request_that_draws_lots_is_not_swayed_by_its_neighbours(engine, ask):
