@@ -30,7 +30,7 @@ KINDS = ("stamp", "drawing", "fill", "same")
 """A cut-out, a drawing, an outline filled from another photograph or from the one behind it."""
 KIND_SHARES = (0.3, 0.05, 0.3, 0.35)
 NEIGHBOUR_SHARES = (0.4, 0.1, 0.3, 0.2)
-REGIONS, OUTLINED = 0.2, 0.4
+REGIONS, OUTLINED = 0.2, 0.5
 """Shares of samples with nothing pasted: regions of a photograph, objects outlined by hand."""
 
 Box = tuple[float, float, float, float]
