@@ -45,8 +45,8 @@ NEW = 5
 POOL = 120
 """Samples of each shape that may be seen again."""
 KEPT = 24
-"""Batches that may be learnt from once more, as they are but for colours and side: drawing one takes
-as long as a step."""
+"""Batches that may be learnt from once more, other colours and sides apart: drawing one takes as
+long as a step."""
 LOG_EVERY, SAVE_EVERY = 20, 60.0
 """Steps; seconds."""
 BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -88,16 +88,14 @@ def load_network(model: Path = MODEL) -> Network:
 
 
 class View(NamedTuple):
-    """A crop at working size, and what is thought of it: shares of the object in 0..1."""
+    """A crop at working size, and shares of the object in its pixels."""
 
     small: np.ndarray
     """uint8 [h, w, 3]."""
     coverage: np.ndarray
-    """Of the coarse mask, float32 [h, w]."""
-    mean: np.ndarray
-    """Of the cues, float32 [h, w]."""
-    learned: np.ndarray
-    """The network's, float32 [h, w]."""
+    """By the coarse mask, float32 [h, w]."""
+    soft: np.ndarray
+    """By cues and network together, float32 [h, w], more than a half where the object is."""
 
 
 class BoundaryRefiner:
@@ -116,10 +114,9 @@ class BoundaryRefiner:
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         crop = np.ascontiguousarray(image)
         view = self.look(crop, mask)
-        if trusted(mask, view.coverage, view.learned):
+        if trusted(mask, view.coverage, view.soft):
             return mask
-        soft = view.mean + np.float32(SHARE) * (view.learned - view.mean) + np.float32(LEAN)
-        return _at_full_size(crop, view.small, soft)
+        return _at_full_size(crop, view.small, view.soft)
 
     def look(self, crop: np.ndarray, mask: np.ndarray) -> View:
         """A contiguous crop uint8 [H, W, 3] and its coarse mask uint8 [H, W] 0/1, at working
@@ -127,7 +124,9 @@ class BoundaryRefiner:
         small, coverage = _at_working_size(crop, mask)
         cues = self.cues(small, coverage)
         (learned,) = self.network(network_planes(small, coverage, cues)[None])
-        return View(small, coverage, cues["mean"], learned)
+        mean = cues["mean"]
+        soft = mean + np.float32(SHARE) * (learned - mean) + np.float32(LEAN)
+        return View(small, coverage, soft)
 
 
 def _at_working_size(crop: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Whether a coarse mask is right already: then the boundary refiner leaves it as it is.
 
-The network, which was trained on right masks too, moves their outlines less than those that a model
-spelled with a few vertices. Where it leaves a good part of an outline it decides alone; where it
-leaves less, the outline must have more detail than a few vertices could give.
+What the refiner makes of a right mask lies nearer to it than what it makes of one that a model
+spelled with a few vertices: it was trained on right masks too. Where the outline has more detail
+than a few vertices could give, it may lie further off.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-AGREES, AGREES_IN_DETAIL = 0.3, 0.15
-"""Share of the coarse outline within a working pixel of the network's, from which on a mask is
-left: any mask, one with detail. Jittered outlines of 32 vertices come to 0.1 in the middle, one in
-twenty to 0.18; masks that people drew to 0.3, exact ones to more: ``tools/boundary_trust.py``."""
+MOVED, MOVED_IN_DETAIL = 0.8, 1.6
+"""Working pixels by which the outline would move in the mean, up to which a mask is left: any mask,
+one with detail. Jittered outlines of 32 vertices would move by 1.6 in the middle, by 0.95 or less
+one in twenty; masks that people drew by 0.45, exact ones by less: ``tools/boundary_trust.py``."""
 VERTICES = 40
 """Vertices that an outline with detail takes."""
 TOLERANCE = 0.004
@@ -23,16 +23,16 @@ LEAST_TOLERANCE = 1.0
 NEAR = np.ones((3, 3), np.uint8)
 
 
-def trusted(mask: np.ndarray, coverage: np.ndarray, learned: np.ndarray) -> bool:
+def trusted(mask: np.ndarray, coverage: np.ndarray, soft: np.ndarray) -> bool:
     """Whether the coarse ``mask`` is likely right.
 
-    ``mask`` uint8 [H, W] 0/1 at full size; ``coverage``, its own, and ``learned``, the network's
-    share, float32 [h, w] in 0..1 at working size.
+    ``mask`` uint8 [H, W] 0/1 at full size; ``coverage``, its own, and ``soft``, what the refiner
+    makes of it, float32 [h, w], shares of the object at working size.
     """
-    agreement = agreement_of(coverage, learned)
-    if agreement < AGREES_IN_DETAIL:
+    moved = moved_by(coverage, soft)
+    if moved >= MOVED_IN_DETAIL:
         return False
-    return agreement >= AGREES or vertices_of(mask) >= VERTICES
+    return moved < MOVED or vertices_of(mask) >= VERTICES
 
 
 def vertices_of(mask: np.ndarray) -> int:
@@ -43,10 +43,10 @@ def vertices_of(mask: np.ndarray) -> int:
     return len(cv2.approxPolyDP(line, tolerance, True))
 
 
-def agreement_of(coverage: np.ndarray, learned: np.ndarray) -> float:
-    """Share of the coarse outline that is within a working pixel of the network's, 0..1."""
+def moved_by(coverage: np.ndarray, soft: np.ndarray) -> float:
+    """Mean distance between the two outlines, pixels: the area between them by the length."""
     coarse = (coverage > 0.5).astype(np.uint8)
-    outline = cv2.dilate(coarse, NEAR) != cv2.erode(coarse, NEAR)
-    moved = cv2.dilate((learned > 0.5).astype(np.uint8) ^ coarse, NEAR) > 0
-    length, away = int(np.count_nonzero(outline)), int(np.count_nonzero(outline & moved))
-    return 1 - away / max(1, length)
+    # One pixel on either side of the outline.
+    rim = int(np.count_nonzero(cv2.dilate(coarse, NEAR) != cv2.erode(coarse, NEAR)))
+    between = int(np.count_nonzero((soft > 0.5) != coarse.view(np.bool_)))
+    return 2 * between / max(1, rim)
