@@ -32,9 +32,6 @@ KIND_SHARES = (0.3, 0.05, 0.3, 0.35)
 NEIGHBOUR_SHARES = (0.4, 0.1, 0.3, 0.2)
 REGIONS, OUTLINED = 0.2, 0.5
 """Shares of samples with nothing pasted: regions of a photograph, objects outlined by hand."""
-ALIKE = 0.5
-"""Share of those that are made harder to see: GrabCut finds outlines that are plain, people draw
-others too."""
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), pixels."""
@@ -245,8 +242,6 @@ class BoundaryScenes:
         if not solid.any():
             return None
         canvas, truth = _centred(rng, canvas, solid.astype(np.uint8), h, w)
-        if rng.random() < ALIKE:
-            canvas = _alike(rng, canvas, truth)
         return _finished(rng, canvas), truth
 
     def _draw(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -376,25 +371,6 @@ def _centred(
     canvas = cv2.warpAffine(canvas, move, (w, h), borderMode=cv2.BORDER_REFLECT_101)
     truth = cv2.warpAffine(truth * np.uint8(255), move, (w, h))
     return canvas, (truth > 127).astype(np.uint8)
-
-
-def _alike(rng: np.random.Generator, canvas: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Colours within the outline drawn to those beyond it, float32 [h, w, 3]; texture stays."""
-    size = (max(8, truth.shape[1] // 4), max(8, truth.shape[0] // 4))
-    inside = truth.astype(np.float32)
-    small = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
-    share = cv2.resize(inside, size, interpolation=cv2.INTER_AREA)
-    sigma = rng.uniform(0.04, 0.2) * math.sqrt(float(share.sum()))
-
-    def mean(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        total = cv2.GaussianBlur(weight, (0, 0), sigma)
-        weighed = cv2.GaussianBlur(small * weight[..., None], (0, 0), sigma)
-        return weighed / (total[..., None] + 1e-4), total
-
-    (here, _), (beyond, near) = mean(share), mean(1 - share)
-    shift = (beyond - here) * np.clip(4 * near, 0, 1)[..., None] * rng.uniform(0.2, 0.95)
-    shift = cv2.resize(shift.astype(np.float32), truth.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return canvas + cv2.GaussianBlur(inside, (0, 0), rng.uniform(0.4, 1.2))[..., None] * shift
 
 
 def _filled(truth: np.ndarray) -> np.ndarray:

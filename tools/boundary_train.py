@@ -44,9 +44,6 @@ NEW = 5
 """Samples of a batch that are drawn for it; the others are seen again with new coarse masks."""
 POOL = 120
 """Samples of each shape that may be seen again."""
-KEPT = 24
-"""Batches that may be learnt from once more, other colours and sides apart: drawing one takes as
-long as a step."""
 LOG_EVERY, SAVE_EVERY = 20, 60.0
 """Steps; seconds."""
 BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -173,7 +170,7 @@ class Training:
         planes, truth, band = (torch.from_numpy(array).float() for array in batch)
         truth, band = truth[:, None], band[:, None]
         planes[:, :3] = recoloured(planes[:, :3])
-        if torch.rand(1) < 0.5:  # mirroring costs nothing here
+        if self.step % 2:  # mirroring costs nothing here
             planes, truth, band = planes.flip(3), truth.flip(3), band.flip(3)
         warmth = min(1, (self.step + 1) / 100)
         falling = 0.5 + 0.5 * math.cos(math.pi * min(1, self.step / self.steps))
@@ -198,17 +195,11 @@ def train(training: Training, queue: mp.Queue) -> None:
     with (training.run / "log.csv").open("a", buffering=1) as log_file:
         log = csv.writer(log_file)
         recent: list[tuple[float, float, float]] = []
-        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         last = saved = time.monotonic()
         cpu = time.process_time()
         while training.step < training.steps:
-            if training.step % 2 and kept:
-                batch = kept[int(torch.randint(len(kept), ()))]
-            else:
-                # A worker that died would be waited for for ever.
-                batch = queue.get(timeout=900)
-                kept = [*kept[1 - KEPT :], batch]
-            recent.append(training.learn(batch))
+            # A worker that died would be waited for for ever.
+            recent.append(training.learn(queue.get(timeout=900)))
             now = time.monotonic()
             training.spent += now - last
             last = now

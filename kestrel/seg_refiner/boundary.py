@@ -47,7 +47,7 @@ WORKING_SIDE = 256
 """Longest side at which the network looks, pixels."""
 LARGEST_ENLARGEMENT = 2.0
 """Small objects are enlarged by no more than this."""
-SHARE = 0.7
+SHARE = 0.9
 """Weight of the network beside the mean of the cues."""
 LEAN = 0.05
 """Added to what both say: averages round corners off, and objects came out too small."""

@@ -12,8 +12,8 @@ import numpy as np
 
 MOVED, MOVED_IN_DETAIL = 0.8, 1.6
 """Working pixels by which the outline would move in the mean, up to which a mask is left: any mask,
-one with detail. Jittered outlines of 32 vertices would move by 1.6 in the middle, by 0.95 or less
-one in twenty; masks that people drew by 0.45, exact ones by less: ``tools/boundary_trust.py``."""
+one with detail. Jittered outlines of 32 vertices would move by 1.7 in the middle, none of them by
+less than 0.8; masks that people drew by 0.5 in the middle: ``tools/boundary_trust.py``."""
 VERTICES = 40
 """Vertices that an outline with detail takes."""
 TOLERANCE = 0.004
