@@ -16,7 +16,14 @@ from kestrel.seg_refiner import boundary as boundary_module
 from kestrel.seg_refiner.boundary import MODEL, BoundaryRefiner, load_network
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.guided import GuidedRefiner
-from kestrel.seg_refiner.trust import VERTICES, vertices_of
+from kestrel.seg_refiner.trust import (
+    MOVED,
+    MOVED_IN_DETAIL,
+    VERTICES,
+    moved_by,
+    trusted,
+    vertices_of,
+)
 
 SQUARE = "M0 0H1V1H0Z"
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -103,6 +110,34 @@ def test_detail_counts_vertices_whatever_the_size(pieces):
     detailed = np.zeros((1000, 1000), np.uint8)
     cv2.fillPoly(detailed, [np.round(500 + 1000 * star.T).astype(np.int32)], 1)
     assert vertices_of(detailed) > VERTICES
+
+
+def disc(radius: float, waves: int = 0) -> np.ndarray:
+    """uint8 [256, 256] 0/1, with as many dents as ``waves``."""
+    angle = np.linspace(0, 2 * np.pi, 4000)
+    reach = radius * (1 + 0.08 * np.sin(waves * angle) * (waves > 0))
+    outline = np.stack([128 + reach * np.cos(angle), 128 + reach * np.sin(angle)], 1)
+    return cv2.fillPoly(np.zeros((256, 256), np.uint8), [np.round(outline).astype(np.int32)], 1)
+
+
+def test_distance_between_outlines_is_in_pixels():
+    coarse = disc(60).astype(np.float32)
+    assert moved_by(coarse, coarse) == 0
+    for further in (2, 4, 8):
+        moved = moved_by(coarse, disc(60 + further).astype(np.float32))
+        assert 0.7 * further < moved < 1.2 * further
+
+
+def test_an_outline_with_detail_may_move_further_and_is_trusted():
+    between = (MOVED + MOVED_IN_DETAIL) / 2
+    for waves, expected in ((0, False), (30, True)):
+        mask = disc(80, waves)
+        coverage = mask.astype(np.float32)
+        shifts = [np.roll(mask, shift, 1).astype(np.float32) for shift in range(1, 8)]
+        near = [soft for soft in shifts if abs(moved_by(coverage, soft) - between) < 0.4]
+        assert near and all(trusted(mask, coverage, soft) is expected for soft in near)
+        assert trusted(mask, coverage, coverage)
+        assert not trusted(mask, coverage, np.roll(mask, 12, 1).astype(np.float32))
 
 
 def test_a_picture_without_edges_is_rounded_no_more_than_by_the_guided_filter(refiner):
