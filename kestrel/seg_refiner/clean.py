@@ -44,15 +44,22 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     drawn_islands, drawn_holes = _drawn(coarse, window, small + small_holes)
 
     largest = max(islands, key=lambda island: island.area)
+    kept = [island for island in islands if island.area >= min_area]
     for island in small:
         stays = island is largest and len(small) == len(islands)
-        if not stays and not island.covers_any(drawn_islands):
+        if stays or island.covers_any(drawn_islands):
+            kept.append(island)
+        else:
             island.paint(crop, 0)
     for hole in small_holes:
         # A dropped island took its holes along: painting them would bring them back.
         if hole.rim_is_set(crop) and not hole.covers_any(drawn_holes):
             hole.paint(crop, 1)
-    _close(crop)
+    # What is left lies in the boxes of the islands that stay.
+    boxes = np.array([cv2.boundingRect(island.contour) for island in kept])
+    left, top = np.maximum(boxes[:, :2].min(0) - 2, 0)
+    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0) + 2
+    _close(crop[top:bottom, left:right])
     return cleaned
 
 
@@ -110,9 +117,15 @@ class _Outline:
 
 def _outlines(crop: np.ndarray) -> tuple[list[_Outline], list[_Outline]]:
     """Islands and holes."""
+    box = mask_box(crop)
+    if box is None:
+        return [], []
+    x0, y0, x1, y1 = box
     # A list, not a hierarchy: OpenCV's time for that grows with the square of the outlines, and
     # a grainy picture gives hundreds of thousands.
-    contours, _ = cv2.findContours(crop, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    contours, _ = cv2.findContours(
+        crop[y0:y1, x0:x1], cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(x0, y0)
+    )
     outlines = [_Outline(contour) for contour in contours]
     return [o for o in outlines if not o.is_hole], [o for o in outlines if o.is_hole]
 
