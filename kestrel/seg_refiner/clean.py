@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from kestrel.seg_refiner.box import mask_box
+from kestrel.seg_refiner.box import PixelBox, mask_box
 
 MIN_FRACTION = 0.0015
 """Islands and holes under this fraction of the image are dropped (public refiner's 0.15 %)."""
@@ -31,35 +31,33 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     box = mask_box(mask)
     if box is None:
         return cleaned
-    height, width = mask.shape
-    x0, y0, x1, y1 = box
-    # A ring of what is around the object, so that it is closed as it would be in the whole image.
-    window = np.s_[max(0, y0 - 2) : min(height, y1 + 2), max(0, x0 - 2) : min(width, x1 + 2)]
-    crop = cleaned[window]
-    crop[:] = mask[window]
-    islands, holes = _outlines(crop)
+    islands, holes = _outlines(mask, box)
     min_area = MIN_FRACTION * mask.size
     small = [island for island in islands if island.area < min_area]
     small_holes = [hole for hole in holes if hole.area < min_area]
-    drawn_islands, drawn_holes = _drawn(coarse, window, small + small_holes)
+    drawn_islands, drawn_holes = _drawn(coarse, box, small + small_holes)
 
     largest = max(islands, key=lambda island: island.area)
     kept = [island for island in islands if island.area >= min_area]
+    dropped = []
     for island in small:
         stays = island is largest and len(small) == len(islands)
-        if stays or island.covers_any(drawn_islands):
-            kept.append(island)
-        else:
-            island.paint(crop, 0)
+        (kept if stays or island.covers_any(drawn_islands) else dropped).append(island)
+    # What stays lies in the boxes of these islands, with a ring around it so that it is closed as
+    # it would be in the whole image. Nothing else of the picture is written.
+    boxes = np.array([cv2.boundingRect(island.contour) for island in kept])
+    left, top = (int(v) for v in np.maximum(boxes[:, :2].min(0) - 2, 0))
+    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0) + 2
+    window, offset = np.s_[top:bottom, left:right], (-left, -top)
+    crop = cleaned[window]
+    crop[:] = mask[window]
+    for island in dropped:
+        island.paint(crop, 0, offset)
     for hole in small_holes:
         # A dropped island took its holes along: painting them would bring them back.
-        if hole.rim_is_set(crop) and not hole.covers_any(drawn_holes):
-            hole.paint(crop, 1)
-    # What is left lies in the boxes of the islands that stay.
-    boxes = np.array([cv2.boundingRect(island.contour) for island in kept])
-    left, top = np.maximum(boxes[:, :2].min(0) - 2, 0)
-    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0) + 2
-    _close(crop[top:bottom, left:right])
+        if hole.rim_is_set(crop, offset) and not hole.covers_any(drawn_holes):
+            hole.paint(crop, 1, offset)
+    _close(crop)
     return cleaned
 
 
@@ -89,10 +87,11 @@ class _Outline:
         self.painted = abs(within) + 1 + rim
         self.area = abs(within) + 1 - rim if self.is_hole else self.painted
 
-    def rim_is_set(self, canvas: np.ndarray) -> bool:
-        """Whether the pixels around a hole are (still) set."""
-        x, y = self.contour[0, 0]
-        return bool(canvas[y, x])
+    def rim_is_set(self, canvas: np.ndarray, offset: tuple[int, int]) -> bool:
+        """Whether the pixels around a hole are (still) set; nothing is beyond the canvas."""
+        x, y = self.contour[0, 0] + offset
+        inside = 0 <= x < canvas.shape[1] and 0 <= y < canvas.shape[0]
+        return inside and bool(canvas[y, x])
 
     def paint(self, canvas: np.ndarray, value: int, offset: tuple[int, int] = (0, 0)) -> None:
         """Fill the outline; a hole's rim is part of the fill, and is set in a mask anyway."""
@@ -115,32 +114,38 @@ class _Outline:
         return cv2.countNonZero(mine & theirs)
 
 
-def _outlines(crop: np.ndarray) -> tuple[list[_Outline], list[_Outline]]:
-    """Islands and holes."""
-    box = mask_box(crop)
-    if box is None:
-        return [], []
+def _outlines(mask: np.ndarray, box: PixelBox) -> tuple[list[_Outline], list[_Outline]]:
+    """Islands and holes of what the mask holds within its box."""
     x0, y0, x1, y1 = box
     # A list, not a hierarchy: OpenCV's time for that grows with the square of the outlines, and
     # a grainy picture gives hundreds of thousands.
     contours, _ = cv2.findContours(
-        crop[y0:y1, x0:x1], cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(x0, y0)
+        mask[y0:y1, x0:x1], cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(x0, y0)
     )
     outlines = [_Outline(contour) for contour in contours]
     return [o for o in outlines if not o.is_hole], [o for o in outlines if o.is_hole]
 
 
 def _drawn(
-    coarse: np.ndarray | None, window: tuple[slice, slice], small: list[_Outline]
+    coarse: np.ndarray | None, box: PixelBox, small: list[_Outline]
 ) -> tuple[list[_Outline], list[_Outline]]:
-    """Pieces and holes of the coarse mask that were meant, if any of ``small`` may cover one."""
+    """Pieces and holes of the coarse mask that were meant, if any of ``small`` may cover one.
+
+    Of the coarse mask that part counts which is in the ``box`` of the refined one and its ring.
+    """
     if coarse is None or not small:
         return [], []
-    crop = coarse[window]
-    least = DRAWN_FRACTION * cv2.countNonZero(crop)
+    x0, y0, x1, y1 = box
+    left, top = max(0, x0 - 2), max(0, y0 - 2)
+    seen = coarse[top : y1 + 2, left : x1 + 2]
+    least = DRAWN_FRACTION * cv2.countNonZero(seen)
     if max(outline.painted for outline in small) < COVERED_FRACTION * least:
         return [], []
-    islands, holes = _outlines(crop)
+    inner = mask_box(seen)
+    if inner is None:
+        return [], []
+    inner = (inner[0] + left, inner[1] + top, inner[2] + left, inner[3] + top)
+    islands, holes = _outlines(coarse, inner)
     return (
         [island for island in islands if island.area >= least],
         [hole for hole in holes if hole.area >= least],

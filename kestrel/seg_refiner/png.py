@@ -34,7 +34,8 @@ def _encode_mask_png_base64(mask: np.ndarray) -> str:
     top = int(mask.max())
     if top not in (0, 1, 255) or (top == 255 and _has_between(mask)):
         raise ValueError("mask must hold only 0 and 1, or only 0 and 255")
-    return base64.b64encode(encode_png(mask, 1 if top == 255 else 255)).decode("ascii")
+    png = encode_png(mask, 1 if top == 255 else 255, top)
+    return base64.b64encode(png).decode("ascii")
 
 
 def _has_between(mask: np.ndarray) -> bool:
@@ -42,8 +43,8 @@ def _has_between(mask: np.ndarray) -> bool:
     return bool((mask + np.uint8(1)).max() > 1)
 
 
-def encode_png(mask: np.ndarray, gain: int) -> bytes:
-    """PNG bytes of ``mask * gain``, uint8 [H, W], mask two-valued with 0.
+def encode_png(mask: np.ndarray, gain: int, top: int) -> bytes:
+    """PNG bytes of ``mask * gain``, uint8 [H, W], mask of 0 and ``top`` alone.
 
     Rows unfiltered and run-length deflate: for two-valued pictures that is both smaller and faster
     than the filters that PNG offers for photographs.
@@ -52,7 +53,7 @@ def encode_png(mask: np.ndarray, gain: int) -> bytes:
     edges = _edges(mask)
     size = height * (width + 1)
     if len(edges) < size // RUNS_WORTH_IT:
-        packed = zlib_of_runs(edges, size, int(mask.max()) * gain)
+        packed = zlib_of_runs(edges, size, top * gain)
     else:
         packed = _deflated_rows(mask, gain)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
