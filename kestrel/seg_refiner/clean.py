@@ -39,7 +39,7 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
 
     largest = max(islands, key=lambda island: island.area)
     kept = [island for island in islands if island.area >= min_area]
-    dropped = []
+    dropped: list[_Outline] = []
     for island in small:
         stays = island is largest and len(small) == len(islands)
         (kept if stays or island.covers_any(drawn_islands) else dropped).append(island)
