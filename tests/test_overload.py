@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from serving import until
 
 from benchmarks.overload import verdicts
 from benchmarks.soak import FLAT, Growth, flat, name_of
@@ -123,6 +124,8 @@ def test_every_process_of_a_node_is_sampled(tmp_path: Any) -> None:
 
     node = RayNode(["-c", "import time; time.sleep(60)"], {}, tmp_path / "log")
     try:
+        # A process that has just begun has no name yet, and next to no memory.
+        until(lambda: max(resident(node).values(), default=0) > 1)
         held = resident(node)
     finally:
         node.kill()
