@@ -298,7 +298,7 @@ class RuntimeConfig:
     """Deadline of a request from arrival, seconds; then its work is cancelled (504)."""
     torch_threads: int | None = None
     """Intra-op CPU threads of the model; None: one for a small model on a CPU, else torch's own
-    choice. With one, pictures are encoded by another thread beside the steps that decode."""
+    choice. With one, pictures are encoded by other threads beside the steps that decode."""
     refiner: RefinerConfig | None = field(default_factory=RefinerConfig)
     """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
     refiner_threads: int = 1
