@@ -191,8 +191,9 @@ def test_prompt_that_does_not_fit_the_model_is_a_422(
 
 
 @contextlib.contextmanager
-def short_of_memory(pids: list[int], left: int = 64 * 2**20) -> Iterator[None]:
-    """Processes that may have only so many bytes more than they have."""
+def short_of_memory(pids: list[int], left: int = 96 * 2**20) -> Iterator[None]:
+    """Processes that may have only so many bytes more than they have: enough for what Ray does
+    beside a request, less than the pixels of the huge picture."""
     before = {pid: resource.prlimit(pid, resource.RLIMIT_AS) for pid in pids}
     for pid, (_, hard) in before.items():
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
