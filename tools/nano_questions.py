@@ -245,7 +245,7 @@ class BatchMaker:
         point = point.gather(2, pick[..., None].expand(-1, -1, -1, 2))[:, :, 0]
         near = box + self._normal(b, q, 4) * 0.02
         low = (near[..., :2] - near[..., 2:] / 2).clamp(0, 0.97)
-        high = torch.minimum((near[..., :2] + near[..., 2:] / 2).maximum(low + 0.02), low * 0 + 1)
+        high = (near[..., :2] + near[..., 2:] / 2).maximum(low + 0.02).clamp(max=1)
         by_box = torch.cat([(low + high) / 2, high - low], -1)
         ref = torch.where(by_point[..., None], F.pad(point, (0, 2)), by_box)
         return _Asked(
@@ -267,13 +267,11 @@ class BatchMaker:
         words, count = self.words[asked.noun, said], self.word_lengths[asked.noun, said]
         refs = asked.refs
         pointer = torch.tensor([special.coord_id] * 2 + [special.size_id], device=self.device)
-        fed_box = self._missed(asked.box)
+        fed_box = asked.box if self.boxes_only else self._missed(asked.box)
         true, fed = [pointer.expand(b, q, 3)], [pointer.expand(b, q, 3)]
         if not self.boxes_only:
             true += [self._path(asked.outline, fed_box)]
             fed += [self._path(self._shaken(asked.outline, asked.box), fed_box)]
-        else:
-            fed_box = asked.box
         ends = asked.noun.new_full((b, q, 1), special.eos_id)
         true_ids, fed_ids = torch.cat([*true, ends], -1), torch.cat(fed, -1)
         length = fed_ids.shape[-1]

@@ -39,7 +39,7 @@ def leads(model: Moondream, asker: SceneQuestions, scenes: int) -> dict[str, np.
     for index in range(scenes):
         scene = generator.scene(index)
         image = torch.cat([bos, model.encode_image(scene.image)])
-        nouns = {found.noun for found in scene.objects}
+        nouns = {seen.noun for seen in scene.objects}
         asked = [(noun, "present") for noun in nouns]
         unseen = asker.absent(nouns, rng)
         for noun, kind in asked if unseen is None else [*asked, (unseen, "absent")]:
