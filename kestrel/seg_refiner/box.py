@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,21 +10,79 @@ import cv2
 import numpy as np
 
 PixelBox = tuple[int, int, int, int]
+TILE = 64
+"""Pixels of a side of the tiles in which masks are looked through."""
+MOST_PARTS = 100
+"""A mask of more is looked at as one: they are compared in pairs."""
 GROW = 0.25
 """Refinement looks at the box grown by this fraction of its sides."""
 
 
 def mask_box(mask: np.ndarray) -> PixelBox | None:
     """Box of the set pixels of a 2-D mask (bool or uint8); None for an empty mask."""
-    if not mask.size:
-        return None
+    return _box(mask, _tile_rows(mask))
+
+
+def mask_parts(mask: np.ndarray) -> tuple[PixelBox | None, list[PixelBox]]:
+    """:func:`mask_box`, and boxes of what lies apart in it.
+
+    The boxes do not overlap and hold all set pixels; those of one 8-connected island, and of the
+    holes in it, lie in one of them. They may be up to ``TILE`` pixels too large on each side.
+    """
+    rows = _tile_rows(mask)
+    box = _box(mask, rows)
+    if box is None:
+        return None, []
+    height, width = mask.shape
+    tiles = np.maximum.reduceat(rows, np.arange(0, width, TILE), axis=1)
+    _, _, stats, _ = cv2.connectedComponentsWithStats(tiles, connectivity=8)
+    if len(stats) > MOST_PARTS:
+        return box, [box]
+    # A row per component: left, top, width, height, area; the first is what is not set.
+    parts = [
+        (left * TILE, top * TILE, min(width, (left + w) * TILE), min(height, (top + h) * TILE))
+        for left, top, w, h, _ in stats[1:].tolist()
+    ]
+    return box, _disjoint(parts)
+
+
+def _tile_rows(mask: np.ndarray) -> np.ndarray:
+    """The largest value of each column within each ``TILE`` rows: uint8 or bool [tiles, W]."""
+    height, width = mask.shape
+    whole = height // TILE
+    rows = np.zeros((-(-height // TILE), width), mask.dtype)
     # A reduction along rows is far faster than .any() for uint8 (no conversion to bool).
-    rows = np.flatnonzero(mask.max(axis=1))
-    if rows.size == 0:
+    mask[: whole * TILE].reshape(whole, TILE, width).max(axis=1, out=rows[:whole])
+    if whole < len(rows):
+        mask[whole * TILE :].max(axis=0, out=rows[whole])
+    return rows
+
+
+def _box(mask: np.ndarray, rows: np.ndarray) -> PixelBox | None:
+    columns = np.flatnonzero(rows.max(axis=0)) if mask.size else ()
+    if len(columns) == 0:
         return None
-    y0, y1 = int(rows[0]), int(rows[-1]) + 1
-    columns = np.flatnonzero(mask[y0:y1].max(axis=0))
-    return int(columns[0]), y0, int(columns[-1]) + 1, y1
+    x0, x1 = int(columns[0]), int(columns[-1]) + 1
+    used = np.flatnonzero(rows.max(axis=1))
+    above, below = int(used[0]) * TILE, int(used[-1]) * TILE
+    first = np.flatnonzero(mask[above : above + TILE, x0:x1].max(axis=1))
+    last = np.flatnonzero(mask[below : below + TILE, x0:x1].max(axis=1))
+    return x0, above + int(first[0]), x1, below + int(last[-1]) + 1
+
+
+def _disjoint(boxes: list[PixelBox]) -> list[PixelBox]:
+    """Boxes that overlap are joined until none do."""
+    done: list[PixelBox] = []
+    while boxes:
+        box = boxes.pop()
+        x0, y0, x1, y1 = box
+        hits = [b for b in done if b[0] < x1 and x0 < b[2] and b[1] < y1 and y0 < b[3]]
+        if not hits:
+            done.append(box)
+            continue
+        done = [b for b in done if b not in hits]
+        boxes.append(functools.reduce(joined_box, hits, box))
+    return done
 
 
 def grown_box(box: PixelBox, width: int, height: int, grow: float = GROW) -> PixelBox:
@@ -43,7 +102,8 @@ def refined_in_box(
     ``image`` uint8 [H, W, 3], ``mask`` uint8 [H, W] 0/1; ``refine_crop`` gives a mask, uint8 0/1 of
     the crop's size. Gives uint8 [H, W] 0/1.
     """
-    refined = np.zeros_like(mask)
+    # Not zeros_like, which writes them: what is never touched takes no memory.
+    refined = np.zeros(mask.shape, np.uint8)
     box = mask_box(mask)
     if box is not None:
         height, width = mask.shape

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from kestrel.seg_refiner.box import PixelBox, mask_box
+from kestrel.seg_refiner.box import PixelBox, mask_parts
 
 MIN_FRACTION = 0.0015
 """Islands and holes under this fraction of the image are dropped (public refiner's 0.15 %)."""
@@ -27,11 +27,12 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     ``coarse``, same shape: a small island (hole) stays where it is what became of a piece (hole)
     of the coarse mask. When every island is small the largest stays.
     """
-    cleaned = np.zeros_like(mask)
-    box = mask_box(mask)
+    # Not zeros_like, which writes them: what is never touched takes no memory.
+    cleaned = np.zeros(mask.shape, np.uint8)
+    box, parts = mask_parts(mask)
     if box is None:
         return cleaned
-    islands, holes = _outlines(mask, box)
+    islands, holes = _outlines(mask, parts)
     min_area = MIN_FRACTION * mask.size
     small = [island for island in islands if island.area < min_area]
     small_holes = [hole for hole in holes if hole.area < min_area]
@@ -114,15 +115,16 @@ class _Outline:
         return cv2.countNonZero(mine & theirs)
 
 
-def _outlines(mask: np.ndarray, box: PixelBox) -> tuple[list[_Outline], list[_Outline]]:
-    """Islands and holes of what the mask holds within its box."""
-    x0, y0, x1, y1 = box
-    # A list, not a hierarchy: OpenCV's time for that grows with the square of the outlines, and
-    # a grainy picture gives hundreds of thousands.
-    contours, _ = cv2.findContours(
-        mask[y0:y1, x0:x1], cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(x0, y0)
-    )
-    outlines = [_Outline(contour) for contour in contours]
+def _outlines(mask: np.ndarray, parts: Iterable[PixelBox]) -> tuple[list[_Outline], list[_Outline]]:
+    """Islands and holes of what the mask holds within the boxes that :func:`mask_parts` gives."""
+    outlines: list[_Outline] = []
+    for x0, y0, x1, y1 in parts:
+        # A list, not a hierarchy: OpenCV's time for that grows with the square of the outlines, and
+        # a grainy picture gives hundreds of thousands.
+        contours, _ = cv2.findContours(
+            mask[y0:y1, x0:x1], cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE, offset=(x0, y0)
+        )
+        outlines += map(_Outline, contours)
     return [o for o in outlines if not o.is_hole], [o for o in outlines if o.is_hole]
 
 
@@ -137,15 +139,13 @@ def _drawn(
         return [], []
     x0, y0, x1, y1 = box
     left, top = max(0, x0 - 2), max(0, y0 - 2)
-    seen = coarse[top : y1 + 2, left : x1 + 2]
-    least = DRAWN_FRACTION * cv2.countNonZero(seen)
+    _, inner = mask_parts(coarse[top : y1 + 2, left : x1 + 2])
+    parts = [(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in inner]
+    set_pixels = sum(cv2.countNonZero(coarse[y0:y1, x0:x1]) for x0, y0, x1, y1 in parts)
+    least = DRAWN_FRACTION * set_pixels
     if max(outline.painted for outline in small) < COVERED_FRACTION * least:
         return [], []
-    inner = mask_box(seen)
-    if inner is None:
-        return [], []
-    inner = (inner[0] + left, inner[1] + top, inner[2] + left, inner[3] + top)
-    islands, holes = _outlines(coarse, inner)
+    islands, holes = _outlines(coarse, parts)
     return (
         [island for island in islands if island.area >= least],
         [hole for hole in holes if hole.area >= least],

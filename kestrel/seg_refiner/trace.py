@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from kestrel.seg_refiner.box import mask_box, mask_iou
@@ -70,7 +71,9 @@ def bitmap_to_path(
     if box is None:
         return None
     x0, y0, x1, y1 = box
-    crop = np.ascontiguousarray(mask[y0:y1, x0:x1] != 0).view(np.uint8)
+    crop = mask[y0:y1, x0:x1]
+    if crop.max() > 1:
+        crop = (crop != 0).view(np.uint8)
     tracing = _Tracing(load_tracer(tracer), turdsize, opttolerance)
     most = math.inf if max_vertices is None else max_vertices
     path = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax, most)
@@ -156,13 +159,17 @@ def _within_budget(
 
 def _halved(crop: np.ndarray) -> np.ndarray:
     """Half the size, rounded up: pixels of which at least half is set; dust stays dust."""
-    import cv2
-
     height, width = crop.shape
-    if height % 2 or width % 2:
-        crop = cv2.copyMakeBorder(crop, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT)
-    half = (crop.shape[1] // 2, crop.shape[0] // 2)
-    halved = cv2.resize(crop, half, interpolation=cv2.INTER_AREA)
+    halved = np.zeros((-(-height // 2), -(-width // 2)), np.uint8)
+    rows, columns = height // 2, width // 2
+    even = crop[: 2 * rows, : 2 * columns]
+    if even.size:
+        halved[:rows, :columns] = cv2.resize(even, (columns, rows), interpolation=cv2.INTER_AREA)
+    # What an odd side leaves over is half of a pixel, or a quarter: too little by itself.
+    if height % 2:
+        halved[rows, :columns] = crop[-1, 0 : 2 * columns : 2] & crop[-1, 1 : 2 * columns : 2]
+    if width % 2:
+        halved[:rows, columns] = crop[0 : 2 * rows : 2, -1] & crop[1 : 2 * rows : 2, -1]
     if not halved.any():
         halved = cv2.dilate(crop, np.ones((2, 2), np.uint8), anchor=(0, 0))[::2, ::2].copy()
     return halved
@@ -179,7 +186,7 @@ def _surely_faithful(path: Path, crop: np.ndarray, farthest: float) -> bool:
     points = points_of(path.commands)
     # Steps between control points are no shorter than the curve; moves to the next piece only add.
     length = float(np.hypot(*np.diff(points, axis=0).T).sum())
-    return bool(length * farthest <= (1 - FAITHFUL_IOU) * np.count_nonzero(crop))
+    return bool(length * farthest <= (1 - FAITHFUL_IOU) * cv2.countNonZero(crop))
 
 
 def _within(commands: Sequence[Command], size: tuple[int, int], scale: float) -> Path:
