@@ -13,7 +13,7 @@ import pytest
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner import BACKENDS, SegmentRefiner
 from kestrel.seg_refiner import boundary as boundary_module
-from kestrel.seg_refiner.boundary import MODEL, BoundaryRefiner, load_network
+from kestrel.seg_refiner.boundary import MODEL, WEIGHTS, BoundaryRefiner, load_network
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.guided import GuidedRefiner
 from kestrel.seg_refiner.trust import (
@@ -245,3 +245,14 @@ def test_sides_the_network_sees_are_those_it_can_halve():
         assert small.shape[:2] == coverage.shape
         assert not any(side % boundary_module.STEP for side in coverage.shape)
         assert max(coverage.shape) <= boundary_module.WORKING_SIDE + boundary_module.STEP
+
+
+def test_the_network_in_whole_numbers_says_what_its_weights_say(refiner):
+    as_trained = BoundaryRefiner(load_network(MODEL.with_name(WEIGHTS)))
+    for seed, size in enumerate([(180, 240), (900, 700), (400, 300), (64, 64)]):
+        picture, _, coarse = scene(seed, *size)
+        exact, quick = as_trained.look(picture, coarse), refiner.look(picture, coarse)
+        assert not np.array_equal(exact.soft, quick.soft)
+        assert np.abs(exact.soft - quick.soft).mean() < 2e-3
+        masks = as_trained(picture, coarse), refiner(picture, coarse)
+        assert mask_iou(*masks) > 0.998
