@@ -7,7 +7,8 @@ third: nearer to the size at which the network works later, or at it, at several
 ``--start`` begins with the weights of an ONNX file instead of random ones. Logs to ``log.csv``:
 step, seconds, loss, IoU of the network and of the cues' mean that it corrects, learning rate, ms
 of this process for each sample. A process beside it draws the samples. ``--ship`` writes the
-averaged weights as ONNX and checks that ONNX Runtime gives what torch gives.
+averaged weights as ONNX and checks that ONNX Runtime gives what torch gives; the refiner runs what
+``boundary_quantise.py`` makes of them.
 """
 
 from __future__ import annotations
