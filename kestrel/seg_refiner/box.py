@@ -59,8 +59,10 @@ def _tile_rows(mask: np.ndarray) -> np.ndarray:
 
 
 def _box(mask: np.ndarray, rows: np.ndarray) -> PixelBox | None:
-    columns = np.flatnonzero(rows.max(axis=0)) if mask.size else ()
-    if len(columns) == 0:
+    if not mask.size:
+        return None
+    columns = np.flatnonzero(rows.max(axis=0))
+    if columns.size == 0:
         return None
     x0, x1 = int(columns[0]), int(columns[-1]) + 1
     used = np.flatnonzero(rows.max(axis=1))
