@@ -3,8 +3,8 @@
     python tools/boundary_average.py kestrel/models/boundary/model.onnx runs/a.onnx runs/b.onnx
 
 The first file is read like the others, then written. Each errs in its own way on photographs unlike
-those it was trained on (Wortsman et al., "Model soups", ICML 2022). Needs the ``onnx`` package. What runs
-is then to be made of it by ``boundary_quantise.py``.
+those it was trained on (Wortsman et al., "Model soups", ICML 2022). Needs the ``onnx`` package.
+``boundary_quantise.py`` then makes of it what runs.
 """
 
 from __future__ import annotations
