@@ -23,10 +23,9 @@ COARSE_BASIN = 0.05
 """Half width of the band that is flooded around the coarse outline, fraction of the size."""
 GUIDED_BASIN = 0.04
 """The same around the guided filter's outline."""
-BLEND_RADII = (0.06, 0.042)
-"""Radii at which coarse mask and colours together are filtered, fraction of the size."""
-SMOOTH_RADIUS = 0.06
-"""Radius of the neighbourhood in the mean field, fraction of the size."""
+WIDE, NARROW = 0.06, 0.042
+"""Radii at which coarse mask and colours together are filtered, one after the other, fractions of
+the size; the wide one is also that of the neighbourhood in the mean field."""
 DISTANCE_WEIGHT = 3.0
 COLOUR_WEIGHT = 1.5
 AROUND_WEIGHT = 3.0
@@ -68,22 +67,26 @@ class Cues:
         coarse mask; ``distance``, -1..1, to the coarse outline in quarters of the object's size.
         """
         guide, bins, size = planes(image), _bins(image), _size(coverage)
+        smooth = cv2.GaussianBlur(image, (0, 0), 1.0)
+        depths = _depths(coverage)
         guided = np.clip(self.guided.passes(guide, coverage)[0], 0, 1)
         cues = {
             "guided": guided,
             "coarse_colour": colour_share(bins, coverage),
-            "distance": np.clip(signed_distance(coverage) * np.float32(4 / size), -1, 1),
+            "distance": np.clip(np.subtract(*depths) * np.float32(4 / size), -1, 1),
         }
         colour = colour_share(bins, guided)
         blend = (coverage + colour) * np.float32(0.5)
-        for scale in BLEND_RADII:
-            blend = apply_coefficients(guide, _windows(guide, scale * size).fit(blend))
+        wide = Windows(guide, _radius(WIDE * size), FILTER_EPS, halve=True)
+        narrow = Windows(guide, _radius(NARROW * size), FILTER_EPS, halve=True)
+        for windows in (wide, narrow):
+            blend = apply_coefficients(guide, windows.fit(blend))
         cues |= {
             "colour": colour,
-            "flooded": flooded(image, coverage, COARSE_BASIN * size),
-            "flooded_guided": flooded(image, guided, GUIDED_BASIN * size),
+            "flooded": flooded(smooth, depths, COARSE_BASIN * size),
+            "flooded_guided": flooded(smooth, _depths(guided), GUIDED_BASIN * size),
             "guided_colour": np.clip(blend, 0, 1),
-            "smoothed": _smoothed_colours(guide, cues, colour, SMOOTH_RADIUS * size),
+            "smoothed": _smoothed_colours(guide, cues, colour, wide),
             # Where nothing else is sure the coarse outline stays.
             "held": 1 / (1 + np.exp(-np.float32(HELD_SLOPE) * cues["distance"])),
         }
@@ -99,11 +102,11 @@ def _size(coverage: np.ndarray) -> float:
     return max(1.0, math.sqrt(float(coverage.sum())), THIN * max(width, height))
 
 
-def signed_distance(coverage: np.ndarray) -> np.ndarray:
-    """Pixels to the outline of what is covered by more than half, positive inside; float32."""
-    inside = (coverage > 0.5).astype(np.uint8)
-    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
-    return np.subtract(depth, cv2.distanceTransform(1 - inside, cv2.DIST_L2, 3))
+def _depths(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels to the outline of what is covered by more than half: inside, and outside; float32."""
+    inside = (share > 0.5).astype(np.uint8)
+    within = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
+    return within, cv2.distanceTransform(1 - inside, cv2.DIST_L2, 3)
 
 
 def _bins(image: np.ndarray) -> np.ndarray:
@@ -138,24 +141,26 @@ def _frequencies(counts: np.ndarray) -> np.ndarray:
     return cube.ravel() / max(1.0, float(cube.sum()))
 
 
-def flooded(image: np.ndarray, share: np.ndarray, reach: float) -> np.ndarray:
-    """Watershed between what is more than ``reach`` pixels inside and outside of ``share``."""
-    inside = (share > 0.5).astype(np.uint8)
-    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
-    markers = np.zeros(share.shape, np.int32)
-    markers[cv2.distanceTransform(1 - inside, cv2.DIST_L2, 3) > reach] = 2
+def flooded(smooth: np.ndarray, depths: tuple[np.ndarray, np.ndarray], reach: float) -> np.ndarray:
+    """Watershed between what is more than ``reach`` pixels inside and outside of an outline.
+
+    ``smooth``: the picture, uint8 [h, w, 3], blurred; ``depths``: distances to the outline.
+    """
+    inside, outside = depths
+    markers = np.zeros(inside.shape, np.int32)
+    markers[outside > reach] = 2
     # Thin objects keep a core.
-    markers[depth > min(reach, 0.6 * float(depth.max()))] = 1
-    cv2.watershed(cv2.GaussianBlur(image, (0, 0), 1.0), markers)
+    markers[inside > min(reach, 0.6 * float(inside.max()))] = 1
+    cv2.watershed(smooth, markers)
     return cv2.GaussianBlur(BASINS[markers + 1], (0, 0), 1.0)
 
 
-def _windows(guide: Sequence[np.ndarray], radius: float) -> Windows:
-    return Windows(guide, max(1, round(radius)), FILTER_EPS, halve=True)
+def _radius(pixels: float) -> int:
+    return max(1, round(pixels))
 
 
 def _smoothed_colours(
-    guide: Sequence[np.ndarray], cues: dict[str, np.ndarray], colour: np.ndarray, radius: float
+    guide: Sequence[np.ndarray], cues: dict[str, np.ndarray], colour: np.ndarray, windows: Windows
 ) -> np.ndarray:
     """Mean field of distance and colour, with the guided filter between neighbours.
 
@@ -163,7 +168,7 @@ def _smoothed_colours(
     """
     own = np.float32(DISTANCE_WEIGHT) * cues["distance"]
     own += np.float32(COLOUR_WEIGHT) * (2 * colour - 1)
-    share, windows = cues["guided"], _windows(guide, radius)
+    share = cues["guided"]
     for _ in range(3):
         around = np.clip(apply_coefficients(guide, windows.fit(share)), 0, 1)
         share = 1 / (1 + np.exp(-(own + np.float32(AROUND_WEIGHT) * (2 * around - 1))))
