@@ -3,6 +3,9 @@
 While a picture is decoded, it takes at its peak, result included, at most so many bytes per pixel:
 JPEG 8, progressive JPEG 13, PNG 8, WebP 17. ``benchmarks/decode_memory.py`` measures that.
 Pictures over ``LARGE_PIXELS`` are decoded one at a time in a process.
+
+JPEG can be decoded to a half, a quarter or an eighth of its sides in less time and memory: each
+pixel then is about the mean of those that it stands for (libjpeg's scaled DCT).
 """
 
 from __future__ import annotations
@@ -28,8 +31,12 @@ LARGE_PIXELS = 16_000_000
 _TURN = threading.Lock()
 _BAND_PIXELS = 2**18
 """Pixels that are converted at once, about: what a conversion needs beside its result."""
+REDUCTIONS = (8, 4, 2, 1)
+"""By what the sides of a JPEG may be divided while it is decoded."""
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
+_FROM_THE_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
+"""Orientations whose columns, whose rows are turned round once sides are swapped."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +57,8 @@ class ImageHeader:
     width: int
     height: int
     format: str
+    reduction: int = 1
+    """The largest of ``REDUCTIONS`` that :func:`decode` takes for it."""
 
 
 def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
@@ -92,7 +101,24 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
             orientation = 1
         if orientation in _SWAPS_SIDES:
             width, height = height, width
-        return ImageHeader(width, height, str(image.format))
+        kind = str(image.format)
+        reduction = _largest_reduction(width, height, orientation) if kind == "JPEG" else 1
+        return ImageHeader(width, height, kind, reduction)
+
+
+def _largest_reduction(width: int, height: int, orientation: int) -> int:
+    """Width and height in pixels, orientation applied."""
+
+    def fits(reduction: int) -> bool:
+        # Where it is not a whole number of pixels the last one stands for fewer. Turned round, it
+        # would be the first, and all others would lie elsewhere.
+        return (
+            min(width, height) >= reduction
+            and not (orientation in _FROM_THE_RIGHT and width % reduction)
+            and not (orientation in _FROM_BELOW and height % reduction)
+        )
+
+    return next(filter(fits, REDUCTIONS))
 
 
 def check_array(image: Any, limits: Limits | None = None, name: str = "image") -> None:
@@ -110,13 +136,20 @@ def check_array(image: Any, limits: Limits | None = None, name: str = "image") -
 
 
 def decode(
-    image: bytes | UInt8Array, limits: Limits | None = None, name: str = "image"
+    image: bytes | UInt8Array,
+    limits: Limits | None = None,
+    name: str = "image",
+    reduction: int = 1,
 ) -> UInt8Array:
     """RGB uint8 [H, W, 3], contiguous, EXIF orientation applied; arrays are checked and passed on.
 
     Grey, palette, CMYK, alpha (dropped, as ``PIL.Image.convert`` does) and 16-bit (scaled to 8)
     are accepted; of an animation the first frame. A truncated or broken image is refused. Waits
     while another thread decodes a large picture, if this one is large too.
+
+    ``reduction``, a power of two up to ``ImageHeader.reduction``: a JPEG comes with
+    ``ceil(H / reduction)`` rows and ``ceil(W / reduction)`` columns, whose pixel ``[i, j]`` stands
+    for those from ``[i * reduction, j * reduction]`` on. The limits are for the sides of the file.
     """
     limits = limits or Limits()
     if not isinstance(image, bytes):
@@ -126,9 +159,12 @@ def decode(
         large = picture.width * picture.height > LARGE_PIXELS
         with _TURN if large else contextlib.nullcontext():
             try:
-                fast = _fast_jpeg(image, picture)
+                fast = _fast_jpeg(image, picture, reduction)
                 if fast is not None:
                     return fast
+                if reduction > 1:
+                    width, height = picture.size
+                    picture.draft(None, (width // reduction, height // reduction))
                 picture.load()
                 orientation = picture.getexif().get(_ORIENTATION, 1)
             except MemoryError:
@@ -161,7 +197,7 @@ def _rgb(picture: Image.Image, orientation: int) -> UInt8Array:
     return pixels
 
 
-def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
+def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8Array | None:
     """What Pillow would give, in less than half the time; None for what it had better look at.
 
     Both have libjpeg-turbo decode; OpenCV leaves out several copies of the picture. It does not
@@ -174,13 +210,19 @@ def _fast_jpeg(content: bytes, opened: Image.Image) -> UInt8Array | None:
     except ImportError:
         return None
 
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = {
+        1: cv2.IMREAD_COLOR,
+        2: cv2.IMREAD_REDUCED_COLOR_2,
+        4: cv2.IMREAD_REDUCED_COLOR_4,
+        8: cv2.IMREAD_REDUCED_COLOR_8,
+    }[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
     decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    if decoded is None or decoded.shape != (opened.height, opened.width, 3):
+    width, height = -(-opened.width // reduction), -(-opened.height // reduction)
+    if decoded is None or decoded.shape != (height, width, 3):
         return None
     pixels = np.asarray(decoded, np.uint8)
-    rows = max(1, _BAND_PIXELS // opened.width)
-    for top in range(0, opened.height, rows):  # it copies what it converts in place
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):  # it copies what it converts in place
         band = pixels[top : top + rows]
         cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
     return np.ascontiguousarray(_turned(pixels, opened.getexif().get(_ORIENTATION, 1)))
@@ -190,17 +232,17 @@ def _turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
     """The picture as it is meant to be seen, as a view; EXIF's orientations are 1 to 8."""
     if orientation in _SWAPS_SIDES:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    if orientation in _FROM_BELOW:
         pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
+    if orientation in _FROM_THE_RIGHT:
         pixels = pixels[:, ::-1]
     return pixels
 
 
 def _stored(pixels: UInt8Array, orientation: int) -> UInt8Array:
     """The inverse of ``_turned``, as a view: rows and columns as the file has them."""
-    if orientation in (2, 3, 6, 7):
+    if orientation in _FROM_THE_RIGHT:
         pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in _FROM_BELOW:
         pixels = pixels[::-1]
     return pixels.transpose(1, 0, 2) if orientation in _SWAPS_SIDES else pixels

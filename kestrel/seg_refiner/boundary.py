@@ -24,7 +24,8 @@ import numpy as np
 from kestrel.config import ConfigError
 from kestrel.seg_refiner.box import refined_in_box
 from kestrel.seg_refiner.cues import Cues
-from kestrel.seg_refiner.guided import apply_coefficients, coefficients, planes
+from kestrel.seg_refiner.enlarge import at_full_size, planes, reduction_for
+from kestrel.seg_refiner.guided import coefficients
 from kestrel.seg_refiner.trust import trusted
 
 WEIGHTS = "model.onnx"
@@ -59,10 +60,6 @@ FINE_RADIUS = 3
 """Radius of the last guided pass, working pixels."""
 FINE_EPS = 1e-4
 """Regularisation of the last guided pass, squared intensity with channels in 0..1."""
-SURE = 0.1
-"""Where the working-size result is within this of 0 or 1 the full size is not looked at."""
-TILE = 64
-"""Side of the tiles that are sure or not, full-size pixels."""
 
 Network = Callable[[np.ndarray], np.ndarray]
 """``planes float32 [n, CHANNELS, h, w] -> probability float32 [n, h, w]``; sides are multiples of
@@ -105,26 +102,32 @@ class View(NamedTuple):
 class BoundaryRefiner:
     """Callable ``(image uint8 [H, W, 3] RGB, mask uint8 [H, W] 0/1) -> mask uint8 [H, W] 0/1``.
 
-    Raises :class:`ConfigError` without ONNX Runtime.
+    The image may be smaller than the mask, by ``reduction``. Raises :class:`ConfigError` without
+    ONNX Runtime.
     """
 
     def __init__(self, network: Network | None = None) -> None:
         self.cues = Cues()
         self.network = network or load_network()
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return refined_in_box(image, mask, self._refine_crop)
+    def __call__(self, image: np.ndarray, mask: np.ndarray, reduction: int = 1) -> np.ndarray:
+        refine_crop = functools.partial(self._refine_crop, reduction=reduction)
+        return refined_in_box(image, mask, refine_crop, reduction)
 
-    def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def reduction(self, width: int, height: int) -> int:
+        """See :class:`kestrel.seg_refiner.backends.Reduced`."""
+        return reduction_for((width, height), WORKING_SIDE, STEP)
+
+    def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         crop = np.ascontiguousarray(image)
         view = self.look(crop, mask)
         if trusted(mask, view.coverage, view.soft):
             return mask
-        return _at_full_size(crop, view.small, view.soft)
+        return _at_full_size(crop, view, mask.shape, reduction)
 
     def look(self, crop: np.ndarray, mask: np.ndarray) -> View:
-        """A contiguous crop uint8 [H, W, 3] and its coarse mask uint8 [H, W] 0/1, at working
-        size."""
+        """A contiguous crop uint8 [H, W, 3], or a smaller one of the same box, and its coarse mask
+        uint8 [H, W] 0/1, at working size."""
         small, coverage = _at_working_size(crop, mask)
         cues = self.cues(small, coverage)
         (learned,) = self.network(network_planes(small, coverage, cues)[None])
@@ -166,45 +169,15 @@ def network_planes(
     return planes_read
 
 
-def _at_full_size(crop: np.ndarray, small: np.ndarray, soft: np.ndarray) -> np.ndarray:
-    """Mask uint8 [H, W] 0/1 of the crop uint8 [H, W, 3] from ``soft`` [h, w] on ``small``.
-
-    A guided filter fitted at working size follows the crop's own pixels; only tiles that the
-    outline crosses are computed.
-    """
-    height, width = crop.shape[:2]
-    h, w = soft.shape
+def _at_full_size(
+    crop: np.ndarray, view: View, shape: tuple[int, int], reduction: int
+) -> np.ndarray:
+    """Mask uint8 [H, W] 0/1 of ``shape`` from a view of the crop, which is smaller by
+    ``reduction``: a guided filter fitted at working size follows the crop's own pixels."""
+    height, width = shape
+    h, w = view.soft.shape
     if height <= h and width <= w:
-        fine = cv2.resize(soft, (width, height), interpolation=cv2.INTER_AREA)
+        fine = cv2.resize(view.soft, (width, height), interpolation=cv2.INTER_AREA)
         return (fine > 0.5).astype(np.uint8)
-    fitted = cv2.merge(coefficients(planes(small), soft, FINE_RADIUS, FINE_EPS))
-    refined = np.empty((height, width), np.uint8)
-    down, right = h / height, w / width
-    for y0 in range(0, height, TILE):
-        y1 = min(height, y0 + TILE)
-        rows = slice(max(0, int(y0 * down) - 1), int(y1 * down) + 2)
-        for x0 in range(0, width, TILE):
-            x1 = min(width, x0 + TILE)
-            full = np.s_[y0:y1, x0:x1]
-            columns = slice(max(0, int(x0 * right) - 1), int(x1 * right) + 2)
-            low, high, _, _ = cv2.minMaxLoc(soft[rows, columns])
-            if high < SURE or low > 1 - SURE:
-                refined[full] = low > 0.5
-                continue
-            # From pixel centres of the tile to those of the working size.
-            to_small = np.array(
-                [
-                    [right, 0, (x0 + 0.5) * right - 0.5],
-                    [0, down, (y0 + 0.5) * down - 0.5],
-                ]
-            )
-            part = cv2.warpAffine(
-                fitted,
-                to_small,
-                (x1 - x0, y1 - y0),
-                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                borderMode=cv2.BORDER_REPLICATE,
-            )
-            fine = apply_coefficients(planes(crop[full]), [part[..., k] for k in range(4)])
-            np.greater(fine, 0.5, out=refined[full].view(np.bool_))
-    return refined
+    fitted = coefficients(planes(view.small), view.soft, FINE_RADIUS, FINE_EPS)
+    return at_full_size(crop, view.soft, fitted, shape, reduction)

@@ -98,11 +98,13 @@ def refined_in_box(
     image: np.ndarray,
     mask: np.ndarray,
     refine_crop: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    reduction: int = 1,
 ) -> np.ndarray:
     """``refine_crop`` of image and mask within the mask's grown box; nothing is set outside.
 
     ``image`` uint8 [H, W, 3], ``mask`` uint8 [H, W] 0/1; ``refine_crop`` gives a mask, uint8 0/1 of
-    the crop's size. Gives uint8 [H, W] 0/1.
+    the crop's size. Gives uint8 [H, W] 0/1. The image may be smaller by ``reduction``, as
+    ``kestrel.image.decode`` makes it; the box then holds whole pixels of it.
     """
     # Not zeros_like, which writes them: what is never touched takes no memory.
     refined = np.zeros(mask.shape, np.uint8)
@@ -110,7 +112,15 @@ def refined_in_box(
     if box is not None:
         height, width = mask.shape
         x0, y0, x1, y1 = grown_box(box, width, height)
-        refined[y0:y1, x0:x1] = refine_crop(image[y0:y1, x0:x1], mask[y0:y1, x0:x1])
+        top, left, bottom, right = (
+            y0 // reduction,
+            x0 // reduction,
+            -(-y1 // reduction),
+            -(-x1 // reduction),
+        )
+        y0, x0, y1, x1 = (side * reduction for side in (top, left, bottom, right))
+        crop = image[top:bottom, left:right]
+        refined[y0:y1, x0:x1] = refine_crop(crop, mask[y0:y1, x0:x1])
     return refined
 
 

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from kestrel.config import RefinerConfig
-from kestrel.seg_refiner.guided import GuidedRefiner, Windows, apply_coefficients, planes
+from kestrel.seg_refiner.enlarge import apply_coefficients, planes
+from kestrel.seg_refiner.guided import GuidedRefiner, Windows
 
 LEVELS = 16
 """Levels of each channel that the colour histograms tell apart."""

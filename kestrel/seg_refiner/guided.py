@@ -6,14 +6,21 @@ bounded working size and applied to the full-size picture (He, Sun, "Fast Guided
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner.box import refined_in_box
+from kestrel.seg_refiner.enlarge import (
+    Planes,
+    apply_coefficients,
+    at_full_size,
+    planes,
+    reduction_for,
+)
 
 WORKING_SIDE = 192
 """Longest side at which the filter's coefficients are found, pixels."""
@@ -26,8 +33,6 @@ SURE = 0.1
 TILE = 16
 """Side of the tiles that are sure or not, working pixels."""
 
-_Planes = Sequence[np.ndarray]
-
 
 class GuidedRefiner:
     """Callable ``(image uint8 [H, W, 3] RGB, mask uint8 [H, W] 0/1) -> mask uint8 [H, W] 0/1``."""
@@ -38,11 +43,18 @@ class GuidedRefiner:
         self.eps = config.guided_eps
         self.halve = halve
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return refined_in_box(image, mask, self._refine_crop)
+    def __call__(self, image: np.ndarray, mask: np.ndarray, reduction: int = 1) -> np.ndarray:
+        refine_crop = functools.partial(self._refine_crop, reduction=reduction)
+        return refined_in_box(image, mask, refine_crop, reduction)
 
-    def _refine_crop(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def reduction(self, width: int, height: int) -> int:
+        """See :class:`kestrel.seg_refiner.backends.Reduced`."""
+        return reduction_for((width, height), WORKING_SIDE, 1)
+
+    def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         height, width = mask.shape
+        if reduction > 1:
+            return self._refine_reduced(np.ascontiguousarray(image), mask, reduction)
         # A whole factor, so that tiles of both sizes line up and averaging takes its fast path.
         factor = math.ceil(max(height, width) / WORKING_SIDE)
         if factor == 1:
@@ -58,10 +70,19 @@ class GuidedRefiner:
         soft, fitted = self.passes(planes(small), coverage.astype(np.float32) * np.float32(1 / 255))
         return _at_full_size(image, soft, fitted, factor)[:height, :width]
 
-    def passes(self, guide: _Planes, soft: np.ndarray) -> tuple[np.ndarray, _Planes]:
+    def _refine_reduced(self, crop: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
+        height, width = mask.shape
+        factor = math.ceil(max(height, width) / WORKING_SIDE)
+        size = (math.ceil(width / factor), math.ceil(height / factor))
+        small = cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
+        coverage = cv2.resize(mask * np.uint8(255), size, interpolation=cv2.INTER_AREA)
+        soft, fitted = self.passes(planes(small), coverage.astype(np.float32) * np.float32(1 / 255))
+        return at_full_size(crop, soft, fitted, mask.shape, reduction)
+
+    def passes(self, guide: Planes, soft: np.ndarray) -> tuple[np.ndarray, Planes]:
         """Soft mask after the last pass and that pass's coefficients, all float32 [h, w]."""
         size = math.sqrt(float(soft.sum()))  # side of the square of the object's area
-        fitted: _Planes = ()
+        fitted: Planes = ()
         for scale in PASS_SCALES:
             radius = max(1, round(self.radius * size * scale))
             fitted = Windows(guide, radius, self.eps, halve=self.halve).fit(soft)
@@ -75,23 +96,7 @@ def _padded(picture: np.ndarray, below: int, right: int) -> np.ndarray:
     )
 
 
-def planes(picture: np.ndarray) -> _Planes:
-    """Three float32 planes, 0..1, of a uint8 [h, w, 3] picture."""
-    scaled = np.multiply(picture, np.float32(1 / 255), dtype=np.float32)
-    return [np.ascontiguousarray(scaled[..., k]) for k in range(3)]
-
-
-def apply_coefficients(guide: _Planes, fitted: _Planes) -> np.ndarray:
-    """``q = a . I + b`` (eq. 19), float32 [h, w]; ``fitted``: what :func:`coefficients` gives."""
-    a0, a1, a2, offset = fitted
-    soft = a0 * guide[0]
-    soft += a1 * guide[1]
-    soft += a2 * guide[2]
-    soft += offset
-    return soft
-
-
-def coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _Planes:
+def coefficients(guide: Planes, soft: np.ndarray, radius: int, eps: float) -> Planes:
     """Window means of ``a`` (three planes) and ``b`` (eq. 18 to 20), float32 [h, w]."""
     return Windows(guide, radius, eps).fit(soft)
 
@@ -99,7 +104,7 @@ def coefficients(guide: _Planes, soft: np.ndarray, radius: int, eps: float) -> _
 class Windows:
     """What the windows of one size see of a guide; made once for several masks."""
 
-    def __init__(self, guide: _Planes, radius: int, eps: float, *, halve: bool = False) -> None:
+    def __init__(self, guide: Planes, radius: int, eps: float, *, halve: bool = False) -> None:
         """``halve``: windows from a radius of ``HALVED_FROM`` on look at half the resolution, whose
         coefficients are then interpolated: a third of the time ("Fast Guided Filter")."""
         self._full = guide[0].shape[::-1]
@@ -128,7 +133,7 @@ class Windows:
     def _mean(self, plane: np.ndarray) -> np.ndarray:
         return cv2.blur(plane, self._size, borderType=cv2.BORDER_REFLECT)
 
-    def fit(self, soft: np.ndarray) -> _Planes:
+    def fit(self, soft: np.ndarray) -> Planes:
         """:func:`coefficients` of a soft mask float32 [h, w]."""
         soft = _half(soft) if self._halved else soft
         (r, g, b), (mr, mg, mb), mean = self._guide, self._means, self._mean
@@ -151,7 +156,7 @@ def _half(plane: np.ndarray) -> np.ndarray:
     return cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
 
 
-def _at_full_size(image: np.ndarray, soft: np.ndarray, fitted: _Planes, factor: int) -> np.ndarray:
+def _at_full_size(image: np.ndarray, soft: np.ndarray, fitted: Planes, factor: int) -> np.ndarray:
     """The last pass at full size, where the outline follows real pixels.
 
     ``image``: uint8 [h * factor, w * factor, 3]; ``soft`` and ``fitted``: [h, w]. Only

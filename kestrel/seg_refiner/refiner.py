@@ -16,8 +16,8 @@ import numpy as np
 
 from kestrel.config import ConfigError, Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
-from kestrel.seg_refiner.backends import Refine, find_backend
-from kestrel.seg_refiner.box import joined_box, mask_box, mask_iou
+from kestrel.seg_refiner.backends import Reduced, Refine, find_backend
+from kestrel.seg_refiner.box import PixelBox, grown_box, joined_box, mask_box, mask_iou
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
 
@@ -85,18 +85,13 @@ class SegmentRefiner:
     ) -> SegmentRefineBitmapsResult:
         """:meth:`refine_with_bitmaps` of a JPEG, PNG or WebP file.
 
-        Raises what ``kestrel.image.decode`` raises for bytes that are no picture.
+        A JPEG is decoded at a half, a quarter or an eighth of its sides where the backend can do
+        with it; masks keep the file's. Raises what ``kestrel.image.decode`` raises for bytes that
+        are no picture.
         """
-        from kestrel.image import decode
-
-        started = time.perf_counter()
-        image = decode(image_bytes, self.limits)
-        decode_ms = (time.perf_counter() - started) * 1e3
-        result = self.refine_with_bitmaps(
-            image, svg_path, bbox, return_base64=return_base64, refiner=refiner
+        return self._counted(
+            _File(image_bytes, self.limits), svg_path, bbox, return_base64, refiner
         )
-        result.timings_ms = {"decode": decode_ms, **result.timings_ms}
-        return result
 
     def refine_with_bitmaps(
         self,
@@ -118,24 +113,35 @@ class SegmentRefiner:
         mask is encoded at all. Raises ValueError for an image that is not such an array or a
         backend that is not loaded, and for nothing else.
         """
+        picture = None if image is None else _Array(image)
+        return self._counted(picture, svg_path, bbox, return_base64, refiner)
+
+    def _counted(
+        self,
+        picture: _Picture | None,
+        svg_path: str,
+        bbox: Mapping[str, float] | None,
+        return_base64: bool,
+        refiner: str | None,
+    ) -> SegmentRefineBitmapsResult:
         name = self.config.refiner if refiner is None else refiner
         if name not in self.config.loaded:
             loaded = ", ".join(self.config.loaded)
             raise ValueError(f"refiner {name!r} is not loaded; loaded are {loaded}")
-        result = self._outcome(image, svg_path, bbox, return_base64, name)
+        result = self._outcome(picture, svg_path, bbox, return_base64, name)
         with self._lock:
             self.outcomes[result.reason] += 1
         return result
 
     def _outcome(
         self,
-        image: np.ndarray | None,
+        picture: _Picture | None,
         svg_path: str,
         bbox: Mapping[str, float] | None,
         return_base64: bool,
         name: str,
     ) -> SegmentRefineBitmapsResult:
-        result, stop = self._attempt(image, svg_path, bbox, return_base64, name)
+        result, stop = self._attempt(picture, svg_path, bbox, return_base64, name)
         if stop is not None:
             # The cause's traceback says where; a stop without a cause needs none.
             whose = ASKING.get()
@@ -150,7 +156,7 @@ class SegmentRefiner:
 
     def _attempt(
         self,
-        image: np.ndarray | None,
+        picture: _Picture | None,
         svg_path: str,
         bbox: Mapping[str, float] | None,
         return_base64: bool,
@@ -159,30 +165,35 @@ class SegmentRefiner:
         """The result, and what stopped the refinement, whose ``reason`` the result has."""
         result = SegmentRefineBitmapsResult()
         try:
-            if image is None:
+            if picture is None:
                 raise _Stopped("no_image", "there is no image to refine on")
-            check_image(image)
-            self._run(image, svg_path, bbox, return_base64, name, result)
+            self._run(picture, svg_path, bbox, return_base64, name, result)
         except _Stopped as stop:
+            if picture is not None:
+                # A broken file is refused even where nothing came to look at its pixels.
+                picture.check(result.timings_ms)
             result.reason = stop.reason
             return result, stop
         return result, None
 
     def _run(
         self,
-        image: np.ndarray,
+        picture: _Picture,
         svg_path: str,
         bbox: Mapping[str, float] | None,
         return_base64: bool,
         name: str,
         result: SegmentRefineBitmapsResult,
     ) -> None:
-        height, width = image.shape[:2]
+        height, width = picture.height, picture.width
         timings = result.timings_ms
 
         # First of all: without its libraries there is to be no mask either.
         with _stage("refine", "refine_failed", timings):
             backend = self._backend(name)
+        # Where all pixels are needed they come first: decoding takes the most memory.
+        less = isinstance(backend, Reduced) and picture.reduction > 1
+        whole = None if less else picture.pixels(1, timings)
         with _stage("raster", "raster_failed", timings):
             coarse = self._rasterize(svg_path, bbox, width, height)
         if return_base64:
@@ -193,7 +204,10 @@ class SegmentRefiner:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
         with _stage("refine", "refine_failed", timings, missing="refine_failed"):
-            refined = _mask_of(backend, image, coarse, name)
+            reduction = 1 if whole is not None else _reduction(backend, picture, coarse_box)
+        image = picture.pixels(reduction, timings) if whole is None else whole
+        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+            refined = _mask_of(backend, image, coarse, name, reduction)
         if name != "none":
             with _stage("clean", "refine_failed", timings):
                 from kestrel.seg_refiner.clean import clean_mask
@@ -271,15 +285,74 @@ class SegmentRefiner:
         box = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
         for name in self.config.loaded:
             path = "M.5 0A.5.5 0 1 1 .49 0Z"
-            result, stop = self._attempt(image, path, box, True, name)
+            result, stop = self._attempt(_Array(image), path, box, True, name)
             if result.reason not in ("refined", "rejected", "empty_refined"):
                 raise RuntimeError(
                     f"the refiner {name} does not work: {result.reason} ({stop})"
                 ) from stop
 
 
-def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
-    refined = backend(image, coarse)
+class _Array:
+    """A picture that is there already: uint8 [H, W, 3] RGB."""
+
+    reduction = 1
+
+    def __init__(self, image: np.ndarray) -> None:
+        check_image(image)
+        self.height, self.width = image.shape[:2]
+        self._image = image
+
+    def pixels(self, reduction: int, timings: dict[str, float]) -> np.ndarray:
+        return self._image
+
+    def check(self, timings: dict[str, float]) -> None:
+        pass
+
+
+class _File:
+    """A picture whose header is read; its pixels are decoded when they are asked for, once."""
+
+    def __init__(self, content: bytes, limits: Limits) -> None:
+        from kestrel.image import probe
+
+        header = probe(content, limits)
+        self.width, self.height, self.reduction = header.width, header.height, header.reduction
+        self._content, self._limits, self._decoded = content, limits, False
+
+    def pixels(self, reduction: int, timings: dict[str, float]) -> np.ndarray:
+        """``kestrel.image.decode``; its milliseconds are ``timings["decode"]``."""
+        from kestrel.image import decode
+
+        started = time.perf_counter()
+        image = decode(self._content, self._limits, reduction=reduction)
+        timings["decode"] = (time.perf_counter() - started) * 1e3
+        self._decoded = True
+        return image
+
+    def check(self, timings: dict[str, float]) -> None:
+        """Raises what ``decode`` raises, if it has not been called."""
+        if not self._decoded:
+            self.pixels(self.reduction, timings)
+
+
+_Picture = _Array | _File
+
+
+def _reduction(backend: Refine, picture: _Picture, coarse_box: PixelBox) -> int:
+    """The most that both the backend and the picture's file allow."""
+    assert isinstance(backend, Reduced)
+    x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
+    return min(picture.reduction, backend.reduction(x1 - x0, y1 - y0))
+
+
+def _mask_of(
+    backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str, reduction: int
+) -> np.ndarray:
+    if reduction > 1:
+        assert isinstance(backend, Reduced)
+        refined = backend(image, coarse, reduction)
+    else:
+        refined = backend(image, coarse)
     if refined.shape != coarse.shape or refined.dtype != np.uint8:
         raise ValueError(
             f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"

@@ -1,0 +1,109 @@
+"""From the size that a refiner works at to the mask's, along the outline only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from kestrel.image import REDUCTIONS
+
+SURE = 0.1
+"""Where the working-size result is within this of 0 or 1 the full size is not looked at."""
+TILE = 64
+"""Side of the tiles that are sure or not, pixels of the crop, but at least ``LEAST_TILE`` of it."""
+MARGIN = 2.0
+"""A picture may be reduced while it has this many times the pixels of the working size in a row."""
+
+Planes = Sequence[np.ndarray]
+
+
+def planes(picture: np.ndarray) -> Planes:
+    """Three float32 planes, 0..1, of a uint8 [h, w, 3] picture."""
+    scaled = np.multiply(picture, np.float32(1 / 255), dtype=np.float32)
+    return [np.ascontiguousarray(scaled[..., k]) for k in range(3)]
+
+
+def apply_coefficients(guide: Planes, fitted: Planes) -> np.ndarray:
+    """``q = a . I + b`` (eq. 19), float32 [h, w]; ``fitted``: what
+    ``guided.coefficients`` gives."""
+    a0, a1, a2, offset = fitted
+    soft = a0 * guide[0]
+    soft += a1 * guide[1]
+    soft += a2 * guide[2]
+    soft += offset
+    return soft
+
+
+def reduction_for(sides: tuple[int, int], working_side: int, least_side: int) -> int:
+    """The largest of ``REDUCTIONS`` that leaves a box enough pixels.
+
+    ``sides``: the box's, full-size pixels; the longer one is seen at ``working_side`` pixels, the
+    shorter one at ``least_side`` or more.
+    """
+    long, short = max(sides), min(sides)
+    wanted = (long / (MARGIN * working_side), short / (MARGIN * least_side))
+    return next((r for r in REDUCTIONS if r <= min(wanted)), 1)
+
+
+def at_full_size(
+    crop: np.ndarray, soft: np.ndarray, fitted: Planes, shape: tuple[int, int], reduction: int = 1
+) -> np.ndarray:
+    """Mask uint8 0/1 of ``shape``.
+
+    ``crop``: uint8 [ceil(H / reduction), ceil(W / reduction), 3]; ``soft``, shares of the object,
+    and ``fitted``, coefficients of the last guided pass: float32 [h, w] on the same box. That pass
+    follows the crop's own pixels, and is interpolated between them where the crop is smaller than
+    the mask; only tiles that the outline crosses are computed.
+    """
+    height, width = shape
+    h, w = soft.shape
+    stacked = cv2.merge(fitted)
+    refined = np.empty(shape, np.uint8)
+    rows, columns = crop.shape[:2]
+    down, right = h / height, w / width  # working pixels per full-size pixel
+    side = TILE * reduction // min(reduction, 2)
+    rim = int(reduction > 1)  # pixels of the crop that interpolation needs all round
+    for y0 in range(0, height, side):
+        y1 = min(height, y0 + side)
+        near_rows = slice(max(0, int(y0 * down) - 1), int(y1 * down) + 2)
+        for x0 in range(0, width, side):
+            x1 = min(width, x0 + side)
+            full = np.s_[y0:y1, x0:x1]
+            near = slice(max(0, int(x0 * right) - 1), int(x1 * right) + 2)
+            low, high, _, _ = cv2.minMaxLoc(soft[near_rows, near])
+            if high < SURE or low > 1 - SURE:
+                refined[full] = low > 0.5
+                continue
+            top, left = y0 // reduction - rim, x0 // reduction - rim
+            bottom, end = -(-y1 // reduction) + rim, -(-x1 // reduction) + rim
+            # From pixel centres of the tile to those of the working size.
+            to_small = np.array(
+                [
+                    [right * reduction, 0, (left + 0.5) * right * reduction - 0.5],
+                    [0, down * reduction, (top + 0.5) * down * reduction - 0.5],
+                ]
+            )
+            part = cv2.warpAffine(
+                stacked,
+                to_small,
+                (end - left, bottom - top),
+                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+            tile = crop[max(0, top) : bottom, max(0, left) : end]
+            if tile.shape[:2] != part.shape[:2]:
+                past = max(0, bottom - rows), max(0, end - columns)
+                tile = cv2.copyMakeBorder(
+                    np.ascontiguousarray(tile),
+                    *(max(0, -top), past[0], max(0, -left), past[1]),
+                    cv2.BORDER_REPLICATE,
+                )
+            fine = apply_coefficients(planes(tile), [part[..., k] for k in range(4)])
+            if reduction > 1:
+                size = (fine.shape[1] * reduction, fine.shape[0] * reduction)
+                fine = cv2.resize(fine, size, interpolation=cv2.INTER_LINEAR)
+                fine = fine[reduction:, reduction:][: y1 - y0, : x1 - x0]
+            np.greater(fine, 0.5, out=refined[full].view(np.bool_))
+    return refined
