@@ -116,7 +116,7 @@ class BoundaryRefiner:
 
     def reduction(self, width: int, height: int) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for((width, height), WORKING_SIDE, STEP)
+        return reduction_for(width, height)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         crop = np.ascontiguousarray(image)

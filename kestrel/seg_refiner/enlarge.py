@@ -12,9 +12,11 @@ from kestrel.image import REDUCTIONS
 SURE = 0.1
 """Where the working-size result is within this of 0 or 1 the full size is not looked at."""
 TILE = 64
-"""Side of the tiles that are sure or not, pixels of the crop, but at least ``LEAST_TILE`` of it."""
-MARGIN = 2.0
-"""A picture may be reduced while it has this many times the pixels of the working size in a row."""
+"""Side of the tiles that are sure or not, full-size pixels; twice that in a reduced picture."""
+LEAST_SIDE = 1024
+"""Pixels that the longer side of a box keeps where its picture is reduced."""
+LEAST_SHORT_SIDE = 64
+"""The same for the shorter side."""
 
 Planes = Sequence[np.ndarray]
 
@@ -36,15 +38,14 @@ def apply_coefficients(guide: Planes, fitted: Planes) -> np.ndarray:
     return soft
 
 
-def reduction_for(sides: tuple[int, int], working_side: int, least_side: int) -> int:
-    """The largest of ``REDUCTIONS`` that leaves a box enough pixels.
+def reduction_for(width: int, height: int) -> int:
+    """The largest of ``REDUCTIONS`` that leaves a box of these sides enough pixels.
 
-    ``sides``: the box's, full-size pixels; the longer one is seen at ``working_side`` pixels, the
-    shorter one at ``least_side`` or more.
+    Enough to work at is not enough for the last pass, whose outline is less exact by a fifth of a
+    reduced pixel: see ``benchmarks/reduced.py``.
     """
-    long, short = max(sides), min(sides)
-    wanted = (long / (MARGIN * working_side), short / (MARGIN * least_side))
-    return next((r for r in REDUCTIONS if r <= min(wanted)), 1)
+    most = min(max(width, height) / LEAST_SIDE, min(width, height) / LEAST_SHORT_SIDE)
+    return next((reduction for reduction in REDUCTIONS if reduction <= most), 1)
 
 
 def at_full_size(
@@ -63,7 +64,7 @@ def at_full_size(
     refined = np.empty(shape, np.uint8)
     rows, columns = crop.shape[:2]
     down, right = h / height, w / width  # working pixels per full-size pixel
-    side = TILE * reduction // min(reduction, 2)
+    side = TILE if reduction == 1 else 2 * TILE
     rim = int(reduction > 1)  # pixels of the crop that interpolation needs all round
     for y0 in range(0, height, side):
         y1 = min(height, y0 + side)

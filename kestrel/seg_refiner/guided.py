@@ -49,7 +49,7 @@ class GuidedRefiner:
 
     def reduction(self, width: int, height: int) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for((width, height), WORKING_SIDE, 1)
+        return reduction_for(width, height)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         height, width = mask.shape

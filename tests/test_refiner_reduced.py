@@ -1,0 +1,249 @@
+"""Requests whose JPEG is decoded smaller: nearly the same masks, and the same refusals."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from kestrel import image as image_module
+from kestrel.api import InvalidRequest, TooLarge
+from kestrel.config import Limits, RefinerConfig
+from kestrel.image import decode
+from kestrel.seg_refiner import BACKENDS, SegmentRefineBitmapsResult, SegmentRefiner
+from kestrel.seg_refiner.boundary import BoundaryRefiner
+from kestrel.seg_refiner.enlarge import LEAST_SIDE, reduction_for
+from kestrel.seg_refiner.guided import GuidedRefiner
+
+ORIENTATION = 0x0112
+REFINERS = ("boundary", "guided", "none")
+OCTAGON = "M.3 0H.7L1 .3V.7L.7 1H.3L0 .7V.3Z"
+LARGE = {"x_min": 0.1, "y_min": 0.12, "x_max": 0.9, "y_max": 0.88}
+WHOLE = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+TINY = {"x_min": 0.7, "y_min": 0.2, "x_max": 0.72, "y_max": 0.23}
+WIDTH, HEIGHT = 2160, 1536
+
+
+@pytest.fixture(scope="module")
+def refiner() -> SegmentRefiner:
+    return SegmentRefiner(RefinerConfig(selectable=REFINERS))
+
+
+@cache
+def scene(width: int, height: int) -> Image.Image:
+    """A textured ellipse, which the octagon only roughly outlines, on another texture."""
+    rng = np.random.default_rng(width)
+
+    def texture(level: float) -> np.ndarray:
+        coarse = rng.normal(level, 25, (9, 12, 3)).astype(np.float32)
+        fine = rng.normal(0, 12, (height // 4, width // 4, 3)).astype(np.float32)
+        return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) + cv2.resize(
+            fine, (width, height), interpolation=cv2.INTER_LINEAR
+        )
+
+    inside = np.zeros((height, width), np.float32)
+    axes = (round(width * 0.39), round(height * 0.37))
+    cv2.ellipse(inside, (width // 2, height // 2), axes, 0, 0, 360, 1.0, -1, cv2.LINE_AA)
+    share = inside[..., None]
+    pixels = share * texture(160) + (1 - share) * texture(80)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def file(width: int = WIDTH, height: int = HEIGHT, orientation: int = 1, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = io.BytesIO()
+    scene(width, height).save(
+        content, **{"format": "JPEG", "quality": 90, "exif": exif.tobytes(), **options}
+    )
+    return content.getvalue()
+
+
+def masks(result: SegmentRefineBitmapsResult) -> list[np.ndarray]:
+    """Coarse and refined mask, bool [H, W]."""
+    found = []
+    for encoded in (result.coarse_mask_base64, result.refined_mask_base64):
+        assert encoded is not None
+        found.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))) > 0)
+    return found
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The reductions at which pictures are decoded."""
+    seen: list[int] = []
+
+    def noted(*arguments: Any, reduction: int = 1, **named: Any) -> np.ndarray:
+        seen.append(reduction)
+        return decode(*arguments, reduction=reduction, **named)
+
+    monkeypatch.setattr(image_module, "decode", noted)
+    yield seen
+
+
+def both(
+    refiner: SegmentRefiner, content: bytes, box: dict[str, float], name: str
+) -> tuple[SegmentRefineBitmapsResult, SegmentRefineBitmapsResult]:
+    """Refined from all pixels, and as a file."""
+    given: Any = (OCTAGON, box)
+    options: Any = {"return_base64": True, "refiner": name}
+    whole = refiner.refine_with_bitmaps(decode(content), *given, **options)
+    return whole, refiner.refine_encoded(content, *given, **options)
+
+
+def differing(a: SegmentRefineBitmapsResult, b: SegmentRefineBitmapsResult) -> float:
+    """Of the refined masks, per pixel of the object."""
+    assert a.reason == b.reason == "refined"
+    assert a.coarse_mask_base64 == b.coarse_mask_base64
+    first, second = masks(a)[1], masks(b)[1]
+    assert first.shape == second.shape
+    return float((first != second).sum() / first.sum())
+
+
+@pytest.mark.parametrize(("name", "reduction"), [("boundary", 2), ("guided", 2), ("none", 8)])
+@pytest.mark.parametrize("box", [LARGE, WHOLE], ids=["large", "as large as the picture"])
+def test_masks_of_a_smaller_picture_are_those_of_the_whole_one(
+    refiner: SegmentRefiner, decoded: list[int], name: str, reduction: int, box: dict[str, float]
+) -> None:
+    whole, smaller = both(refiner, file(), box, name)
+    assert decoded == [reduction]
+    assert masks(smaller)[1].shape == (HEIGHT, WIDTH)
+    assert differing(whole, smaller) <= (0 if name == "none" else 0.002)
+    if name != "none" and box is LARGE:
+        coarse, refined = masks(smaller)
+        assert (coarse != refined).sum() > 0.02 * coarse.sum()  # there was something to refine
+
+
+@pytest.mark.parametrize("reduction", [4, 8])
+@pytest.mark.parametrize("backend", [BoundaryRefiner, lambda: GuidedRefiner(RefinerConfig())])
+def test_backends_take_pictures_that_are_smaller_still(backend: Any, reduction: int) -> None:
+    refine = backend()
+    # Neither side is a whole number of reduced pixels.
+    content = file(2050, 1501)
+    mask = np.zeros((1501, 2050), np.uint8)
+    cv2.ellipse(mask, (1020, 755), (760, 580), 0, 0, 360, 1, -1)
+    whole = refine(decode(content), mask)
+    smaller = refine(decode(content, reduction=reduction), mask, reduction)
+    assert smaller.shape == mask.shape and smaller.dtype == np.uint8
+    assert (whole != smaller).sum() < 0.0015 * reduction * whole.sum()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_refined_as_it_is_seen(
+    refiner: SegmentRefiner, decoded: list[int], orientation: int
+) -> None:
+    whole, smaller = both(refiner, file(orientation=orientation), LARGE, "guided")
+    assert decoded == [2]
+    assert masks(smaller)[1].shape == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
+    assert differing(whole, smaller) <= 0.002
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_tiny_object_is_looked_at_with_all_pixels(
+    refiner: SegmentRefiner, decoded: list[int], name: str
+) -> None:
+    whole, smaller = both(refiner, file(), TINY, name)
+    assert decoded == [8 if name == "none" else 1]
+    assert whole.refined_mask_base64 == smaller.refined_mask_base64
+    assert whole.refined_svg_path == smaller.refined_svg_path
+
+
+@pytest.mark.parametrize("name", REFINERS)
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "WEBP"}], ids=str)
+def test_other_formats_are_decoded_whole(
+    refiner: SegmentRefiner, decoded: list[int], options: dict[str, str], name: str
+) -> None:
+    content = file(300, 200, **options)
+    whole, same = both(refiner, content, LARGE, name)
+    assert decoded == [1]
+    assert whole.refined_mask_base64 == same.refined_mask_base64
+
+
+def test_a_photograph_of_the_usual_benchmarks_is_not_reduced() -> None:
+    assert reduction_for(481, 321) == reduction_for(2 * LEAST_SIDE - 1, 2000) == 1
+    assert reduction_for(2 * LEAST_SIDE, 2000) == 2
+    assert reduction_for(4 * LEAST_SIDE, 60) == 1  # long, and too narrow to spare any
+
+
+def test_a_backend_that_says_nothing_gets_every_pixel(
+    decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def plain(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        shapes.append(image.shape)
+        return mask
+
+    monkeypatch.setitem(BACKENDS, "plain", lambda config: plain)
+    result = SegmentRefiner(RefinerConfig(refiner="plain")).refine_encoded(file(), OCTAGON, WHOLE)
+    assert result.reason == "refined"
+    assert shapes == [(HEIGHT, WIDTH, 3)] and decoded == [1]
+
+
+@pytest.mark.parametrize("asked", [1, 4, 64])
+def test_a_backend_of_ones_own_gets_the_reduction_that_it_asks_for(
+    monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    calls: list[Any] = []
+
+    class Mine:
+        def reduction(self, width: int, height: int) -> int:
+            calls.append((width, height))
+            return asked
+
+        def __call__(self, image: Any, mask: Any, reduction: int = 1) -> Any:
+            calls.append((image.shape[:2], mask.shape, reduction))
+            return mask
+
+    monkeypatch.setitem(BACKENDS, "mine", lambda config: Mine())
+    refiner = SegmentRefiner(RefinerConfig(refiner="mine"))
+    box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.5, "y_max": 0.5}
+    result = refiner.refine_encoded(file(801, 600), "M0 0H1V1H0Z", box)
+    assert result.reason == "refined"
+    (width, height), call = calls
+    # The box with a quarter of its sides all round.
+    assert abs(width - 301) <= 3 and abs(height - 225) <= 3
+    reduction = min(asked, 8)
+    assert call == ((-(-600 // reduction), -(-801 // reduction)), (600, 801), reduction)
+
+
+@pytest.mark.parametrize("name", REFINERS)
+@pytest.mark.parametrize("path", [OCTAGON, "", "no path", "M0 0H0V0Z"])
+def test_a_broken_file_is_refused_whatever_else_is_wrong(
+    refiner: SegmentRefiner, name: str, path: str
+) -> None:
+    before = dict(refiner.outcomes)
+    whole = file(300, 200)
+    for broken in (whole[: len(whole) // 2], whole[:-100], b"", b"\xff\xd8\xff", b"<svg/>"):
+        with pytest.raises(InvalidRequest) as caught:
+            refiner.refine_encoded(broken, path, LARGE, refiner=name)
+        assert caught.value.field == "image"
+    assert refiner.outcomes == before
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_a_good_file_with_a_bad_path_is_decoded_once_and_as_small_as_can_be(
+    refiner: SegmentRefiner, decoded: list[int], name: str
+) -> None:
+    result = refiner.refine_encoded(file(300, 200), "", LARGE, refiner=name)
+    assert result.reason == "no_path"
+    assert decoded == [8] and "decode" in result.timings_ms
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_the_limit_is_for_the_file_s_own_pixels_and_comes_before_decoding(
+    decoded: list[int], name: str
+) -> None:
+    limited = SegmentRefiner(
+        RefinerConfig(refiner=name), limits=Limits(max_image_pixels=300 * 200 - 1)
+    )
+    with pytest.raises(TooLarge, match="300 x 200"):
+        limited.refine_encoded(file(300, 200), OCTAGON, LARGE)
+    assert decoded == []
