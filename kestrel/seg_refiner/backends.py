@@ -37,11 +37,12 @@ Refine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @runtime_checkable
 class Reduced(Protocol):
-    """A backend that works with a picture smaller than the mask as well."""
+    """A backend that looks at the mask's grown box alone (``box.grown_box``), and works with a
+    picture smaller than the mask as well. It may be given picture and mask cut to that box."""
 
     def reduction(self, width: int, height: int) -> int:
         """What the picture's sides may be divided by, one of ``kestrel.image.REDUCTIONS`` at most,
-        where the coarse mask's grown box (``box.grown_box``) has these sides in pixels."""
+        where the coarse mask's grown box has these sides in pixels."""
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, reduction: int = 1) -> np.ndarray:
         """``image``: uint8 [ceil(H / reduction), ceil(W / reduction), 3] RGB, whose pixel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -203,11 +204,11 @@ class SegmentRefiner:
         if coarse_box is None:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
-        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
-            reduction = 1 if whole is not None else _reduction(backend, picture, coarse_box)
-        image = picture.pixels(reduction, timings) if whole is None else whole
-        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
-            refined = _mask_of(backend, image, coarse, name, reduction)
+        if whole is None:
+            refined = self._refined_less(picture, coarse, coarse_box, name, timings)
+        else:
+            with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+                refined = _mask_of(backend, whole, coarse, name)
         if name != "none":
             with _stage("clean", "refine_failed", timings):
                 from kestrel.seg_refiner.clean import clean_mask
@@ -233,6 +234,32 @@ class SegmentRefiner:
         if traced is None:
             raise _Stopped("trace_failed", "the refined mask holds only specks")
         result.refined_svg_path, result.refined_bbox = traced
+
+    def _refined_less(
+        self,
+        picture: _Picture,
+        coarse: np.ndarray,
+        coarse_box: PixelBox,
+        name: str,
+        timings: dict[str, float],
+    ) -> np.ndarray:
+        """The refined mask by a backend that works without some of the picture's pixels."""
+        backend = self._backend(name)
+        assert isinstance(backend, Reduced)
+        box = x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
+        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+            reduction = min(picture.reduction, backend.reduction(x1 - x0, y1 - y0))
+        if reduction > 1:
+            image = picture.pixels(reduction, timings)
+            with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+                return _mask_of(
+                    functools.partial(backend, reduction=reduction), image, coarse, name
+                )
+        image = picture.pixels(1, timings, box)
+        with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+            refined = np.zeros(coarse.shape, np.uint8)
+            refined[y0:y1, x0:x1] = _mask_of(backend, image, coarse[y0:y1, x0:x1], name)
+        return refined
 
     def _rasterize(
         self, svg_path: str, bbox: Mapping[str, float] | None, width: int, height: int
@@ -302,7 +329,9 @@ class _Array:
         self.height, self.width = image.shape[:2]
         self._image = image
 
-    def pixels(self, reduction: int, timings: dict[str, float]) -> np.ndarray:
+    def pixels(
+        self, reduction: int, timings: dict[str, float], box: PixelBox | None = None
+    ) -> np.ndarray:
         return self._image
 
     def check(self, timings: dict[str, float]) -> None:
@@ -319,12 +348,17 @@ class _File:
         self.width, self.height, self.reduction = header.width, header.height, header.reduction
         self._content, self._limits, self._decoded = content, limits, False
 
-    def pixels(self, reduction: int, timings: dict[str, float]) -> np.ndarray:
-        """``kestrel.image.decode``; its milliseconds are ``timings["decode"]``."""
-        from kestrel.image import decode
+    def pixels(
+        self, reduction: int, timings: dict[str, float], box: PixelBox | None = None
+    ) -> np.ndarray:
+        """Reduced, or what lies in a box; milliseconds are ``timings["decode"]``."""
+        from kestrel.image import decode, decode_box
 
         started = time.perf_counter()
-        image = decode(self._content, self._limits, reduction=reduction)
+        if box is None:
+            image = decode(self._content, self._limits, reduction=reduction)
+        else:
+            image = decode_box(self._content, box, self._limits)
         timings["decode"] = (time.perf_counter() - started) * 1e3
         self._decoded = True
         return image
@@ -338,21 +372,8 @@ class _File:
 _Picture = _Array | _File
 
 
-def _reduction(backend: Refine, picture: _Picture, coarse_box: PixelBox) -> int:
-    """The most that both the backend and the picture's file allow."""
-    assert isinstance(backend, Reduced)
-    x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
-    return min(picture.reduction, backend.reduction(x1 - x0, y1 - y0))
-
-
-def _mask_of(
-    backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str, reduction: int
-) -> np.ndarray:
-    if reduction > 1:
-        assert isinstance(backend, Reduced)
-        refined = backend(image, coarse, reduction)
-    else:
-        refined = backend(image, coarse)
+def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) -> np.ndarray:
+    refined = backend(image, coarse)
     if refined.shape != coarse.shape or refined.dtype != np.uint8:
         raise ValueError(
             f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"

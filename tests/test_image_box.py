@@ -1,0 +1,185 @@
+"""A part of a JPEG: the whole one's pixels, and the whole one's refusals."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kestrel import image as image_module
+from kestrel import jpeg_box
+from kestrel.api import InvalidRequest, RequestError, TooLarge
+from kestrel.config import Limits
+from kestrel.image import decode, decode_box
+
+ORIENTATION = 0x0112
+WIDTH, HEIGHT = 333, 250
+BOXES = [(0, 0, 1, 1), (40, 30, 200, 140), (0, 0, 90, 250), (332, 249, 333, 250), (100, 0, 333, 60)]
+"""Each lies in a picture of that size, and in part in one on its side."""
+
+
+def file(mode: str = "RGB", orientation: int = 1, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    rng = np.random.default_rng(5)
+    small = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
+    picture = small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).convert(mode)
+    content = io.BytesIO()
+    picture.save(content, **{"format": "JPEG", "exif": exif.tobytes(), **options})
+    return content.getvalue()
+
+
+def pixels(content: bytes, box: tuple[int, int, int, int]) -> np.ndarray:
+    x0, y0, x1, y1 = box
+    return decode(content)[y0:y1, x0:x1]
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The files that are decoded whole."""
+    seen: list[bytes] = []
+
+    def noted(content: bytes, *arguments: Any) -> np.ndarray:
+        seen.append(content)
+        return decode(content, *arguments)
+
+    monkeypatch.setattr(image_module, "decode", noted)
+    return seen
+
+
+@pytest.fixture
+def skia() -> Any:
+    return pytest.importorskip("skia", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("restarts", [0, 3])
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_a_box_has_the_pixels_of_the_whole_picture(
+    box: tuple[int, int, int, int], restarts: int, subsampling: str, whole: list[bytes], skia: Any
+) -> None:
+    content = file(subsampling=subsampling, restart_marker_blocks=restarts)
+    part = decode_box(content, box)
+    assert not whole
+    assert part.flags.c_contiguous and part.flags.writeable
+    assert np.array_equal(part, pixels(content, box))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("without", ["", "skia"])
+def test_boxes_lie_in_the_picture_as_it_is_seen(
+    orientation: int, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setitem(sys.modules, without, None)
+    content = file(orientation=orientation)
+    for box in ((40, 30, 200, 140), (0, 0, 9, 250), (100, 3, 250, 60)):
+        assert np.array_equal(decode_box(content, box), pixels(content, box))
+
+
+@pytest.mark.parametrize("calls", [1, 400, 7 * WIDTH + 5])
+def test_rows_of_any_number_are_read_in_a_call(
+    calls: int, monkeypatch: pytest.MonkeyPatch, whole: list[bytes], skia: Any
+) -> None:
+    monkeypatch.setattr(jpeg_box, "CALL_PIXELS", calls)
+    content = file()
+    for box in BOXES:
+        assert np.array_equal(decode_box(content, box), pixels(content, box))
+    assert not whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "PNG"},
+        {"format": "WEBP", "lossless": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        {"progressive": True},
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_jpeg_is_cut_out_of_the_whole(
+    options: dict[str, Any], whole: list[bytes]
+) -> None:
+    content = file(**options)
+    for box in BOXES:
+        assert np.array_equal(decode_box(content, box), pixels(content, box))
+    assert len(whole) == len(BOXES)
+
+
+def test_most_of_a_picture_is_cut_out_of_the_whole(whole: list[bytes]) -> None:
+    content = file()
+    part = decode_box(content, (5, 5, WIDTH, HEIGHT))
+    assert whole and np.array_equal(part, pixels(content, (5, 5, WIDTH, HEIGHT)))
+
+
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9"], ids=["cut", "cut and ended"])
+@pytest.mark.parametrize("box", [(40, 10, 200, 40), (40, 200, 200, 240)], ids=str)
+def test_a_cut_file_is_refused_wherever_the_box_lies(
+    box: tuple[int, int, int, int], end: bytes
+) -> None:
+    content = file()
+    for at in range(0, len(content) - 2, 97):
+        cut = content[:at] + end
+        try:
+            expected = pixels(cut, box)
+        except InvalidRequest:
+            with pytest.raises(InvalidRequest):
+                decode_box(cut, box)
+        else:  # libjpeg fills what is missing where the end mark is there
+            assert end
+            assert np.array_equal(decode_box(cut, box), expected)
+
+
+def test_a_damaged_file_is_decoded_or_refused_as_the_whole_one_is() -> None:
+    content, rng = file(), random.Random(2)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.randrange(1, 6)):
+            damaged[rng.randrange(20, len(damaged) - 2)] = rng.randrange(256)
+        box = (40, 30, 100, 80)
+        try:
+            expected = pixels(bytes(damaged), box)
+        except RequestError as error:
+            with pytest.raises(type(error)):
+                decode_box(bytes(damaged), box)
+            continue
+        # What damaged data comes to differs between builds of libjpeg-turbo.
+        assert decode_box(bytes(damaged), box).shape == expected.shape
+
+
+def test_the_limit_is_for_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg_box, "decode_box", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(TooLarge, match="333 x 250"):
+        decode_box(file(), (0, 0, 9, 9), Limits(max_image_pixels=WIDTH * HEIGHT - 1))
+
+
+def test_other_threads_go_on_meanwhile(skia: Any) -> None:
+    content = io.BytesIO()
+    picture = Image.effect_noise((4000, 3000), 60).convert("RGB")
+    picture.save(content, "JPEG", quality=90)
+    longest, done = 0.0, threading.Event()
+
+    def wait() -> None:
+        nonlocal longest
+        while not done.is_set():
+            began = time.thread_time(), time.perf_counter()
+            time.sleep(0.001)
+            longest = max(longest, time.perf_counter() - began[1])
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    began = time.perf_counter()
+    decode_box(content.getvalue(), (0, 0, 2400, 2990))
+    took = time.perf_counter() - began
+    done.set()
+    thread.join()
+    assert longest < took / 3
