@@ -35,7 +35,7 @@ _BAND_PIXELS = 2**18
 """Pixels that are converted at once, about: what a conversion needs beside its result."""
 REDUCTIONS = (8, 4, 2, 1)
 """By what the sides of a JPEG may be divided while it is decoded."""
-BOX_SHARE = 0.6
+BOX_SHARE = 0.5
 """A box that holds more of the picture than that is cut out of the whole one, which is faster."""
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)

@@ -23,6 +23,7 @@ def decode_box(content: bytes, box: PixelBox) -> np.ndarray | None:
     None without Skia, and for what it does not decode to its last row.
     """
     try:
+        import cv2
         import skia
     except ImportError:
         return None
@@ -56,7 +57,8 @@ def decode_box(content: bytes, box: PixelBox) -> np.ndarray | None:
         count = min(rows, y1 - y)
         if codec.getScanlines(band, count, band.strides[0]) != count:
             return None
-        pixels[y - y0 : y - y0 + count] = band[:count, x0 - left : x1 - left, :3]
+        inside = band[:count, x0 - left : x1 - left]
+        cv2.cvtColor(inside, cv2.COLOR_RGBA2RGB, dst=pixels[y - y0 : y - y0 + count])
     # Data may be missing below as well. Skipping to the very end would not look at it.
     if y1 < height and not (
         skipped(y1, height - 1) and codec.getScanlines(band, 1, band.strides[0]) == 1
