@@ -171,7 +171,7 @@ def compare(scene: Scene, name: str, refiner: SegmentRefiner, rounds: int) -> di
         "of_object": differing(second) / area,
         "again_of_object": differing(again) / area,
         "refined_of_object": differing(coarse) / area,
-        "iou": [mask_iou(mask, truth) for mask in (coarse, first, second)],
+        "iou": [float(mask_iou(mask, truth)) for mask in (coarse, first, second)],
         "ms": {way: statistics.median(taken) for way, taken in ms.items()} if rounds else {},
     }
 
@@ -244,7 +244,7 @@ def main() -> int:
             for name in args.refiners:
                 rows.append(compare(scene, name, refiner, args.rounds))
                 if rows[-1]["of_picture"] > MOST_DIFFERING:
-                    print(rows[-1])
+                    print(json.dumps(rows[-1]), flush=True)
     lines = summary(rows)
     print(
         "scenes, refiner, sides, number | differing (median, 95 %, most) of the picture | of the "
