@@ -112,14 +112,10 @@ def refined_in_box(
     if box is not None:
         height, width = mask.shape
         x0, y0, x1, y1 = grown_box(box, width, height)
-        top, left, bottom, right = (
-            y0 // reduction,
-            x0 // reduction,
-            -(-y1 // reduction),
-            -(-x1 // reduction),
-        )
-        y0, x0, y1, x1 = (side * reduction for side in (top, left, bottom, right))
-        crop = image[top:bottom, left:right]
+        # In whole pixels of the image, then in those of the mask.
+        x0, y0, x1, y1 = x0 // reduction, y0 // reduction, -(-x1 // reduction), -(-y1 // reduction)
+        crop = image[y0:y1, x0:x1]
+        x0, y0, x1, y1 = (side * reduction for side in (x0, y0, x1, y1))
         refined[y0:y1, x0:x1] = refine_crop(crop, mask[y0:y1, x0:x1])
     return refined
 

@@ -28,8 +28,8 @@ def planes(picture: np.ndarray) -> Planes:
 
 
 def apply_coefficients(guide: Planes, fitted: Planes) -> np.ndarray:
-    """``q = a . I + b`` (eq. 19), float32 [h, w]; ``fitted``: what
-    ``guided.coefficients`` gives."""
+    """``q = a . I + b`` (He, Sun, Tang, "Guided Image Filtering", eq. 19), float32 [h, w];
+    ``fitted``: what ``guided.coefficients`` gives."""
     a0, a1, a2, offset = fitted
     soft = a0 * guide[0]
     soft += a1 * guide[1]
