@@ -181,26 +181,30 @@ def decode(
 
 
 def decode_box(
-    image: bytes, box: PixelBox, limits: Limits | None = None, name: str = "image"
+    image: bytes,
+    box: PixelBox,
+    limits: Limits | None = None,
+    name: str = "image",
+    reduction: int = 1,
 ) -> UInt8Array:
-    """:func:`decode` of what lies in ``(x0, y0, x1, y1)``, pixels of the picture as it is seen.
+    """What lies in ``(x0, y0, x1, y1)`` of the array that :func:`decode` gives.
 
     A baseline JPEG is refused like the whole one, in as little as a third of its time.
     """
     x0, y0, x1, y1 = box
     limits = limits or Limits()
     with _open(image, limits, name) as picture:
-        area = picture.width * picture.height
-        if (x1 - x0) * (y1 - y0) <= BOX_SHARE * area and (
-            # A progressive one needs all of its passes for any pixel.
-            _is_whole_jpeg(image, picture) and "progressive" not in picture.info
-        ):
+        size = -(-picture.width // reduction), -(-picture.height // reduction)
+        # A progressive one needs all of its passes for any pixel.
+        plain = _is_whole_jpeg(image, picture) and "progressive" not in picture.info
+        if plain and (x1 - x0) * (y1 - y0) <= BOX_SHARE * size[0] * size[1]:
             with contextlib.suppress(Exception):  # decode judges what Skia or EXIF stumbles over
                 orientation = picture.getexif().get(_ORIENTATION, 1)
-                part = jpeg_box.decode_box(image, _stored_box(box, picture.size, orientation))
+                stored = _stored_box(box, size, orientation)
+                part = jpeg_box.decode_box(image, stored, reduction)
                 if part is not None:
                     return np.ascontiguousarray(_turned(part, orientation))
-    return np.ascontiguousarray(decode(image, limits, name)[y0:y1, x0:x1])
+    return np.ascontiguousarray(decode(image, limits, name, reduction)[y0:y1, x0:x1])
 
 
 def _stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:

@@ -11,14 +11,15 @@ import numpy as np
 MARGIN = 32
 """Columns on either side that are decoded too: colours there are interpolated over the edge."""
 CALL_PIXELS = 2**19
-"""Pixels of the picture's rows that one call goes through, about: Skia keeps the GIL meanwhile."""
+"""Pixels of the file's rows that one call goes through, about: Skia keeps the GIL meanwhile."""
 
 PixelBox = tuple[int, int, int, int]
 
 
-def decode_box(content: bytes, box: PixelBox) -> np.ndarray | None:
+def decode_box(content: bytes, box: PixelBox, reduction: int = 1) -> np.ndarray | None:
     """RGB uint8 [y1 - y0, x1 - x0, 3] of ``(x0, y0, x1, y1)`` within a baseline JPEG in colour, as
-    the file has its rows and columns: what libjpeg-turbo makes of the whole, cut out.
+    the file has its rows and columns: what libjpeg-turbo makes of the whole, at its sides divided
+    by ``reduction``, cut out.
 
     None without Skia, and for what it does not decode to its last row.
     """
@@ -31,7 +32,8 @@ def decode_box(content: bytes, box: PixelBox) -> np.ndarray | None:
     codec = skia.Codec.MakeFromData(skia.Data.MakeWithoutCopy(content))
     if codec is None:
         return None
-    width, height = codec.dimensions().width(), codec.dimensions().height()
+    stored = codec.dimensions()
+    width, height = -(-stored.width() // reduction), -(-stored.height() // reduction)
     x0, y0, x1, y1 = box
     left, right = max(0, x0 - MARGIN), min(width, x1 + MARGIN)
     # Without a colour space it converts no colours.
@@ -44,7 +46,7 @@ def decode_box(content: bytes, box: PixelBox) -> np.ndarray | None:
     options.fSubset = columns
     if codec.startScanlineDecode(info, options) != skia.Codec.Result.kSuccess:
         return None
-    rows = max(1, CALL_PIXELS // width)
+    rows = max(1, CALL_PIXELS // (stored.width() * reduction))
     band = np.empty((rows, right - left, 4), np.uint8)
     pixels = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
 

@@ -17,7 +17,7 @@ from kestrel import image as image_module
 from kestrel import jpeg_box
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
-from kestrel.image import decode, decode_box
+from kestrel.image import decode, decode_box, probe
 
 ORIENTATION = 0x0112
 WIDTH, HEIGHT = 333, 250
@@ -36,9 +36,9 @@ def file(mode: str = "RGB", orientation: int = 1, **options: Any) -> bytes:
     return content.getvalue()
 
 
-def pixels(content: bytes, box: tuple[int, int, int, int]) -> np.ndarray:
+def pixels(content: bytes, box: tuple[int, int, int, int], reduction: int = 1) -> np.ndarray:
     x0, y0, x1, y1 = box
-    return decode(content)[y0:y1, x0:x1]
+    return decode(content, reduction=reduction)[y0:y1, x0:x1]
 
 
 @pytest.fixture
@@ -70,6 +70,21 @@ def test_a_box_has_the_pixels_of_the_whole_picture(
     assert not whole
     assert part.flags.c_contiguous and part.flags.writeable
     assert np.array_equal(part, pixels(content, box))
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_box_of_a_smaller_picture_has_its_pixels(
+    orientation: int, subsampling: str, reduction: int, whole: list[bytes], skia: Any
+) -> None:
+    content = file(subsampling=subsampling, orientation=orientation)
+    reduction = min(reduction, probe(content).reduction)
+    height, width = decode(content, reduction=reduction).shape[:2]
+    for box in ((0, 0, 1, 1), (width - 9, height - 5, width, height), (7, 3, 22, 19)):
+        part = decode_box(content, box, reduction=reduction)
+        assert np.array_equal(part, pixels(content, box, reduction))
+    assert not whole
 
 
 @pytest.mark.parametrize("orientation", range(10))

@@ -84,12 +84,14 @@ def masks(result: SegmentRefineBitmapsResult) -> list[np.ndarray]:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The reductions at which pictures are decoded; 0 for a box of one."""
+    """The reductions at which pictures, or boxes of them, are decoded."""
     seen: list[int] = []
 
-    def noted_box(*arguments: Any) -> np.ndarray:
-        seen.append(0)
-        return decode_box(*arguments)
+    def noted_box(*arguments: Any, reduction: int = 1, **named: Any) -> np.ndarray:
+        before = len(seen)
+        part = decode_box(*arguments, reduction=reduction, **named)
+        seen[before:] = [reduction]  # once, even where it cuts it out of the whole
+        return part
 
     def noted(*arguments: Any, reduction: int = 1, **named: Any) -> np.ndarray:
         seen.append(reduction)
@@ -171,7 +173,7 @@ def test_a_tiny_object_is_looked_at_with_all_pixels_of_its_box(
     refiner: SegmentRefiner, decoded: list[int], name: str
 ) -> None:
     whole, smaller = both(refiner, file(), TINY, name)
-    assert decoded == [8 if name == "none" else 0]
+    assert decoded == [8 if name == "none" else 1]
     assert whole.refined_mask_base64 == smaller.refined_mask_base64
     assert whole.refined_svg_path == smaller.refined_svg_path
 
@@ -231,11 +233,11 @@ def test_a_backend_of_ones_own_gets_the_reduction_that_it_asks_for(
     (width, height), call = calls
     # The box with a quarter of its sides all round.
     assert abs(width - 300) <= 4 and abs(height - 225) <= 4
-    reduction = min(asked, 8)
-    if reduction == 1:
-        assert call == ((height, width), (height, width), 1)
-    else:
-        assert call == ((-(-600 // reduction), -(-801 // reduction)), (600, 801), reduction)
+    image, mask, reduction = call
+    assert reduction == min(asked, 8)
+    # Whole pixels of the smaller picture, which hold the box.
+    assert image == tuple(-(-side // reduction) for side in mask)
+    assert 0 <= mask[0] - height < 2 * reduction and 0 <= mask[1] - width < 2 * reduction
 
 
 @pytest.mark.parametrize("name", REFINERS)

@@ -38,7 +38,8 @@ Refine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 @runtime_checkable
 class Reduced(Protocol):
     """A backend that looks at the mask's grown box alone (``box.grown_box``), and works with a
-    picture smaller than the mask as well. It may be given picture and mask cut to that box."""
+    picture smaller than the mask as well. It may be given picture and mask cut to that box, or to
+    the whole pixels of the smaller picture that hold it."""
 
     def reduction(self, width: int, height: int) -> int:
         """What the picture's sides may be divided by, one of ``kestrel.image.REDUCTIONS`` at most,

@@ -112,12 +112,17 @@ def refined_in_box(
     if box is not None:
         height, width = mask.shape
         x0, y0, x1, y1 = grown_box(box, width, height)
-        # In whole pixels of the image, then in those of the mask.
-        x0, y0, x1, y1 = x0 // reduction, y0 // reduction, -(-x1 // reduction), -(-y1 // reduction)
+        x0, y0, x1, y1 = reduced_box((x0, y0, x1, y1), reduction)
         crop = image[y0:y1, x0:x1]
         x0, y0, x1, y1 = (side * reduction for side in (x0, y0, x1, y1))
         refined[y0:y1, x0:x1] = refine_crop(crop, mask[y0:y1, x0:x1])
     return refined
+
+
+def reduced_box(box: PixelBox, reduction: int) -> PixelBox:
+    """The pixels of a picture smaller by ``reduction`` that hold the box."""
+    x0, y0, x1, y1 = box
+    return x0 // reduction, y0 // reduction, -(-x1 // reduction), -(-y1 // reduction)
 
 
 def joined_box(a: PixelBox, b: PixelBox) -> PixelBox:

@@ -18,7 +18,7 @@ import numpy as np
 from kestrel.config import ConfigError, Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
 from kestrel.seg_refiner.backends import Reduced, Refine, find_backend
-from kestrel.seg_refiner.box import PixelBox, grown_box, joined_box, mask_box, mask_iou
+from kestrel.seg_refiner.box import PixelBox, grown_box, joined_box, mask_box, mask_iou, reduced_box
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
 
@@ -194,7 +194,7 @@ class SegmentRefiner:
             backend = self._backend(name)
         # Where all pixels are needed they come first: decoding takes the most memory.
         less = isinstance(backend, Reduced) and picture.reduction > 1
-        whole = None if less else picture.pixels(1, timings)
+        whole = None if less else picture.pixels(timings)
         with _stage("raster", "raster_failed", timings):
             coarse = self._rasterize(svg_path, bbox, width, height)
         if return_base64:
@@ -249,16 +249,13 @@ class SegmentRefiner:
         box = x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
         with _stage("refine", "refine_failed", timings, missing="refine_failed"):
             reduction = min(picture.reduction, backend.reduction(x1 - x0, y1 - y0))
-        if reduction > 1:
-            image = picture.pixels(reduction, timings)
-            with _stage("refine", "refine_failed", timings, missing="refine_failed"):
-                return _mask_of(
-                    functools.partial(backend, reduction=reduction), image, coarse, name
-                )
-        image = picture.pixels(1, timings, box)
+        box = reduced_box(box, reduction)
+        image = picture.pixels(timings, box, reduction)
+        x0, y0, x1, y1 = (side * reduction for side in box)
         with _stage("refine", "refine_failed", timings, missing="refine_failed"):
+            refine = functools.partial(backend, reduction=reduction)
             refined = np.zeros(coarse.shape, np.uint8)
-            refined[y0:y1, x0:x1] = _mask_of(backend, image, coarse[y0:y1, x0:x1], name)
+            refined[y0:y1, x0:x1] = _mask_of(refine, image, coarse[y0:y1, x0:x1], name)
         return refined
 
     def _rasterize(
@@ -330,7 +327,7 @@ class _Array:
         self._image = image
 
     def pixels(
-        self, reduction: int, timings: dict[str, float], box: PixelBox | None = None
+        self, timings: dict[str, float], box: PixelBox | None = None, reduction: int = 1
     ) -> np.ndarray:
         return self._image
 
@@ -349,16 +346,16 @@ class _File:
         self._content, self._limits, self._decoded = content, limits, False
 
     def pixels(
-        self, reduction: int, timings: dict[str, float], box: PixelBox | None = None
+        self, timings: dict[str, float], box: PixelBox | None = None, reduction: int = 1
     ) -> np.ndarray:
-        """Reduced, or what lies in a box; milliseconds are ``timings["decode"]``."""
+        """All, or what lies in a box of the reduced ones; ``timings["decode"]``: milliseconds."""
         from kestrel.image import decode, decode_box
 
         started = time.perf_counter()
         if box is None:
             image = decode(self._content, self._limits, reduction=reduction)
         else:
-            image = decode_box(self._content, box, self._limits)
+            image = decode_box(self._content, box, self._limits, reduction=reduction)
         timings["decode"] = (time.perf_counter() - started) * 1e3
         self._decoded = True
         return image
@@ -366,7 +363,7 @@ class _File:
     def check(self, timings: dict[str, float]) -> None:
         """Raises what ``decode`` raises, if it has not been called."""
         if not self._decoded:
-            self.pixels(self.reduction, timings)
+            self.pixels(timings, reduction=self.reduction)
 
 
 _Picture = _Array | _File
