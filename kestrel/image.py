@@ -201,10 +201,10 @@ def decode_box(
             with contextlib.suppress(Exception):  # decode judges what Skia or EXIF stumbles over
                 orientation = picture.getexif().get(_ORIENTATION, 1)
                 stored = _stored_box(box, size, orientation)
-                part = jpeg_box.decode_box(image, stored, reduction)
+                part = jpeg_box.decode_box(image, picture.size, stored, reduction)
                 if part is not None:
                     return np.ascontiguousarray(_turned(part, orientation))
-    return np.ascontiguousarray(decode(image, limits, name, reduction)[y0:y1, x0:x1])
+    return np.ascontiguousarray(decode(image, limits, name, reduction=reduction)[y0:y1, x0:x1])
 
 
 def _stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:

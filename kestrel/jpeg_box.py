@@ -16,10 +16,12 @@ CALL_PIXELS = 2**19
 PixelBox = tuple[int, int, int, int]
 
 
-def decode_box(content: bytes, box: PixelBox, reduction: int = 1) -> np.ndarray | None:
-    """RGB uint8 [y1 - y0, x1 - x0, 3] of ``(x0, y0, x1, y1)`` within a baseline JPEG in colour, as
-    the file has its rows and columns: what libjpeg-turbo makes of the whole, at its sides divided
-    by ``reduction``, cut out.
+def decode_box(
+    content: bytes, size: tuple[int, int], box: PixelBox, reduction: int = 1
+) -> np.ndarray | None:
+    """RGB uint8 [y1 - y0, x1 - x0, 3] of ``(x0, y0, x1, y1)`` within a baseline JPEG in colour of
+    that width and height, as the file has its rows and columns: what libjpeg-turbo makes of the
+    whole, at its sides divided by ``reduction``, cut out.
 
     None without Skia, and for what it does not decode to its last row.
     """
@@ -30,11 +32,12 @@ def decode_box(content: bytes, box: PixelBox, reduction: int = 1) -> np.ndarray 
         return None
 
     codec = skia.Codec.MakeFromData(skia.Data.MakeWithoutCopy(content))
-    if codec is None:
+    if codec is None or (codec.dimensions().width(), codec.dimensions().height()) != size:
         return None
-    stored = codec.dimensions()
-    width, height = -(-stored.width() // reduction), -(-stored.height() // reduction)
+    width, height = -(-size[0] // reduction), -(-size[1] // reduction)
     x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        return None
     left, right = max(0, x0 - MARGIN), min(width, x1 + MARGIN)
     # Without a colour space it converts no colours.
     info = skia.ImageInfo.Make(
@@ -46,7 +49,7 @@ def decode_box(content: bytes, box: PixelBox, reduction: int = 1) -> np.ndarray 
     options.fSubset = columns
     if codec.startScanlineDecode(info, options) != skia.Codec.Result.kSuccess:
         return None
-    rows = max(1, CALL_PIXELS // (stored.width() * reduction))
+    rows = max(1, CALL_PIXELS // (size[0] * reduction))
     band = np.empty((rows, right - left, 4), np.uint8)
     pixels = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
 

@@ -46,9 +46,9 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The files that are decoded whole."""
     seen: list[bytes] = []
 
-    def noted(content: bytes, *arguments: Any) -> np.ndarray:
+    def noted(content: bytes, *arguments: Any, **named: Any) -> np.ndarray:
         seen.append(content)
-        return decode(content, *arguments)
+        return decode(content, *arguments, **named)
 
     monkeypatch.setattr(image_module, "decode", noted)
     return seen
@@ -169,6 +169,14 @@ def test_a_damaged_file_is_decoded_or_refused_as_the_whole_one_is() -> None:
             continue
         # What damaged data comes to differs between builds of libjpeg-turbo.
         assert decode_box(bytes(damaged), box).shape == expected.shape
+
+
+def test_a_file_of_another_size_than_its_header_s_is_left_to_the_whole(skia: Any) -> None:
+    content = file()
+    assert jpeg_box.decode_box(content, (WIDTH, HEIGHT), (0, 0, 9, 9)) is not None
+    assert jpeg_box.decode_box(content, (WIDTH, HEIGHT + 1), (0, 0, 9, 9)) is None
+    for box in ((0, 0, WIDTH + 1, 9), (-1, 0, 9, 9), (5, 5, 5, 9), (0, 9, 9, HEIGHT + 1)):
+        assert jpeg_box.decode_box(content, (WIDTH, HEIGHT), box) is None
 
 
 def test_the_limit_is_for_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
