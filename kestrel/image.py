@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from kestrel import jpeg_box
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
-from kestrel.jpeg_box import PixelBox
 
 UInt8Array = npt.NDArray[np.uint8]
+PixelBox = tuple[int, int, int, int]
 FORMATS = ("JPEG", "PNG", "WEBP")
 LARGE_PIXELS = 16_000_000
 """Larger pictures take turns: threads that decode several at once would multiply the peak."""
@@ -35,8 +34,6 @@ _BAND_PIXELS = 2**18
 """Pixels that are converted at once, about: what a conversion needs beside its result."""
 REDUCTIONS = (8, 4, 2, 1)
 """By what the sides of a JPEG may be divided while it is decoded."""
-BOX_SHARE = 0.5
-"""A box that holds more of the picture than that is cut out of the whole one, which is faster."""
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
 _FROM_THE_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
@@ -180,34 +177,21 @@ def decode(
             return _rgb(picture, orientation)
 
 
-def decode_box(
-    image: bytes,
-    box: PixelBox,
-    limits: Limits | None = None,
-    name: str = "image",
-    reduction: int = 1,
-) -> UInt8Array:
-    """What lies in ``(x0, y0, x1, y1)`` of the array that :func:`decode` gives.
-
-    A baseline JPEG is refused like the whole one, in as little as a third of its time.
-    """
-    x0, y0, x1, y1 = box
-    limits = limits or Limits()
-    with _open(image, limits, name) as picture:
-        size = -(-picture.width // reduction), -(-picture.height // reduction)
-        # A progressive one needs all of its passes for any pixel.
-        plain = _is_whole_jpeg(image, picture) and "progressive" not in picture.info
-        if plain and (x1 - x0) * (y1 - y0) <= BOX_SHARE * size[0] * size[1]:
-            with contextlib.suppress(Exception):  # decode judges what Skia or EXIF stumbles over
-                orientation = picture.getexif().get(_ORIENTATION, 1)
-                stored = _stored_box(box, size, orientation)
-                part = jpeg_box.decode_box(image, picture.size, stored, reduction)
-                if part is not None:
-                    return np.ascontiguousarray(_turned(part, orientation))
-    return np.ascontiguousarray(decode(image, limits, name, reduction=reduction)[y0:y1, x0:x1])
+def plain_jpeg(
+    image: bytes, limits: Limits | None = None, name: str = "image"
+) -> tuple[tuple[int, int], int] | None:
+    """Width and height as stored, and EXIF's orientation, of a file that ends as it began: as a
+    baseline JPEG in colour; None for another. Refuses what :func:`probe` refuses."""
+    with _open(image, limits or Limits(), name) as picture:
+        if not _is_whole_jpeg(image, picture) or "progressive" in picture.info:
+            return None
+        try:
+            return picture.size, picture.getexif().get(_ORIENTATION, 1)
+        except Exception:  # decoding judges what is wrong with it
+            return None
 
 
-def _stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:
+def stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:
     """Where a file of this width and height has the box of the picture as it is seen."""
     x0, y0, x1, y1 = box
     width, height = size[::-1] if orientation in _SWAPS_SIDES else size
@@ -230,7 +214,7 @@ def _rgb(picture: Image.Image, orientation: int) -> UInt8Array:
         band = picture.crop((0, top, width, min(top + rows, height)))
         if orientation in _TURNS:
             band = band.transpose(_TURNS[orientation])
-        place = _turned(stored[top : top + rows], orientation)
+        place = turned(stored[top : top + rows], orientation)
         if band.mode.startswith("I"):
             # 16-bit grey: Pillow's own conversion clips at 255, the high byte is meant.
             place[:] = np.clip(np.asarray(band) >> 8, 0, 255)[:, :, None]
@@ -272,10 +256,10 @@ def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8
     for top in range(0, height, rows):  # it copies what it converts in place
         band = pixels[top : top + rows]
         cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
-    return np.ascontiguousarray(_turned(pixels, opened.getexif().get(_ORIENTATION, 1)))
+    return np.ascontiguousarray(turned(pixels, opened.getexif().get(_ORIENTATION, 1)))
 
 
-def _turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
+def turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
     """The picture as it is meant to be seen, as a view; EXIF's orientations are 1 to 8."""
     if orientation in _SWAPS_SIDES:
         pixels = pixels.transpose(1, 0, 2)
@@ -287,7 +271,7 @@ def _turned(pixels: UInt8Array, orientation: int) -> UInt8Array:
 
 
 def _stored(pixels: UInt8Array, orientation: int) -> UInt8Array:
-    """The inverse of ``_turned``, as a view: rows and columns as the file has them."""
+    """The inverse of ``turned``, as a view: rows and columns as the file has them."""
     if orientation in _FROM_THE_RIGHT:
         pixels = pixels[:, ::-1]
     if orientation in _FROM_BELOW:

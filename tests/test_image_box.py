@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kestrel import image as image_module
-from kestrel import jpeg_box
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
-from kestrel.image import decode, decode_box, probe
+from kestrel.image import decode, probe
+from kestrel.seg_refiner import jpeg_box
 
 ORIENTATION = 0x0112
 WIDTH, HEIGHT = 333, 250
@@ -41,6 +40,12 @@ def pixels(content: bytes, box: tuple[int, int, int, int], reduction: int = 1) -
     return decode(content, reduction=reduction)[y0:y1, x0:x1]
 
 
+def decode_box(
+    content: bytes, box: tuple[int, int, int, int], limits: Limits | None = None, **named: Any
+) -> np.ndarray:
+    return jpeg_box.decode_box(content, box, limits or Limits(), **named)
+
+
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The files that are decoded whole."""
@@ -50,7 +55,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(content)
         return decode(content, *arguments, **named)
 
-    monkeypatch.setattr(image_module, "decode", noted)
+    monkeypatch.setattr(jpeg_box, "decode", noted)
     return seen
 
 
@@ -173,14 +178,14 @@ def test_a_damaged_file_is_decoded_or_refused_as_the_whole_one_is() -> None:
 
 def test_a_file_of_another_size_than_its_header_s_is_left_to_the_whole(skia: Any) -> None:
     content = file()
-    assert jpeg_box.decode_box(content, (WIDTH, HEIGHT), (0, 0, 9, 9)) is not None
-    assert jpeg_box.decode_box(content, (WIDTH, HEIGHT + 1), (0, 0, 9, 9)) is None
+    assert jpeg_box.decode_stored_box(content, (WIDTH, HEIGHT), (0, 0, 9, 9)) is not None
+    assert jpeg_box.decode_stored_box(content, (WIDTH, HEIGHT + 1), (0, 0, 9, 9)) is None
     for box in ((0, 0, WIDTH + 1, 9), (-1, 0, 9, 9), (5, 5, 5, 9), (0, 9, 9, HEIGHT + 1)):
-        assert jpeg_box.decode_box(content, (WIDTH, HEIGHT), box) is None
+        assert jpeg_box.decode_stored_box(content, (WIDTH, HEIGHT), box) is None
 
 
 def test_the_limit_is_for_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg_box, "decode_box", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(jpeg_box, "decode_stored_box", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(TooLarge, match="333 x 250"):
         decode_box(file(), (0, 0, 9, 9), Limits(max_image_pixels=WIDTH * HEIGHT - 1))
 

@@ -16,11 +16,17 @@ from PIL import Image
 from kestrel import image as image_module
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits, RefinerConfig
-from kestrel.image import decode, decode_box
-from kestrel.seg_refiner import BACKENDS, SegmentRefineBitmapsResult, SegmentRefiner
+from kestrel.image import decode
+from kestrel.seg_refiner import (
+    BACKENDS,
+    SegmentRefineBitmapsResult,
+    SegmentRefiner,
+    jpeg_box,
+)
 from kestrel.seg_refiner.boundary import BoundaryRefiner
 from kestrel.seg_refiner.enlarge import LEAST_SIDE, reduction_for
 from kestrel.seg_refiner.guided import GuidedRefiner
+from kestrel.seg_refiner.jpeg_box import decode_box
 
 ORIENTATION = 0x0112
 REFINERS = ("boundary", "guided", "none")
@@ -87,18 +93,16 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The reductions at which pictures, or boxes of them, are decoded."""
     seen: list[int] = []
 
-    def noted_box(*arguments: Any, reduction: int = 1, **named: Any) -> np.ndarray:
-        before = len(seen)
-        part = decode_box(*arguments, reduction=reduction, **named)
-        seen[before:] = [reduction]  # once, even where it cuts it out of the whole
-        return part
+    def noted_box(content: bytes, box: Any, limits: Limits, reduction: int) -> np.ndarray:
+        seen.append(reduction)
+        return decode_box(content, box, limits, reduction)
 
     def noted(*arguments: Any, reduction: int = 1, **named: Any) -> np.ndarray:
         seen.append(reduction)
         return decode(*arguments, reduction=reduction, **named)
 
     monkeypatch.setattr(image_module, "decode", noted)
-    monkeypatch.setattr(image_module, "decode_box", noted_box)
+    monkeypatch.setattr(jpeg_box, "decode_box", noted_box)
     yield seen
 
 

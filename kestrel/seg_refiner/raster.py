@@ -46,7 +46,7 @@ def _auto() -> Painter:
     return first_that_loads(_PAINTERS, RasterizerMissing, "rasterising", log)
 
 
-def _skia() -> ModuleType:
+def load_skia() -> ModuleType:
     try:
         import skia
     except ModuleNotFoundError as error:
@@ -280,7 +280,7 @@ def _skia_path(skia: ModuleType, path: Path) -> Any:
 
 
 def _skia_painter() -> Painter:
-    return functools.partial(_skia_mask, _skia())
+    return functools.partial(_skia_mask, load_skia())
 
 
 def _resvg_painter() -> Painter:

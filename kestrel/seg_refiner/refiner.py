@@ -349,13 +349,14 @@ class _File:
         self, timings: dict[str, float], box: PixelBox | None = None, reduction: int = 1
     ) -> np.ndarray:
         """All, or what lies in a box of the reduced ones; ``timings["decode"]``: milliseconds."""
-        from kestrel.image import decode, decode_box
+        from kestrel.image import decode
+        from kestrel.seg_refiner.jpeg_box import decode_box
 
         started = time.perf_counter()
         if box is None:
             image = decode(self._content, self._limits, reduction=reduction)
         else:
-            image = decode_box(self._content, box, self._limits, reduction=reduction)
+            image = decode_box(self._content, box, self._limits, reduction)
         timings["decode"] = (time.perf_counter() - started) * 1e3
         self._decoded = True
         return image
