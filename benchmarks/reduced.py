@@ -33,7 +33,7 @@ from refiner_cases import Bbox, Case, make_case, photo
 
 from kestrel.config import RefinerConfig
 from kestrel.image import decode, probe
-from kestrel.seg_refiner import SegmentRefineBitmapsResult, SegmentRefiner, enlarge
+from kestrel.seg_refiner import SegmentRefineBitmapsResult, SegmentRefiner, boundary, guided
 from kestrel.seg_refiner.box import grown_box, mask_box, mask_iou
 from kestrel.seg_refiner.raster import rasterize_relative
 from kestrel.svg import parse_path
@@ -228,12 +228,13 @@ def main() -> int:
     parser.add_argument("--refiners", nargs="+", default=list(REFINERS), choices=REFINERS)
     parser.add_argument("--rounds", type=int, default=3, help="timed requests each; 0: none")
     parser.add_argument(
-        "--least-side", type=int, default=enlarge.LEAST_SIDE, help="another rule, pixels"
+        "--least-side", type=int, help="pixels that a box keeps in a row: another rule"
     )
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    enlarge.LEAST_SIDE = args.least_side
+    if args.least_side is not None:
+        boundary.LEAST_SIDE = guided.LEAST_SIDE = args.least_side
     pairs = [tuple(map(int, size.split("x"))) for size in args.sizes]
     sizes = [(width, height) for width, height in pairs]
     refiner = SegmentRefiner(RefinerConfig(selectable=tuple(args.refiners)))

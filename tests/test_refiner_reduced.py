@@ -21,10 +21,12 @@ from kestrel.seg_refiner import (
     BACKENDS,
     SegmentRefineBitmapsResult,
     SegmentRefiner,
+    boundary,
+    guided,
     jpeg_box,
 )
 from kestrel.seg_refiner.boundary import BoundaryRefiner
-from kestrel.seg_refiner.enlarge import LEAST_SIDE, reduction_for
+from kestrel.seg_refiner.enlarge import reduction_for
 from kestrel.seg_refiner.guided import GuidedRefiner
 from kestrel.seg_refiner.jpeg_box import decode_box
 
@@ -125,7 +127,7 @@ def differing(a: SegmentRefineBitmapsResult, b: SegmentRefineBitmapsResult) -> f
     return float((first != second).mean())
 
 
-@pytest.mark.parametrize(("name", "reduction"), [("boundary", 2), ("guided", 2), ("none", 8)])
+@pytest.mark.parametrize(("name", "reduction"), [("boundary", 2), ("guided", 1), ("none", 8)])
 @pytest.mark.parametrize(
     ("box", "fills"), [(LARGE, 0.78), (WHOLE, 0.98)], ids=["large", "as large as the picture"]
 )
@@ -140,7 +142,7 @@ def test_masks_of_a_smaller_picture_are_those_of_the_whole_one(
     whole, smaller = both(refiner, file(fills=fills), box, name)
     assert decoded == [reduction]
     assert masks(smaller)[1].shape == (HEIGHT, WIDTH)
-    assert differing(whole, smaller) <= (0 if name == "none" else 0.002)
+    assert differing(whole, smaller) <= (0.002 if reduction == 2 else 0)
     if name != "none" and box is LARGE:
         coarse, refined = masks(smaller)
         assert (coarse != refined).sum() > 0.02 * coarse.sum()  # there was something to refine
@@ -166,7 +168,7 @@ def test_backends_take_pictures_that_are_smaller_still(backend: Any, reduction: 
 def test_a_turned_picture_is_refined_as_it_is_seen(
     refiner: SegmentRefiner, decoded: list[int], orientation: int
 ) -> None:
-    whole, smaller = both(refiner, file(orientation=orientation), LARGE, "guided")
+    whole, smaller = both(refiner, file(orientation=orientation), LARGE, "boundary")
     assert decoded == [2]
     assert masks(smaller)[1].shape == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
     assert differing(whole, smaller) <= 0.002
@@ -193,10 +195,14 @@ def test_other_formats_are_decoded_whole(
     assert whole.refined_mask_base64 == same.refined_mask_base64
 
 
-def test_a_photograph_of_the_usual_benchmarks_is_not_reduced() -> None:
-    assert reduction_for(481, 321) == reduction_for(2 * LEAST_SIDE - 1, 2000) == 1
-    assert reduction_for(2 * LEAST_SIDE, 2000) == 2
-    assert reduction_for(4 * LEAST_SIDE, 60) == 1  # long, and too narrow to spare any
+@pytest.mark.parametrize("module", [boundary, guided])
+def test_boxes_keep_enough_pixels_on_both_sides(module: Any) -> None:
+    least = module.LEAST_SIDE
+    assert reduction_for(481, 321, least) == reduction_for(2 * least - 1, 2000, least) == 1
+    assert reduction_for(2 * least, 2000, least) == reduction_for(2000, 2 * least, least) == 2
+    assert reduction_for(4 * least, 400, least) == 4
+    assert reduction_for(99 * least, 9999, least) == 8
+    assert reduction_for(4 * least, 60, least) == 1  # long, and too narrow to spare any
 
 
 def test_a_backend_that_says_nothing_gets_every_pixel(

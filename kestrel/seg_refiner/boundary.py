@@ -58,6 +58,8 @@ LEAN = 0.05
 """Added to what both say: averages round corners off, and objects came out too small."""
 FINE_RADIUS = 3
 """Radius of the last guided pass, working pixels."""
+LEAST_SIDE = 1024
+"""Pixels that the longer side of a box keeps where the picture is decoded smaller."""
 FINE_EPS = 1e-4
 """Regularisation of the last guided pass, squared intensity with channels in 0..1."""
 
@@ -116,7 +118,7 @@ class BoundaryRefiner:
 
     def reduction(self, width: int, height: int) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for(width, height)
+        return reduction_for(width, height, LEAST_SIDE)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         crop = np.ascontiguousarray(image)

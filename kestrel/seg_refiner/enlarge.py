@@ -13,10 +13,8 @@ SURE = 0.1
 """Where the working-size result is within this of 0 or 1 the full size is not looked at."""
 TILE = 64
 """Side of the tiles that are sure or not, full-size pixels; twice that in a reduced picture."""
-LEAST_SIDE = 1024
-"""Pixels that the longer side of a box keeps where its picture is reduced."""
 LEAST_SHORT_SIDE = 64
-"""The same for the shorter side."""
+"""Pixels that the shorter side of a box keeps where its picture is reduced."""
 
 Planes = Sequence[np.ndarray]
 
@@ -38,13 +36,13 @@ def apply_coefficients(guide: Planes, fitted: Planes) -> np.ndarray:
     return soft
 
 
-def reduction_for(width: int, height: int) -> int:
-    """The largest of ``REDUCTIONS`` that leaves a box of these sides enough pixels.
+def reduction_for(width: int, height: int, least_side: int) -> int:
+    """The largest of ``REDUCTIONS`` that leaves the longer side of a box ``least_side`` pixels.
 
-    Enough to work at is not enough for the last pass, whose outline is less exact by a fifth of a
-    reduced pixel: see ``benchmarks/reduced.py``.
+    Enough to work at is not enough: the last pass follows the picture's pixels, and its outline is
+    less exact where they are larger. ``benchmarks/reduced.py`` measures by how much.
     """
-    most = min(max(width, height) / LEAST_SIDE, min(width, height) / LEAST_SHORT_SIDE)
+    most = min(max(width, height) / least_side, min(width, height) / LEAST_SHORT_SIDE)
     return next((reduction for reduction in REDUCTIONS if reduction <= most), 1)
 
 

@@ -24,6 +24,9 @@ from kestrel.seg_refiner.enlarge import (
 
 WORKING_SIDE = 192
 """Longest side at which the filter's coefficients are found, pixels."""
+LEAST_SIDE = 2000
+"""Pixels that the longer side of a box keeps where the picture is decoded smaller: with 1024 up to
+0.9 % of an object changed, with 2000 up to 0.4 %."""
 HALVED_FROM = 6
 """Radius of the smallest windows that may look at half the resolution, pixels."""
 PASS_SCALES = (1.0, 0.7, 0.5)
@@ -49,7 +52,7 @@ class GuidedRefiner:
 
     def reduction(self, width: int, height: int) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for(width, height)
+        return reduction_for(width, height, LEAST_SIDE)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         height, width = mask.shape
