@@ -60,10 +60,11 @@ def at_full_size(
     h, w = soft.shape
     stacked = cv2.merge(fitted)
     refined = np.empty(shape, np.uint8)
-    rows, columns = crop.shape[:2]
     down, right = h / height, w / width  # working pixels per full-size pixel
     side = TILE if reduction == 1 else 2 * TILE
     rim = int(reduction > 1)  # pixels of the crop that interpolation needs all round
+    if rim:
+        crop = cv2.copyMakeBorder(crop, rim, rim, rim, rim, cv2.BORDER_REPLICATE)
     for y0 in range(0, height, side):
         y1 = min(height, y0 + side)
         near_rows = slice(max(0, int(y0 * down) - 1), int(y1 * down) + 2)
@@ -91,14 +92,7 @@ def at_full_size(
                 flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                 borderMode=cv2.BORDER_REPLICATE,
             )
-            tile = crop[max(0, top) : bottom, max(0, left) : end]
-            if tile.shape[:2] != part.shape[:2]:
-                past = max(0, bottom - rows), max(0, end - columns)
-                tile = cv2.copyMakeBorder(
-                    np.ascontiguousarray(tile),
-                    *(max(0, -top), past[0], max(0, -left), past[1]),
-                    cv2.BORDER_REPLICATE,
-                )
+            tile = crop[top + rim : bottom + rim, left + rim : end + rim]
             fine = apply_coefficients(planes(tile), [part[..., k] for k in range(4)])
             if reduction > 1:
                 size = (fine.shape[1] * reduction, fine.shape[0] * reduction)
