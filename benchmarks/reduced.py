@@ -181,7 +181,8 @@ def _reduction(content: bytes, refiner: SegmentRefiner, name: str, coarse: np.nd
     assert box is not None
     x0, y0, x1, y1 = grown_box(box, coarse.shape[1], coarse.shape[0])
     backend: Any = refiner._backend(name)
-    return min(probe(content).reduction, backend.reduction(x1 - x0, y1 - y0))
+    asked = backend.reduction((x1 - x0, y1 - y0), coarse.shape[::-1])
+    return min(probe(content).reduction, asked)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

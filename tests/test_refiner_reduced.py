@@ -26,6 +26,7 @@ from kestrel.seg_refiner import (
     jpeg_box,
 )
 from kestrel.seg_refiner.boundary import BoundaryRefiner
+from kestrel.seg_refiner.box import Size
 from kestrel.seg_refiner.enlarge import reduction_for
 from kestrel.seg_refiner.guided import GuidedRefiner
 from kestrel.seg_refiner.jpeg_box import decode_box
@@ -33,10 +34,11 @@ from kestrel.seg_refiner.jpeg_box import decode_box
 ORIENTATION = 0x0112
 REFINERS = ("boundary", "guided", "none")
 OCTAGON = "M.3 0H.7L1 .3V.7L.7 1H.3L0 .7V.3Z"
+MIDDLE = {"x_min": 0.25, "y_min": 0.26, "x_max": 0.75, "y_max": 0.74}
 LARGE = {"x_min": 0.1, "y_min": 0.12, "x_max": 0.9, "y_max": 0.88}
 WHOLE = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
 TINY = {"x_min": 0.7, "y_min": 0.2, "x_max": 0.72, "y_max": 0.23}
-WIDTH, HEIGHT = 2160, 1536
+WIDTH, HEIGHT = 2880, 2048
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +129,30 @@ def differing(a: SegmentRefineBitmapsResult, b: SegmentRefineBitmapsResult) -> f
     return float((first != second).mean())
 
 
-@pytest.mark.parametrize(("name", "reduction"), [("boundary", 2), ("guided", 1), ("none", 8)])
 @pytest.mark.parametrize(
-    ("box", "fills"), [(LARGE, 0.78), (WHOLE, 0.98)], ids=["large", "as large as the picture"]
+    ("name", "box", "fills", "reduction"),
+    [
+        ("boundary", MIDDLE, 0.48, 2),
+        ("guided", MIDDLE, 0.48, 1),
+        ("none", MIDDLE, 0.48, 8),
+        ("boundary", LARGE, 0.78, 1),
+        ("boundary", WHOLE, 0.98, 1),
+        ("none", WHOLE, 0.98, 8),
+    ],
 )
 def test_masks_of_a_smaller_picture_are_those_of_the_whole_one(
     refiner: SegmentRefiner,
     decoded: list[int],
     name: str,
-    reduction: int,
     box: dict[str, float],
     fills: float,
+    reduction: int,
 ) -> None:
     whole, smaller = both(refiner, file(fills=fills), box, name)
     assert decoded == [reduction]
     assert masks(smaller)[1].shape == (HEIGHT, WIDTH)
     assert differing(whole, smaller) <= (0.002 if reduction == 2 else 0)
-    if name != "none" and box is LARGE:
+    if name != "none" and box is not WHOLE:
         coarse, refined = masks(smaller)
         assert (coarse != refined).sum() > 0.02 * coarse.sum()  # there was something to refine
 
@@ -168,7 +177,7 @@ def test_backends_take_pictures_that_are_smaller_still(backend: Any, reduction: 
 def test_a_turned_picture_is_refined_as_it_is_seen(
     refiner: SegmentRefiner, decoded: list[int], orientation: int
 ) -> None:
-    whole, smaller = both(refiner, file(orientation=orientation), LARGE, "boundary")
+    whole, smaller = both(refiner, file(orientation=orientation, fills=0.48), MIDDLE, "boundary")
     assert decoded == [2]
     assert masks(smaller)[1].shape == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
     assert differing(whole, smaller) <= 0.002
@@ -198,11 +207,18 @@ def test_other_formats_are_decoded_whole(
 @pytest.mark.parametrize("module", [boundary, guided])
 def test_boxes_keep_enough_pixels_on_both_sides(module: Any) -> None:
     least = module.LEAST_SIDE
-    assert reduction_for(481, 321, least) == reduction_for(2 * least - 1, 2000, least) == 1
-    assert reduction_for(2 * least, 2000, least) == reduction_for(2000, 2 * least, least) == 2
-    assert reduction_for(4 * least, 400, least) == 4
-    assert reduction_for(99 * least, 9999, least) == 8
-    assert reduction_for(4 * least, 60, least) == 1  # long, and too narrow to spare any
+    huge = 100 * least, 100 * least
+
+    def by(width: int, height: int, picture: Size = huge) -> int:
+        return reduction_for((width, height), picture, least)
+
+    assert by(481, 321) == by(2 * least - 1, 2000) == 1
+    assert by(2 * least, 2000) == by(2000, 2 * least) == 2
+    assert by(4 * least, 400) == 4
+    assert by(80 * least, 60 * least) == 8
+    assert by(4 * least, 60) == 1  # long, and too narrow to spare any
+    assert by(4 * least, 4 * least, (5 * least, 5 * least)) == 1  # most of the picture
+    assert by(4 * least, 4 * least, (6 * least, 5 * least)) == 4
 
 
 def test_a_backend_that_says_nothing_gets_every_pixel(
@@ -227,8 +243,9 @@ def test_a_backend_of_ones_own_gets_the_reduction_that_it_asks_for(
     calls: list[Any] = []
 
     class Mine:
-        def reduction(self, width: int, height: int) -> int:
-            calls.append((width, height))
+        def reduction(self, box: Size, picture: Size) -> int:
+            assert picture == (801, 600)
+            calls.append(box)
             return asked
 
         def __call__(self, image: Any, mask: Any, reduction: int = 1) -> Any:

@@ -31,6 +31,7 @@ import numpy as np
 
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.image import REDUCTIONS
+from kestrel.seg_refiner.box import Size
 
 Refine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -41,9 +42,9 @@ class Reduced(Protocol):
     picture smaller than the mask as well. It may be given picture and mask cut to that box, or to
     the whole pixels of the smaller picture that hold it."""
 
-    def reduction(self, width: int, height: int) -> int:
+    def reduction(self, box: Size, picture: Size) -> int:
         """What the picture's sides may be divided by, one of ``kestrel.image.REDUCTIONS`` at most,
-        where the coarse mask's grown box has these sides in pixels."""
+        where the coarse mask's grown box has these sides and the picture those, in pixels."""
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, reduction: int = 1) -> np.ndarray:
         """``image``: uint8 [ceil(H / reduction), ceil(W / reduction), 3] RGB, whose pixel
@@ -54,7 +55,7 @@ class Reduced(Protocol):
 class _Unrefined:
     """Gives the coarse mask, whatever the picture shows."""
 
-    def reduction(self, width: int, height: int) -> int:
+    def reduction(self, box: Size, picture: Size) -> int:
         return max(REDUCTIONS)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, reduction: int = 1) -> np.ndarray:

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import ConfigError
-from kestrel.seg_refiner.box import refined_in_box
+from kestrel.seg_refiner.box import Size, refined_in_box
 from kestrel.seg_refiner.cues import Cues
 from kestrel.seg_refiner.enlarge import at_full_size, planes, reduction_for
 from kestrel.seg_refiner.guided import coefficients
@@ -116,9 +116,9 @@ class BoundaryRefiner:
         refine_crop = functools.partial(self._refine_crop, reduction=reduction)
         return refined_in_box(image, mask, refine_crop, reduction)
 
-    def reduction(self, width: int, height: int) -> int:
+    def reduction(self, box: Size, picture: Size) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for(width, height, LEAST_SIDE)
+        return reduction_for(box, picture, LEAST_SIDE)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         crop = np.ascontiguousarray(image)

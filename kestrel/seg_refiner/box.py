@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 
 PixelBox = tuple[int, int, int, int]
+Size = tuple[int, int]
+"""Width and height, pixels."""
 TILE = 64
 """Pixels of a side of the tiles in which masks are looked through."""
 MOST_PARTS = 100

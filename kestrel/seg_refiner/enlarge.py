@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from kestrel.image import REDUCTIONS
+from kestrel.seg_refiner.box import Size
 
 SURE = 0.1
 """Where the working-size result is within this of 0 or 1 the full size is not looked at."""
@@ -15,6 +16,9 @@ TILE = 64
 """Side of the tiles that are sure or not, full-size pixels; twice that in a reduced picture."""
 LEAST_SHORT_SIDE = 64
 """Pixels that the shorter side of a box keeps where its picture is reduced."""
+
+MOST_OF_PICTURE = 0.6
+"""Share of a picture up to which a box of it may be reduced."""
 
 Planes = Sequence[np.ndarray]
 
@@ -36,13 +40,16 @@ def apply_coefficients(guide: Planes, fitted: Planes) -> np.ndarray:
     return soft
 
 
-def reduction_for(width: int, height: int, least_side: int) -> int:
-    """The largest of ``REDUCTIONS`` that leaves the longer side of a box ``least_side`` pixels.
+def reduction_for(box: Size, picture: Size, least_side: int) -> int:
+    """The largest of ``REDUCTIONS`` that leaves the longer side of a box ``least_side`` pixels; 1
+    where the box is most of the picture: what its outline moves by is then too much of it.
 
     Enough to work at is not enough: the last pass follows the picture's pixels, and its outline is
     less exact where they are larger. ``benchmarks/reduced.py`` measures by how much.
     """
-    most = min(max(width, height) / least_side, min(width, height) / LEAST_SHORT_SIDE)
+    if box[0] * box[1] > MOST_OF_PICTURE * picture[0] * picture[1]:
+        return 1
+    most = min(max(box) / least_side, min(box) / LEAST_SHORT_SIDE)
     return next((reduction for reduction in REDUCTIONS if reduction <= most), 1)
 
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from kestrel.config import RefinerConfig
-from kestrel.seg_refiner.box import refined_in_box
+from kestrel.seg_refiner.box import Size, refined_in_box
 from kestrel.seg_refiner.enlarge import (
     Planes,
     apply_coefficients,
@@ -50,9 +50,9 @@ class GuidedRefiner:
         refine_crop = functools.partial(self._refine_crop, reduction=reduction)
         return refined_in_box(image, mask, refine_crop, reduction)
 
-    def reduction(self, width: int, height: int) -> int:
+    def reduction(self, box: Size, picture: Size) -> int:
         """See :class:`kestrel.seg_refiner.backends.Reduced`."""
-        return reduction_for(width, height, LEAST_SIDE)
+        return reduction_for(box, picture, LEAST_SIDE)
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         height, width = mask.shape

@@ -248,7 +248,8 @@ class SegmentRefiner:
         assert isinstance(backend, Reduced)
         box = x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
         with _stage("refine", "refine_failed", timings, missing="refine_failed"):
-            reduction = min(picture.reduction, backend.reduction(x1 - x0, y1 - y0))
+            asked = backend.reduction((x1 - x0, y1 - y0), (picture.width, picture.height))
+            reduction = min(picture.reduction, asked)
         box = reduced_box(box, reduction)
         image = picture.pixels(timings, box, reduction)
         x0, y0, x1, y1 = (side * reduction for side in box)
