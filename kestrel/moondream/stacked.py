@@ -13,8 +13,8 @@ from kestrel.moondream.text import DenseMlp, TextDecoder
 SMALL = 16_000_000
 """Parameters of all layers up to which they are held once more for steps: larger ones are bound by
 reading their weights, which the products of ``kestrel.ops.linear`` do as fast."""
-STRIDE = 8
-"""Inputs that a compiled product takes at once."""
+BLOCK = 16
+"""Outputs of a compiled product whose weights lie together: ``LANES`` of ``kestrel.ops.lanes``."""
 
 
 def stackable(text: TextDecoder) -> bool:
@@ -23,9 +23,10 @@ def stackable(text: TextDecoder) -> bool:
     c = text.config
     if not all(isinstance(block.mlp, DenseMlp) for block in text.blocks):
         return False
-    sizes = [c.dim, c.n_heads * c.head_dim + c.ff_dim]
+    packed = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+    sizes = [c.dim, packed + c.ff_dim, c.vocab_size]
     few = sum(weights.numel() for weights in text.blocks.parameters()) <= SMALL  # type: ignore[attr-defined]
-    return few and all(size % STRIDE == 0 for size in sizes)
+    return few and all(size % BLOCK == 0 for size in sizes)
 
 
 class StackedLayers:
@@ -98,6 +99,7 @@ def _array(numbers: Tensor) -> np.ndarray:
 
 
 def _held(matrix: Tensor, *, bits: bool) -> np.ndarray:
-    """A float32 matrix, or its upper halves as uint16."""
-    array = _array(matrix)
+    """A float32 matrix [..., from, to] as [..., to / BLOCK, from, BLOCK], or its upper halves as
+    uint16."""
+    array = _array(matrix.unflatten(-1, (-1, BLOCK)).transpose(-3, -2))
     return (array.view(np.uint32) >> 16).astype(np.uint16) if bits else array

@@ -16,10 +16,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 from kestrel.ops.jit import compiled
+from kestrel.ops.lanes import LANES, add_times, load, splat, store, times, total
 
 # Sums may be taken in the order that vectors want; nothing is assumed about NaN and infinity.
 _OPTIONS: dict[str, Any] = {
@@ -33,6 +33,11 @@ _SIGNATURE = (
     f"{_INDEX}, {_INDEX}, int64, {_MATRIX})"
 )
 _ONE, _TWO = np.float32(1), np.float32(2)
+
+STRETCH = 16
+"""Positions whose keys, or values, all heads read before the next ones."""
+PAIR = 2 * LANES
+"""Dimensions of a head that are taken at once."""
 
 
 @njit(inline="always", **_OPTIONS)
@@ -60,11 +65,89 @@ def _gelu(x):
 
 
 @njit(inline="always", **_OPTIONS)
+def _dot(a, i, b, j, count):
+    """Sum of products of ``count`` numbers of two arrays [n], from ``i`` and ``j`` on."""
+    whole = count - count % LANES
+    result = np.float32(0)
+    if whole:
+        sums = times(load(a, i), load(b, j))
+        for k in range(LANES, whole, LANES):
+            sums = add_times(sums, load(a, i + k), load(b, j + k))
+        result = total(sums)
+    for k in range(whole, count):
+        result += a[i + k] * b[j + k]
+    return result
+
+
+@njit(inline="always", **_OPTIONS)
 def _tau(row, weights, inner):
-    total = np.float32(0)
-    for i in range(weights.shape[0]):
-        total += weights[i] * inner[i]
-    return _TWO / (_ONE + _exp(-_TWO * total)) - _ONE + row
+    logit = _dot(weights, 0, inner, 0, weights.shape[0])
+    return _TWO / (_ONE + _exp(-_TWO * logit)) - _ONE + row
+
+
+@njit(**_OPTIONS)
+def _scores(q, keys, heads, kv_heads, dim, scores):
+    """``scores`` [heads, positions] of ``q`` [heads * dim] and ``keys`` [positions * kv_heads *
+    dim], scaled."""
+    step, group = kv_heads * dim, heads // kv_heads
+    scale = _ONE / np.sqrt(np.float32(dim))
+    # A few positions at a time, as they lie: the processor then fetches ahead.
+    for start in range(0, scores.shape[1], STRETCH):
+        stop = min(scores.shape[1], start + STRETCH)
+        for h in range(heads):
+            line, at = scores[h], h // group * dim
+            for s in range(start, stop):
+                line[s] = 0
+            whole = dim - dim % PAIR
+            for d in range(0, whole, PAIR):
+                left, right = load(q, h * dim + d), load(q, h * dim + d + LANES)
+                for s in range(start, stop):
+                    place = s * step + at + d
+                    sums = times(left, load(keys, place))
+                    line[s] += total(add_times(sums, right, load(keys, place + LANES))) * scale
+            for s in range(start, stop):
+                for d in range(whole, dim):
+                    line[s] += q[h * dim + d] * keys[s * step + at + d] * scale
+
+
+@njit(**_OPTIONS)
+def _sums(shares, values, kv_heads, dim, out):
+    """``out`` [heads * dim]: ``values`` [positions * kv_heads * dim] by ``shares`` [heads,
+    positions]."""
+    heads = shares.shape[0]
+    step, group = kv_heads * dim, heads // kv_heads
+    whole = dim - dim % PAIR
+    out[: heads * dim] = 0
+    for start in range(0, shares.shape[1], STRETCH):
+        stop = min(shares.shape[1], start + STRETCH)
+        for h in range(heads):
+            line, at = shares[h], h // group * dim
+            for d in range(0, whole, PAIR):
+                to = h * dim + d
+                left, right = load(out, to), load(out, to + LANES)
+                for s in range(start, stop):
+                    share, place = splat(line[s]), s * step + at + d
+                    left = add_times(left, share, load(values, place))
+                    right = add_times(right, share, load(values, place + LANES))
+                store(out, to, left)
+                store(out, to + LANES, right)
+            for d in range(whole, dim):
+                for s in range(start, stop):
+                    out[h * dim + d] += line[s] * values[s * step + at + d]
+
+
+@njit(**_OPTIONS)
+def _softmax(line):
+    top = line[0]
+    for s in range(1, line.shape[0]):
+        top = max(top, line[s])
+    everything = np.float32(0)
+    for s in range(line.shape[0]):
+        share = _exp(line[s] - top)
+        line[s] = share
+        everything += share
+    for s in range(line.shape[0]):
+        line[s] /= everything
 
 
 def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, heads, out):
@@ -81,8 +164,7 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
     width, seen = (heads + 2 * kv_heads) * dim, heads * dim
     inner = joined.shape[1] - width
     gate = np.empty(width, np.float32)
-    scores = np.empty((heads, kv.shape[2]), np.float32)
-    scale = _ONE / np.sqrt(np.float32(dim))
+    scores = np.empty(heads * kv.shape[2], np.float32)
     for n in range(joined.shape[0]):
         slot, position = slots[n], positions[n]
         for i in range(inner):
@@ -105,32 +187,13 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
             for d in range(dim):
                 kv[0, slot, position, h, d] = joined[n, seen + h * dim + d]
                 kv[1, slot, position, h, d] = joined[n, seen + (kv_heads + h) * dim + d]
-        group = heads // kv_heads
-        keys, values = kv[0, slot], kv[1, slot]
-        # Position by position, as they lie: the processor then fetches ahead.
-        for s in range(position + 1):
-            for h in range(heads):
-                total = np.float32(0)
-                for d in range(dim):
-                    total += joined[n, h * dim + d] * keys[s, h // group, d]
-                scores[h, s] = total * scale
+        count = position + 1
+        keys, values = kv[0, slot, :count].ravel(), kv[1, slot, :count].ravel()
+        line = scores[: heads * count].reshape(heads, count)
+        _scores(joined[n], keys, heads, kv_heads, dim, line)
         for h in range(heads):
-            top = scores[h, 0]
-            for s in range(1, position + 1):
-                top = max(top, scores[h, s])
-            total = np.float32(0)
-            for s in range(position + 1):
-                scores[h, s] = _exp(scores[h, s] - top)
-                total += scores[h, s]
-            for s in range(position + 1):
-                scores[h, s] /= total
-        for i in range(seen):
-            out[n, i] = 0
-        for s in range(position + 1):
-            for h in range(heads):
-                share = scores[h, s]
-                for d in range(dim):
-                    out[n, h * dim + d] += share * values[s, h // group, d]
+            _softmax(line[h])
+        _sums(line, values, kv_heads, dim, out[n])
 
 
 @cache
@@ -146,101 +209,106 @@ _rows_of_layer = njit(**_OPTIONS)(_layer_rows)
 _IN_ORDER: dict[str, Any] = _OPTIONS | {"fastmath": {"contract", "nsz"}}
 
 
-def _number(weight):
-    """A weight as float32: itself, or of a bfloat16's bits."""
-    raise NotImplementedError
-
-
-@overload(_number, inline="always")
-def _number_of(weight):
-    if weight == types.uint16:
-        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-    return lambda weight: weight
+@njit(inline="always", **_IN_ORDER)
+def _add_one(x, weights, block, to, column):
+    """Four blocks of a product for one row."""
+    step = LANES * x.shape[0]
+    a, b = load(to, column), load(to, column + LANES)
+    c, d = load(to, column + 2 * LANES), load(to, column + 3 * LANES)
+    for k in range(x.shape[0]):
+        number, at = splat(x[k]), block + k * LANES
+        a = add_times(a, number, load(weights, at))
+        b = add_times(b, number, load(weights, at + step))
+        c = add_times(c, number, load(weights, at + 2 * step))
+        d = add_times(d, number, load(weights, at + 3 * step))
+    store(to, column, a)
+    store(to, column + LANES, b)
+    store(to, column + 2 * LANES, c)
+    store(to, column + 3 * LANES, d)
 
 
 @njit(inline="always", **_IN_ORDER)
-def _add_one(x, weights, out, n):
-    row, to = x[n], out[n]
-    for k in range(0, weights.shape[0], 8):
-        a0, a1, a2, a3 = row[k], row[k + 1], row[k + 2], row[k + 3]
-        a4, a5, a6, a7 = row[k + 4], row[k + 5], row[k + 6], row[k + 7]
-        for j in range(weights.shape[1]):
-            total = to[j]
-            total += a0 * _number(weights[k, j])
-            total += a1 * _number(weights[k + 1, j])
-            total += a2 * _number(weights[k + 2, j])
-            total += a3 * _number(weights[k + 3, j])
-            total += a4 * _number(weights[k + 4, j])
-            total += a5 * _number(weights[k + 5, j])
-            total += a6 * _number(weights[k + 6, j])
-            total += a7 * _number(weights[k + 7, j])
-            to[j] = total
+def _add_two(x0, x1, weights, block, to0, to1, column):
+    """Two blocks of a product for two rows."""
+    step, next_column = LANES * x0.shape[0], column + LANES
+    a, b = load(to0, column), load(to0, next_column)
+    c, d = load(to1, column), load(to1, next_column)
+    for k in range(x0.shape[0]):
+        at = block + k * LANES
+        left, right = load(weights, at), load(weights, at + step)
+        number = splat(x0[k])
+        a, b = add_times(a, number, left), add_times(b, number, right)
+        number = splat(x1[k])
+        c, d = add_times(c, number, left), add_times(d, number, right)
+    store(to0, column, a)
+    store(to0, next_column, b)
+    store(to1, column, c)
+    store(to1, next_column, d)
 
 
 @njit(inline="always", **_IN_ORDER)
-def _add_two(x, weights, out, n):
-    row0, row1, to0, to1 = x[n], x[n + 1], out[n], out[n + 1]
-    for k in range(0, weights.shape[0], 4):
-        a0, a1, a2, a3 = row0[k], row0[k + 1], row0[k + 2], row0[k + 3]
-        b0, b1, b2, b3 = row1[k], row1[k + 1], row1[k + 2], row1[k + 3]
-        for j in range(weights.shape[1]):
-            w0, w1 = _number(weights[k, j]), _number(weights[k + 1, j])
-            w2, w3 = _number(weights[k + 2, j]), _number(weights[k + 3, j])
-            a, b = to0[j], to1[j]
-            a += a0 * w0
-            b += b0 * w0
-            a += a1 * w1
-            b += b1 * w1
-            a += a2 * w2
-            b += b2 * w2
-            a += a3 * w3
-            b += b3 * w3
-            to0[j], to1[j] = a, b
+def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
+    """Two blocks of a product for four rows."""
+    step, next_column = LANES * x0.shape[0], column + LANES
+    a, b = load(to0, column), load(to0, next_column)
+    c, d = load(to1, column), load(to1, next_column)
+    e, f = load(to2, column), load(to2, next_column)
+    g, h = load(to3, column), load(to3, next_column)
+    for k in range(x0.shape[0]):
+        at = block + k * LANES
+        left, right = load(weights, at), load(weights, at + step)
+        number = splat(x0[k])
+        a, b = add_times(a, number, left), add_times(b, number, right)
+        number = splat(x1[k])
+        c, d = add_times(c, number, left), add_times(d, number, right)
+        number = splat(x2[k])
+        e, f = add_times(e, number, left), add_times(f, number, right)
+        number = splat(x3[k])
+        g, h = add_times(g, number, left), add_times(h, number, right)
+    store(to0, column, a)
+    store(to0, next_column, b)
+    store(to1, column, c)
+    store(to1, next_column, d)
+    store(to2, column, e)
+    store(to2, next_column, f)
+    store(to3, column, g)
+    store(to3, next_column, h)
 
 
 @njit(inline="always", **_IN_ORDER)
-def _add_four(x, weights, out, n):
-    row0, row1, row2, row3 = x[n], x[n + 1], x[n + 2], x[n + 3]
-    to0, to1, to2, to3 = out[n], out[n + 1], out[n + 2], out[n + 3]
-    for k in range(0, weights.shape[0], 4):
-        a0, a1, a2, a3 = row0[k], row0[k + 1], row0[k + 2], row0[k + 3]
-        b0, b1, b2, b3 = row1[k], row1[k + 1], row1[k + 2], row1[k + 3]
-        c0, c1, c2, c3 = row2[k], row2[k + 1], row2[k + 2], row2[k + 3]
-        d0, d1, d2, d3 = row3[k], row3[k + 1], row3[k + 2], row3[k + 3]
-        for j in range(weights.shape[1]):
-            w0, w1 = _number(weights[k, j]), _number(weights[k + 1, j])
-            w2, w3 = _number(weights[k + 2, j]), _number(weights[k + 3, j])
-            a, b, c, d = to0[j], to1[j], to2[j], to3[j]
-            a += a0 * w0
-            b += b0 * w0
-            c += c0 * w0
-            d += d0 * w0
-            a += a1 * w1
-            b += b1 * w1
-            c += c1 * w1
-            d += d1 * w1
-            a += a2 * w2
-            b += b2 * w2
-            c += c2 * w2
-            d += d2 * w2
-            a += a3 * w3
-            b += b3 * w3
-            c += c3 * w3
-            d += d3 * w3
-            to0[j], to1[j], to2[j], to3[j] = a, b, c, d
+def _add_block(x, weights, block, to, column):
+    """One block of a product for one row."""
+    sums = load(to, column)
+    for k in range(x.shape[0]):
+        sums = add_times(sums, splat(x[k]), load(weights, block + k * LANES))
+    store(to, column, sums)
 
 
 @njit(**_IN_ORDER)
-def _add_product(x, weights, out):
-    """``out`` [N, to] += ``x`` [N, from] @ ``weights`` [from, to]; ``from`` a multiple of 8."""
-    rows = x.shape[0]
-    whole = rows - rows % 4
-    for n in range(0, whole, 4):
-        _add_four(x, weights, out, n)
-    if rows - whole >= 2:
-        _add_two(x, weights, out, whole)
-    if rows % 2:
-        _add_one(x, weights, out, rows - 1)
+def _add_product(x, blocks, out):
+    """``out`` [N, to] += ``x`` [N, from] @ weights that lie in ``blocks`` [to / LANES, from,
+    LANES]."""
+    weights, rows, count = blocks.ravel(), x.shape[0], blocks.shape[0]
+    step = blocks.shape[1] * LANES
+    if rows == 1:
+        whole = count - count % 4
+        for n in range(0, whole, 4):
+            _add_one(x[0], weights, n * step, out[0], n * LANES)
+    else:
+        whole = count - count % 2
+        for n in range(0, whole, 2):  # the weights of two blocks stay in the first cache
+            at, column = n * step, n * LANES
+            for i in range(0, rows - rows % 4, 4):
+                _add_four(
+                    x[i], x[i + 1], x[i + 2], x[i + 3], weights, at,
+                    out[i], out[i + 1], out[i + 2], out[i + 3], column,
+                )  # fmt: skip
+            for i in range(rows - rows % 4, rows, 2):
+                j = min(i + 1, rows - 1)  # the last row twice where it is alone
+                _add_two(x[i], x[j], weights, at, out[i], out[j], column)
+    for n in range(whole, count):
+        for i in range(rows):
+            _add_block(x[i], weights, n * step, out[i], n * LANES)
 
 
 @njit(**_OPTIONS)
@@ -266,13 +334,14 @@ def _all_layers(
 ):  # fmt: skip
     """Every layer of rows ``x`` [N, dim], which become hidden states in place.
 
-    ``norms`` [layers, 2, dim]: scale and shift. ``into`` [layers, dim, packed + inner] and ``out``
-    [layers, heads * head_dim + inner, dim], float32 or the bits of bfloat16, with their biases
-    [layers, ...]. The others as ``_layer_rows`` takes them, by layer.
+    ``norms`` [layers, 2, dim]: scale and shift. ``into`` [layers, (packed + inner) / LANES, dim,
+    LANES] and ``out`` [layers, dim / LANES, heads * head_dim + inner, LANES], float32 or the bits
+    of bfloat16, with their biases [layers, ...]. The others as ``_layer_rows`` takes them, by
+    layer.
     """
-    rows, width = x.shape[0], out.shape[1]
+    rows, width = x.shape[0], out.shape[2]
     normed = np.empty_like(x)
-    joined = np.empty((rows, into.shape[2]), np.float32)
+    joined = np.empty((rows, into_bias.shape[1]), np.float32)
     seen = np.empty((rows, width), np.float32)
     for layer in range(into.shape[0]):
         _layer_norm(x, norms[layer], normed)
@@ -291,7 +360,7 @@ def _all_layers(
 
 def _head(x, norm, weights, bias, out):
     """Logits ``out`` [N, vocabulary] of hidden states ``x`` [N, dim]; ``norm`` [2, dim],
-    ``weights`` [dim, vocabulary]."""
+    ``weights`` [vocabulary / LANES, dim, LANES]."""
     normed = np.empty_like(x)
     _layer_norm(x, norm, normed)
     for n in range(x.shape[0]):
@@ -304,7 +373,7 @@ def all_layers(weights: str) -> Callable[..., None]:
     """``_all_layers`` of ``weights`` that are float32 or uint16, compiled."""
     by_layer = "float32[:, :, ::1]"
     signature = (
-        f"void({_MATRIX}, {by_layer}, {weights}[:, :, ::1], {_MATRIX}, {weights}[:, :, ::1], "
+        f"void({_MATRIX}, {by_layer}, {weights}[:, :, :, ::1], {_MATRIX}, {weights}[:, :, :, ::1], "
         f"{_MATRIX}, {by_layer}, {by_layer}, {_MATRIX}, {_MATRIX}, "
         f"float32[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, int64)"
     )
@@ -314,5 +383,5 @@ def all_layers(weights: str) -> Callable[..., None]:
 @cache
 def head(weights: str) -> Callable[..., None]:
     """``_head`` of ``weights`` that are float32 or uint16, compiled."""
-    signature = f"void({_MATRIX}, {_MATRIX}, {weights}[:, ::1], float32[::1], {_MATRIX})"
+    signature = f"void({_MATRIX}, {_MATRIX}, {weights}[:, :, ::1], float32[::1], {_MATRIX})"
     return compiled(signature, _head, **_OPTIONS)

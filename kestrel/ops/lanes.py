@@ -1,0 +1,135 @@
+"""Vectors of sixteen float32 for functions that Numba compiles.
+
+Its compiler makes vectors of loops by itself, but neither of a sum over a head nor of sums that are
+to stay in registers, which is what attention and products of few rows consist of. One vector is
+one register where the processor has AVX-512, and several elsewhere; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+"""Numbers of one vector."""
+
+
+class _Vector(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+def _inlined(function: Callable[..., Any]) -> Any:
+    """An intrinsic of Numba, which checkers of types would take for what generates it."""
+    return intrinsic(function)
+
+
+_vector = _Vector()
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_INDEX = ir.IntType(32)
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _FLOATS)
+
+
+def _integers(bits: int) -> Any:
+    return ir.VectorType(ir.IntType(bits), LANES)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Where a vector begins in an array of one dimension."""
+    start = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+    return builder.bitcast(start, vector.as_pointer())
+
+
+@_inlined
+def load(_: Any, array: Any, index: Any) -> Any:
+    """``LANES`` numbers of a contiguous array [n] of float32, or of uint16 that are the bits of
+    bfloat16, from ``index`` on. Nothing is checked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        if kind.dtype == types.float32:
+            place = _place(context, builder, kind, args[0], args[1], _FLOATS)
+            return builder.load(place, align=4)
+        place = _place(context, builder, kind, args[0], args[1], _integers(16))
+        halves = builder.load(place, align=2)
+        bits = builder.shl(
+            builder.zext(halves, _integers(32)), ir.Constant(_integers(32), [16] * LANES)
+        )
+        return builder.bitcast(bits, _FLOATS)
+
+    return _vector(array, types.intp), generate
+
+
+@_inlined
+def store(_: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write a vector into a contiguous float32 array [n] from ``index`` on. Nothing is checked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _place(context, builder, signature.args[0], args[0], args[1], _FLOATS)
+        builder.store(args[2], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@_inlined
+def splat(_: Any, number: Any) -> Any:
+    """A float32 in every lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nothing = ir.Constant(_FLOATS, ir.Undefined)
+        first = builder.insert_element(nothing, args[0], ir.Constant(_INDEX, 0))
+        return builder.shuffle_vector(first, nothing, ir.Constant(_integers(32), [0] * LANES))
+
+    return _vector(types.float32), generate
+
+
+@_inlined
+def times(_: Any, a: Any, b: Any) -> Any:
+    """``a * b``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(*args)
+
+    return _vector(a, b), generate
+
+
+@_inlined
+def add_times(_: Any, total: Any, a: Any, b: Any) -> Any:
+    """``total + a * b``, rounded once where the processor can."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+        name = f"llvm.fmuladd.v{LANES}f32"
+        fused = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(fused, [args[1], args[2], args[0]])
+
+    return _vector(total, a, b), generate
+
+
+@_inlined
+def total(_: Any, vector: Any) -> Any:
+    """The sum of the lanes, halves of them added until one is left."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (left,), lanes = args, LANES
+        while lanes > 1:
+            lanes //= 2
+            nothing = ir.Constant(left.type, ir.Undefined)
+            half = ir.VectorType(_INDEX, lanes)
+            low = builder.shuffle_vector(left, nothing, ir.Constant(half, list(range(lanes))))
+            high = ir.Constant(half, list(range(lanes, 2 * lanes)))
+            left = builder.fadd(low, builder.shuffle_vector(left, nothing, high))
+        return builder.extract_element(left, ir.Constant(_INDEX, 0))
+
+    return types.float32(vector), generate
