@@ -82,6 +82,18 @@ def test_compiled_steps_give_other_numbers(monkeypatch, name):
     torch.testing.assert_close(compiled, plain, atol=1e-5 * max(1.0, scale), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_a_compiled_prefix_holds_other_numbers(monkeypatch, name):
+    compiled, plain = (model.cached for model in both(monkeypatch, CONFIGS[name]))
+    assert compiled._prefix_rows is not None and plain._prefix_rows is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x = torch.randn(37, compiled.config.dim, generator=torch.Generator().manual_seed(6))
+    expected = plain.prefix(x)
+    scale = float(expected.std())
+    torch.testing.assert_close(compiled.prefix(x), expected, atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "float32"])
 @torch.inference_mode()
 def test_a_small_model_steps_otherwise_in_one_call(monkeypatch, exact):

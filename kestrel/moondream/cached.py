@@ -79,12 +79,15 @@ class CachedText:
         """Where ``decode`` is one compiled call."""
         self._rows: Callable[..., None] | None = None
         """What a layer does between its products, compiled."""
+        self._prefix_rows: Callable[..., None] | None = None
+        """The same for a prefix, as far as attention."""
         if fuse and plain:
             tables = [self._numbers(number, block) for number, block in enumerate(text.blocks)]
             if stackable(text):
                 self.stacked = compiled(lambda made: StackedLayers(text, made, tables))
             else:
                 self._rows = compiled(lambda made: made.layer_rows())
+            self._prefix_rows = compiled(lambda made: made.prefix_rows())
             self._tables = tables
         self._layers = [self._layer(block, fuse) for block in text.blocks]
 
@@ -164,6 +167,10 @@ class CachedText:
 
         ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, P, kv_heads, head_dim].
         """
+        # Several threads do as much of a large model operator by operator.
+        small = self.stacked is not None or torch.get_num_threads() == 1
+        if self._prefix_rows is not None and small:
+            return self._prefix_compiled(x, self._prefix_rows)
         length = len(x)
         kept = []
         step = self._step(torch.arange(length, device=x.device))
@@ -174,6 +181,26 @@ class CachedText:
             if number + 1 < len(self._layers):  # the last layer's output is nobody's input
                 x = self._residual(layer, x, normed, attend(q, k, v), hidden)
         return torch.stack(kept)
+
+    def _prefix_compiled(self, x: Tensor, rows: Callable[..., None]) -> Tensor:
+        """``prefix`` with products and attention alone left to torch."""
+        c, length = self.config, len(x)
+        kept = x.new_empty(c.n_layers, 2, length, c.n_kv_heads, c.head_dim)
+        for number, (layer, tables) in enumerate(zip(self._layers, self._tables, strict=True)):
+            (into,), (out,) = layer.into, layer.out
+            normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
+            joined = into(normed)
+            seen = x.new_empty(length, joined.shape[1] - self._packed + c.n_heads * c.head_dim)
+            rows(joined.numpy(), *tables, kept[number].numpy(), c.n_heads, seen.numpy())
+            if number + 1 == c.n_layers:  # its output is nobody's input
+                break
+            heads = joined[:, : self._packed].unflatten(1, (self._all_heads, -1))
+            attended = attend(*self._split(heads[None]))[0].transpose(0, 1)
+            seen[:, : c.n_heads * c.head_dim].unflatten(1, (c.n_heads, -1)).copy_(attended)
+            if layer.mixture is not None:
+                x = x + layer.mixture(normed)
+            x = out.plus(seen, x)
+        return kept
 
     def extend(
         self,

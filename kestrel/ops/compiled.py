@@ -37,7 +37,7 @@ _ONE, _TWO = np.float32(1), np.float32(2)
 STRETCH = 16
 """Positions whose keys, or values, all heads read before the next ones."""
 PAIR = 2 * LANES
-"""Dimensions of a head that are taken at once."""
+"""Numbers that sums take at once."""
 
 
 @njit(inline="always", **_OPTIONS)
@@ -67,13 +67,15 @@ def _gelu(x):
 @njit(inline="always", **_OPTIONS)
 def _dot(a, i, b, j, count):
     """Sum of products of ``count`` numbers of two arrays [n], from ``i`` and ``j`` on."""
-    whole = count - count % LANES
+    whole = count - count % PAIR
     result = np.float32(0)
     if whole:
-        sums = times(load(a, i), load(b, j))
-        for k in range(LANES, whole, LANES):
-            sums = add_times(sums, load(a, i + k), load(b, j + k))
-        result = total(sums)
+        # Two sums, as a processor has several under way.
+        left, right = times(load(a, i), load(b, j)), times(load(a, i + LANES), load(b, j + LANES))
+        for k in range(PAIR, whole, PAIR):
+            left = add_times(left, load(a, i + k), load(b, j + k))
+            right = add_times(right, load(a, i + k + LANES), load(b, j + k + LANES))
+        result = total(left) + total(right)
     for k in range(whole, count):
         result += a[i + k] * b[j + k]
     return result
@@ -150,6 +152,35 @@ def _softmax(line):
         line[s] /= everything
 
 
+@njit(**_OPTIONS)
+def _before_attention(
+    joined, position, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim, keys, values, gate, out
+):
+    """What a row of ``_layer_rows`` does before it looks at others: tau and rotation in ``joined``
+    [packed + inner], its ``keys`` and ``values`` [kv_heads * dim], GELU into ``out`` [heads * dim +
+    inner]. ``gate`` [packed] is scratch."""
+    width, seen, half = gate.shape[0], heads * dim, cos.shape[1]
+    for i in range(joined.shape[0] - width):
+        out[seen + i] = _gelu(joined[width + i])
+    if tau_weights.shape[0]:
+        for i in range(width):
+            gate[i] = _gelu(joined[i])
+        for h in range(heads + kv_heads):
+            factor = _tau(tau_rows[position, h], tau_weights[h], gate)
+            start = (h if h < heads else h + kv_heads) * dim
+            for d in range(dim):
+                joined[start + d] *= factor
+    for h in range(heads + kv_heads):
+        for d in range(half):
+            i = h * dim + d
+            a, b = joined[i], joined[i + half]
+            joined[i] = a * cos[position, d] - b * sin[position, d]
+            joined[i + half] = a * sin[position, d] + b * cos[position, d]
+    for i in range(kv_heads * dim):
+        keys[i] = joined[seen + i]
+        values[i] = joined[seen + kv_heads * dim + i]
+
+
 def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, heads, out):
     """One layer's rows.
 
@@ -160,33 +191,15 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
     head_dim], written at ``positions`` of ``slots``. ``out`` [N, heads * head_dim + inner]
     gets what attention saw and the inner values' GELU.
     """
-    kv_heads, dim, half = kv.shape[3], kv.shape[4], cos.shape[1]
-    width, seen = (heads + 2 * kv_heads) * dim, heads * dim
-    inner = joined.shape[1] - width
-    gate = np.empty(width, np.float32)
+    kv_heads, dim = kv.shape[3], kv.shape[4]
+    gate = np.empty((heads + 2 * kv_heads) * dim, np.float32)
     scores = np.empty(heads * kv.shape[2], np.float32)
     for n in range(joined.shape[0]):
         slot, position = slots[n], positions[n]
-        for i in range(inner):
-            out[n, seen + i] = _gelu(joined[n, width + i])
-        if tau_weights.shape[0]:
-            for i in range(width):
-                gate[i] = _gelu(joined[n, i])
-            for h in range(heads + kv_heads):
-                factor = _tau(tau_rows[position, h], tau_weights[h], gate)
-                start = (h if h < heads else h + kv_heads) * dim
-                for d in range(dim):
-                    joined[n, start + d] *= factor
-        for h in range(heads + kv_heads):
-            for d in range(half):
-                i = h * dim + d
-                a, b = joined[n, i], joined[n, i + half]
-                joined[n, i] = a * cos[position, d] - b * sin[position, d]
-                joined[n, i + half] = a * sin[position, d] + b * cos[position, d]
-        for h in range(kv_heads):
-            for d in range(dim):
-                kv[0, slot, position, h, d] = joined[n, seen + h * dim + d]
-                kv[1, slot, position, h, d] = joined[n, seen + (kv_heads + h) * dim + d]
+        _before_attention(
+            joined[n], position, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim,
+            kv[0, slot, position].ravel(), kv[1, slot, position].ravel(), gate, out[n],
+        )  # fmt: skip
         count = position + 1
         keys, values = kv[0, slot, :count].ravel(), kv[1, slot, :count].ravel()
         line = scores[: heads * count].reshape(heads, count)
@@ -203,6 +216,32 @@ def layer_rows() -> Callable[..., None]:
 
 
 _rows_of_layer = njit(**_OPTIONS)(_layer_rows)
+
+
+def _prefix_rows(joined, tau_weights, tau_rows, cos, sin, kv, heads, out):
+    """``_layer_rows`` of positions 0..N-1 as far as they do not look at each other.
+
+    ``joined`` as there, ``kv`` [2, N, kv_heads, head_dim] is written. Of ``out`` [N, heads *
+    head_dim + inner] the inner values' GELU is written.
+    """
+    kv_heads, dim = kv.shape[2], kv.shape[3]
+    gate = np.empty((heads + 2 * kv_heads) * dim, np.float32)
+    for n in range(joined.shape[0]):
+        _before_attention(
+            joined[n], n, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim,
+            kv[0, n].ravel(), kv[1, n].ravel(), gate, out[n],
+        )  # fmt: skip
+
+
+@cache
+def prefix_rows() -> Callable[..., None]:
+    """``_prefix_rows``, compiled."""
+    signature = (
+        f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, float32[:, :, :, ::1], "
+        f"int64, {_MATRIX})"
+    )
+    return compiled(signature, _prefix_rows, **_OPTIONS)
+
 
 # Products add in order of their inputs, whichever rows they take together, so that a row's numbers
 # do not depend on the others: no reordering here.
