@@ -86,8 +86,16 @@ class Pictures:
         self._live: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept_bytes = 0
-        threads = min(CROP_THREADS, _cores())
+        self._cores = _cores()
+        self._filling = 0
+        """Pictures that worker threads prepare at the moment."""
+        threads = min(CROP_THREADS, self._cores)
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
+
+    @property
+    def spare_core(self) -> bool:
+        """Whether a core is left beside the engine's and those that prepare pictures."""
+        return self._filling + 1 < self._cores
 
     def prepare(self, asking: Asking) -> None:
         """Begin to find or make the picture of a request, in a worker thread."""
@@ -126,7 +134,9 @@ class Pictures:
                 picture = self._live.get(key)
                 asking.picture = picture or self._found(key)
                 self._wake.notify()
-            if picture is None and not asking.picture.prepared:
+                done = picture is not None or asking.picture.prepared
+                self._filling += not done
+            if not done:
                 self._fill(asking.picture, image)
         except BaseException as error:  # a worker thread has nobody else to tell
             with self._wake:
@@ -157,6 +167,7 @@ class Pictures:
         except BaseException as error:  # every request about it is told
             picture.error = error
         with self._wake:
+            self._filling -= 1
             picture.prepared = True
             self._wake.notify()
 

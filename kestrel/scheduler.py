@@ -84,7 +84,7 @@ class Scheduler:
             )
         # Where the model has one core, others encode pictures beside its steps. More threads, or a
         # GPU, are better used one thing after the other.
-        beside = model.device.type == "cpu" and self._threads == 1
+        self._beside = beside = model.device.type == "cpu" and self._threads == 1
         self._pictures = Pictures(
             model.config.vision, config, self._wake, self._encode_beside if beside else None
         )
@@ -214,6 +214,7 @@ class Scheduler:
         for job in left:
             failure = Overloaded("the engine is shutting down")
             self._fail(job, failure if self.failure is None else engine_error(self.failure))
+        self._batch.close()
         self._flush()
 
     def _admitted(self) -> list[Job]:
@@ -327,7 +328,9 @@ class Scheduler:
 
     def _step(self) -> None:
         try:
-            sampled = cast(list[Job], self._batch.step(self._chunks()))
+            chunks = self._chunks()
+            self._batch.two_threads = self._beside and self._pictures.spare_core
+            sampled = cast(list[Job], self._batch.step(chunks))
         except Exception as error:
             self._failed_step(error)
             return

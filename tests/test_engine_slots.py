@@ -27,6 +27,7 @@ from kestrel.api import (
 from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
 from kestrel.engine import InferenceEngine
+from kestrel.moondream.stacked import StackedLayers
 from kestrel.skills.segment import build_prompt
 
 pytest_plugins = ["engines"]
@@ -91,6 +92,44 @@ async def test_pictures_that_are_encoded_at_once_spoil_each_other(monkeypatch):
             assert [comparable(result) for result in together] == alone
         assert encoding.most > 1
         assert engine.stats()["images"] - before == 3 * len(asked)
+
+
+async def test_rows_that_two_threads_share_are_answered_otherwise(monkeypatch, ask):
+    monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    stepping = counting(monkeypatch, StackedLayers, "__call__")
+    refs = [[0.1, 0.1, 0.9, 0.9]] * 16
+    asked = [{**ask, "spatial_refs": refs[: 5 * (i % 3)]} for i in range(8)]
+    async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
+        alone = [comparable(await engine.segment(**arguments)) for arguments in asked]
+        stepping.most = 0
+        for _ in range(3):
+            together = await asyncio.gather(*[engine.segment(**a) for a in asked])
+            assert [comparable(result) for result in together] == alone
+    assert stepping.most == 2
+
+
+async def test_a_thread_takes_rows_from_those_that_encode_pictures(monkeypatch, ask):
+    monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    begun, go_on = threading.Event(), threading.Event()
+    prefix = Batch.prefix
+
+    def held(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return prefix(*arguments)
+
+    async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
+        pictures = engine._scheduler._pictures
+        assert pictures.spare_core
+        monkeypatch.setattr(Batch, "prefix", held)
+        asking = asyncio.create_task(engine.segment(**ask))
+        assert await asyncio.to_thread(begun.wait, 30)
+        assert not pictures.spare_core
+        go_on.set()
+        await asking
+        with pytest.raises(InvalidRequest):
+            await engine.segment(image=ask["image"][:500], object="cat")
+        assert pictures.spare_core
 
 
 async def test_a_request_that_draws_lots_is_not_swayed_by_its_neighbours(engine, ask):
