@@ -20,7 +20,7 @@ from kestrel.ops import fast
 from kestrel.ops.sampling import Nucleus, is_greedy, sample
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
 
-MANY = 6
+MANY = 4
 """Rows of a compiled step from which on two threads are faster than one."""
 
 
