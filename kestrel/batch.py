@@ -123,7 +123,7 @@ class Batch:
         """Features of all crops of an image -> keys and values of BOS and image, as
         ``CachedText.prefix`` gives them."""
         image = self.model.vision.join(features, tiling)
-        return self._text.prefix(torch.cat([self._bos, image]))
+        return self._text.prefix(torch.cat([self._bos, image.to(self._bos.dtype)]))
 
     def join(self, row: Row, prefix: Tensor | None) -> None:
         """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot, and

@@ -99,7 +99,8 @@ class InferenceEngine:
             device = resolve_device(config.device)
             checkpoint = locate(config.located)
             dtype = resolve_dtype(config.dtype, device)
-            model = load(checkpoint, device, dtype, config.max_context)
+            halved = config.image_dtype is not None and device.type == "cpu"
+            model = load(checkpoint, device, dtype, config.max_context, half_images=halved)
             return cls(config, model, checkpoint.folder)
 
         engine = await asyncio.to_thread(build)

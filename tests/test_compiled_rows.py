@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import TINY_2, TINY_3, random_model
 
+from kestrel.batch import Batch
 from kestrel.config import SHIPPED_MODELS
 from kestrel.moondream import cached, stacked
 from kestrel.moondream.config import MoondreamConfig
@@ -92,6 +94,21 @@ def test_a_compiled_prefix_holds_other_numbers(monkeypatch, name):
     expected = plain.prefix(x)
     scale = float(expected.std())
     torch.testing.assert_close(compiled.prefix(x), expected, atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_images_in_bfloat16_are_far_from_those_in_float32():
+    plain = load(NANO, CPU, torch.float32)
+    half = load(NANO, CPU, torch.float32, half_images=True)
+    assert half.vision.pos_emb.dtype == torch.bfloat16 and half.dtype == torch.float32
+    crops = np.random.default_rng(2).integers(0, 256, (1, 168, 168, 3), np.uint8)
+    batches = [Batch(model, 1) for model in (plain, half)]
+    found = [batch.prefix(batch.features(crops), (1, 1)) for batch in batches]
+    for batch in batches:
+        batch.close()
+    assert found[1].dtype == torch.float32
+    assert not torch.equal(*found)
+    assert float((found[1] - found[0]).std() / found[0].std()) < 0.02
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "float32"])

@@ -59,7 +59,9 @@ class CachedText:
     held twice. The decoder may then no longer be trained.
     """
 
-    def __init__(self, text: TextDecoder, *, fuse: bool) -> None:
+    def __init__(self, text: TextDecoder, *, fuse: bool, half_prefix: bool = False) -> None:
+        """``half_prefix``: products of prefixes in bfloat16, from a copy of the weights, where
+        what lies between them is compiled."""
         c = text.config
         self.text, self.config = text, c
         self._kv_heads = c.n_heads + c.n_kv_heads
@@ -89,6 +91,10 @@ class CachedText:
                 self._rows = compiled(lambda made: made.layer_rows())
             self._prefix_rows = compiled(lambda made: made.prefix_rows())
             self._tables = tables
+        self._half = []
+        """Of each layer what reads its input and what adds to its output, in bfloat16."""
+        if half_prefix and self._prefix_rows is not None:
+            self._half = [_halved(block) for block in text.blocks]
         self._layers = [self._layer(block, fuse) for block in text.blocks]
 
     def compiles(self, cache: KVCache, rows: int, span: int) -> bool:
@@ -168,8 +174,8 @@ class CachedText:
         ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, P, kv_heads, head_dim].
         """
         # Several threads do as much of a large model operator by operator.
-        small = self.stacked is not None or torch.get_num_threads() == 1
-        if self._prefix_rows is not None and small:
+        several = self.stacked is None and torch.get_num_threads() > 1
+        if self._prefix_rows is not None and (self._half or not several):
             return self._prefix_compiled(x, self._prefix_rows)
         length = len(x)
         kept = []
@@ -185,11 +191,14 @@ class CachedText:
     def _prefix_compiled(self, x: Tensor, rows: Callable[..., None]) -> Tensor:
         """``prefix`` with products and attention alone left to torch."""
         c, length = self.config, len(x)
+        kind = torch.bfloat16 if self._half else x.dtype
         kept = x.new_empty(c.n_layers, 2, length, c.n_kv_heads, c.head_dim)
         for number, (layer, tables) in enumerate(zip(self._layers, self._tables, strict=True)):
             (into,), (out,) = layer.into, layer.out
             normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
-            joined = into(normed)
+            if self._half:
+                into, out = self._half[number]
+            joined = into(normed.to(kind)).to(x.dtype)
             seen = x.new_empty(length, joined.shape[1] - self._packed + c.n_heads * c.head_dim)
             rows(joined.numpy(), *tables, kept[number].numpy(), c.n_heads, seen.numpy())
             if number + 1 == c.n_layers:  # its output is nobody's input
@@ -199,7 +208,7 @@ class CachedText:
             seen[:, : c.n_heads * c.head_dim].unflatten(1, (c.n_heads, -1)).copy_(attended)
             if layer.mixture is not None:
                 x = x + layer.mixture(normed)
-            x = out.plus(seen, x)
+            x = x + out(seen.to(kind)) if self._half else out.plus(seen, x)
         return kept
 
     def extend(
@@ -388,6 +397,22 @@ class CachedText:
 
 def _as_it_is(linear: nn.Linear) -> Product:
     return Product(linear.weight, linear.bias, reorder=False)
+
+
+def _halved(block: Block) -> tuple[Product, Product]:
+    """The products of a block's input and of its output in bfloat16, mixtures left out."""
+    into, out = [block.attn.qkv], [block.attn.proj]
+    if isinstance(block.mlp, DenseMlp):
+        into.append(block.mlp.fc1)
+        out.append(block.mlp.fc2)
+    weights = torch.cat([linear.weight.detach() for linear in into])
+    back = torch.cat([linear.weight.detach() for linear in out], dim=1)
+    biases = torch.cat([linear.bias.detach() for linear in into])
+    added = torch.stack([linear.bias.detach() for linear in out]).sum(0)
+    return (
+        Product(weights.bfloat16(), biases.bfloat16(), reorder=True),
+        Product(back.bfloat16(), added.bfloat16(), reorder=True),
+    )
 
 
 def _whole_lanes(span: int, cache: KVCache) -> int:

@@ -66,9 +66,12 @@ class Moondream(nn.Module):
         """The text decoder over a KV cache; made anew each time until ``fuse``."""
         return self._cached or CachedText(self.text, fuse=False)
 
-    def fuse(self) -> None:
-        """Make the model ready to serve: faster, and its weights final."""
-        self._cached = CachedText(self.text, fuse=True)
+    def fuse(self, *, half_images: bool = False) -> None:
+        """Make the model ready to serve: faster, and its weights final. ``half_images``: images are
+        encoded in bfloat16."""
+        self._cached = CachedText(self.text, fuse=True, half_prefix=half_images)
+        if half_images:
+            self.vision.bfloat16()
         self.text.lm_head = final(self.text.lm_head)
         finalize(self.vision)
         finalize(self.region)
@@ -136,10 +139,13 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     max_context: int | None = None,
+    *,
+    half_images: bool = False,
 ) -> Moondream:
     """Load a checkpoint (a folder, a weights file with its other files beside it, or one found).
 
     ``max_context``: positions of a request are bounded by it where the model would take more.
+    ``half_images``: a float32 model encodes images in bfloat16.
     Raises ``ConfigError`` naming the missing file or the tensors that do not fit.
     """
     checkpoint = local_checkpoint(source) if isinstance(source, Path) else source
@@ -151,6 +157,6 @@ def load(
         model = Moondream(config)
     load_weights(model, checkpoint.weights, device, dtype)
     model.text.reset_tables()
-    model.fuse()
+    model.fuse(half_images=half_images and dtype == torch.float32)
     model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)
     return model.eval().requires_grad_(False)
