@@ -13,6 +13,7 @@ import pytest
 from benchmarks.fuzz_refiner import Tally, make_case, make_refiner
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner import raster, trace
+from kestrel.svg import parse_path
 
 CASES = 2000
 
@@ -36,6 +37,15 @@ def test_a_call_gives_a_result_or_a_value_error(quiet):
     reached = {"refined", "no_path", "raster_failed", "empty_coarse", "trace_failed", "ValueError"}
     assert reached <= set(tally.outcomes)
     assert tally.outcomes["refined"] > CASES / 8
+
+
+def test_a_path_that_would_be_longer_than_paths_may_be_is_shortened(quiet):
+    # The grainy picture of this case gave one of 66,587 characters.
+    refiner, case = make_refiner(), make_case(22287)
+    result = refiner.refine_with_bitmaps(case.image, case.path, case.bbox, refiner=case.refiner)
+    path = result.refined_svg_path
+    assert path is not None and len(path) > refiner.limits.max_path_chars / 5
+    assert parse_path(path, refiner.limits).commands
 
 
 def test_a_case_is_made_from_its_number_alone():

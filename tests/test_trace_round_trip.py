@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kestrel.config import Limits
 from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, trace, tracers
 from kestrel.seg_refiner.box import mask_iou
 from kestrel.seg_refiner.raster import rasterize_relative
@@ -41,6 +42,22 @@ def ring() -> np.ndarray:
 
 def target() -> np.ndarray:
     return cv2.circle(ring(), (180, 140), 20, 1, -1)
+
+
+def test_paths_keep_to_the_limits_of_paths():
+    rng = np.random.default_rng(0)
+    noise = cv2.GaussianBlur(rng.random((400, 500), np.float32), (0, 0), 1.5) > 0.5
+    free, _ = bitmap_to_path(noise)
+    for limits in (Limits(max_path_chars=9000), Limits(max_path_commands=700)):
+        with pytest.raises(ValueError, match="limit"):
+            parse_path(free, limits)
+        path, _ = bitmap_to_path(noise, limits=limits)
+        assert len(path) < len(free) / 2
+        assert parse_path(path, limits).commands
+    assert bitmap_to_path(noise, limits=Limits(max_path_chars=10**7, max_path_commands=10**6)) == (
+        free,
+        bitmap_to_path(noise)[1],
+    )
 
 
 def pieces() -> np.ndarray:

@@ -289,6 +289,7 @@ class SegmentRefiner:
             opttolerance=config.opttolerance,
             decimals=config.decimals,
             max_vertices=config.max_vertices,
+            limits=self.limits,
             tracer=config.tracer,
             rasterizer=config.rasterizer,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from kestrel.config import Limits
 from kestrel.seg_refiner.box import mask_box, mask_iou
 from kestrel.seg_refiner.raster import Painter, load_rasterizer, points_of
 from kestrel.seg_refiner.tracers import Tracer, load_tracer
@@ -39,6 +40,7 @@ def bitmap_to_path(
     opttolerance: float = 0.2,
     decimals: int | None = None,
     max_vertices: int | None = None,
+    limits: Limits | None = None,
     tracer: str = "auto",
     rasterizer: str = "auto",
 ) -> tuple[str, dict[str, float]] | None:
@@ -47,9 +49,11 @@ def bitmap_to_path(
     ``mask``: [H, W], bool or uint8, non-zero is inside. ``turdsize`` in pixels of area,
     ``alphamax`` 0..4/3, ``opttolerance`` in pixels, as Potrace defines them. ``decimals`` of the
     written coordinates; None: as many as ``QUANTUM`` takes. ``max_vertices``: lines and curves
-    that the path may have, at least ``kestrel.config.FEWEST_VERTICES``. ``tracer``:
-    ``libpotrace``, ``pypotrace``, ``potracer`` or ``auto``. ``rasterizer`` paints the path again,
-    to see whether it gives the mask back.
+    that the path may have, at least ``kestrel.config.FEWEST_VERTICES``. ``limits``: the
+    characters and commands within which the path is to be (``Limits.max_path_chars``,
+    ``max_path_commands``), so that it is read wherever paths are; None: whatever it takes.
+    ``tracer``: ``libpotrace``, ``pypotrace``, ``potracer`` or ``auto``. ``rasterizer`` paints the
+    path again, to see whether it gives the mask back.
 
     Gives SVG path data in 0..1 relative to the box of the mask, and that box normalised to the
     image; None when there is nothing to trace (no pixel, or specks within ``turdsize`` only).
@@ -57,8 +61,8 @@ def bitmap_to_path(
 
     Rounding a corner costs about a pixel: nothing for a large object, a tenth of a small one.
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
-    if need be every step of the outline. Where it would have too many vertices, the mask is
-    halved until it has not.
+    if need be every step of the outline. Where it would have too many vertices or be too long, the
+    mask is halved until it is not.
 
     Raises ``TracerMissing`` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
     that is not 2-D.
@@ -91,7 +95,13 @@ def bitmap_to_path(
         "x_max": x1 / image_width,
         "y_max": y1 / image_height,
     }
-    return path_to_string(transform(path, 1 / width, 1 / height), decimals), bbox
+    written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
+    while limits is not None and (excess := _excess(path, written, limits)) > 1:
+        path = _within_budget(tracing, crop, alphamax, _vertices(path) / excess)
+        if path is None:
+            return None
+        written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
+    return written, bbox
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,12 @@ def _halved(crop: np.ndarray) -> np.ndarray:
     if not halved.any():
         halved = cv2.dilate(crop, np.ones((2, 2), np.uint8), anchor=(0, 0))[::2, ::2].copy()
     return halved
+
+
+def _excess(path: Path, written: str, limits: Limits) -> float:
+    """How many times as long as it may be a path is; at most 1 where it is not too long."""
+    commands = len(path.commands) / limits.max_path_commands
+    return max(commands, len(written) / limits.max_path_chars)
 
 
 def _vertices(path: Path) -> int:
