@@ -42,7 +42,7 @@ IN_PROCESS, FAST, DEFAULTS = "in process", "graph, fast mode", "graph, Serve's d
 ONE, LITSERVE, BENTOML = "one process", "LitServe", "BentoML"
 NAMES = (IN_PROCESS, FAST, DEFAULTS, ONE, LITSERVE, BENTOML)
 INSTALL = (
-    "python3 -m venv rivals && rivals/bin/pip install -c constraints.txt "
+    "python3 -m venv rivals && rivals/bin/pip install torch==2.13.0 "
     "litserve==0.2.19 bentoml==1.4.40 ."
 )
 KILOBYTES = 300
