@@ -262,10 +262,9 @@ class RuntimeConfig:
     """``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16``, ``float16``."""
     image_dtype: str | None = None
     """``bfloat16``: a float32 model on a CPU encodes images in bfloat16, vision tower and prefix,
-    which takes six tenths of the time where the processor has products for it (AMX). The decoder's
-    weights are then held once more in bfloat16. Prompt and answer stay float32, and a request's
-    answer the same alone and in a batch, but its tokens are often others than float32 gives. None:
-    as ``dtype``."""
+    which takes less time where the processor has products for it (AMX). The decoder's weights are
+    then held once more in bfloat16. Prompt and answer stay float32, and a request's answer the same
+    alone and in a batch, but its tokens are often others than float32 gives. None: as ``dtype``."""
     max_batch_size: int = 16
     """Requests that decode together (KV slots)."""
     max_context: int = 4096

@@ -3,6 +3,9 @@
 Its compiler makes vectors of loops by itself, but neither of a sum over a head nor of sums that are
 to stay in registers, which is what attention and products of few rows consist of. One vector is
 one register where the processor has AVX-512, and several elsewhere; the numbers are the same.
+
+Numba looks at the file of a compiled function alone to see whether what it kept is still good: who
+changes this one in a checkout also touches ``compiled.py``, which an installation writes anew.
 """
 
 from __future__ import annotations
