@@ -30,7 +30,7 @@ from boundary_model import MEAN, BoundaryNet, loaded, onnx_bytes
 from boundary_scenes import BoundaryScenes, Sample
 from torch.nn import functional as F
 
-from kestrel.seg_refiner.boundary import CHANNELS, load_network, network_planes
+from kestrel.seg_refiner.boundary import CHANNELS, WEIGHTS, load_network, network_planes
 from kestrel.seg_refiner.cues import Cues
 
 SHAPES = {
@@ -220,7 +220,7 @@ def ship(net: BoundaryNet, folder: Path) -> None:
     """Write ``model.onnx``; RuntimeError when ONNX Runtime does not give what torch gives."""
     net.eval()
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "model.onnx"
+    file = folder / WEIGHTS
     file.write_bytes(onnx_bytes(net))
     planes = np.random.default_rng(0).uniform(-1, 1, (2, CHANNELS, 192, 144)).astype(np.float32)
     with torch.no_grad():

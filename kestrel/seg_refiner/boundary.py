@@ -58,10 +58,10 @@ LEAN = 0.05
 """Added to what both say: averages round corners off, and objects came out too small."""
 FINE_RADIUS = 3
 """Radius of the last guided pass, working pixels."""
-LEAST_SIDE = 1024
-"""Pixels that the longer side of a box keeps where the picture is decoded smaller."""
 FINE_EPS = 1e-4
 """Regularisation of the last guided pass, squared intensity with channels in 0..1."""
+LEAST_SIDE = 1024
+"""Pixels that the longer side of a box keeps where the picture is decoded smaller."""
 
 Network = Callable[[np.ndarray], np.ndarray]
 """``planes float32 [n, CHANNELS, h, w] -> probability float32 [n, h, w]``; sides are multiples of

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-PixelBox = tuple[int, int, int, int]
+from kestrel.image import PixelBox as PixelBox
+
 Size = tuple[int, int]
 """Width and height, pixels."""
 TILE = 64
@@ -113,10 +114,9 @@ def refined_in_box(
     box = mask_box(mask)
     if box is not None:
         height, width = mask.shape
-        x0, y0, x1, y1 = grown_box(box, width, height)
-        x0, y0, x1, y1 = reduced_box((x0, y0, x1, y1), reduction)
+        box = x0, y0, x1, y1 = reduced_box(grown_box(box, width, height), reduction)
         crop = image[y0:y1, x0:x1]
-        x0, y0, x1, y1 = (side * reduction for side in (x0, y0, x1, y1))
+        x0, y0, x1, y1 = (side * reduction for side in box)
         refined[y0:y1, x0:x1] = refine_crop(crop, mask[y0:y1, x0:x1])
     return refined
 

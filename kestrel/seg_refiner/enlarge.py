@@ -16,7 +16,6 @@ TILE = 64
 """Side of the tiles that are sure or not, full-size pixels; twice that in a reduced picture."""
 LEAST_SHORT_SIDE = 64
 """Pixels that the shorter side of a box keeps where its picture is reduced."""
-
 MOST_OF_PICTURE = 0.6
 """Share of a picture up to which a box of it may be reduced."""
 

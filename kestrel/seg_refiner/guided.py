@@ -15,6 +15,7 @@ import numpy as np
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner.box import Size, refined_in_box
 from kestrel.seg_refiner.enlarge import (
+    SURE,
     Planes,
     apply_coefficients,
     at_full_size,
@@ -31,8 +32,6 @@ HALVED_FROM = 6
 """Radius of the smallest windows that may look at half the resolution, pixels."""
 PASS_SCALES = (1.0, 0.7, 0.5)
 """Radius of each pass as a fraction of the configured one: coarse to fine."""
-SURE = 0.1
-"""Where the working-size result is within this of 0 or 1 the full size is not looked at."""
 TILE = 16
 """Side of the tiles that are sure or not, working pixels."""
 

@@ -193,8 +193,8 @@ class SegmentRefiner:
         with _stage("refine", "refine_failed", timings):
             backend = self._backend(name)
         # Where all pixels are needed they come first: decoding takes the most memory.
-        less = isinstance(backend, Reduced) and picture.reduction > 1
-        whole = None if less else picture.pixels(timings)
+        less = backend if isinstance(backend, Reduced) and picture.reduction > 1 else None
+        whole = picture.pixels(timings) if less is None else None
         with _stage("raster", "raster_failed", timings):
             coarse = self._rasterize(svg_path, bbox, width, height)
         if return_base64:
@@ -204,9 +204,10 @@ class SegmentRefiner:
         if coarse_box is None:
             raise _Stopped("empty_coarse", "the model's path covers no pixel")
 
-        if whole is None:
-            refined = self._refined_less(picture, coarse, coarse_box, name, timings)
+        if less is not None:
+            refined = self._refined_less(less, picture, coarse, coarse_box, name, timings)
         else:
+            assert whole is not None
             with _stage("refine", "refine_failed", timings, missing="refine_failed"):
                 refined = _mask_of(backend, whole, coarse, name)
         if name != "none":
@@ -237,6 +238,7 @@ class SegmentRefiner:
 
     def _refined_less(
         self,
+        backend: Reduced,
         picture: _Picture,
         coarse: np.ndarray,
         coarse_box: PixelBox,
@@ -244,8 +246,6 @@ class SegmentRefiner:
         timings: dict[str, float],
     ) -> np.ndarray:
         """The refined mask by a backend that works without some of the picture's pixels."""
-        backend = self._backend(name)
-        assert isinstance(backend, Reduced)
         box = x0, y0, x1, y1 = grown_box(coarse_box, picture.width, picture.height)
         with _stage("refine", "refine_failed", timings, missing="refine_failed"):
             asked = backend.reduction((x1 - x0, y1 - y0), (picture.width, picture.height))

@@ -95,13 +95,13 @@ def bitmap_to_path(
         "x_max": x1 / image_width,
         "y_max": y1 / image_height,
     }
-    written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
-    while limits is not None and (excess := _excess(path, written, limits)) > 1:
+    while True:
+        written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
+        if limits is None or (excess := _excess(path, written, limits)) <= 1:
+            return written, bbox
         path = _within_budget(tracing, crop, alphamax, _vertices(path) / excess)
         if path is None:
             return None
-        written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
-    return written, bbox
 
 
 @dataclass(frozen=True)
