@@ -145,6 +145,38 @@ def test_a_row_depends_on_those_beside_it():
             assert (logits[n] == text.stacked.logits(alone[n])[0]).all()
 
 
+KEPT = """
+import hashlib
+import torch
+from kestrel.config import SHIPPED_MODELS
+from kestrel.moondream.model import load
+with torch.inference_mode():
+    text = load(SHIPPED_MODELS / "nano", torch.device("cpu"), torch.float32).cached
+    chance = torch.Generator().manual_seed(8)
+    cache = text.new_cache(3)
+    kept = [text.prefix(torch.randn(50 + n, text.config.dim, generator=chance)) for n in range(3)]
+    for n, prefix in enumerate(kept):
+        cache.put(n, prefix)
+    at = torch.tensor([50, 51, 52])
+    x = torch.randn(3, text.config.dim, generator=chance)
+    hidden = text.decode(x, at, cache, torch.arange(3), 53)
+    parts = [*kept, hidden, text.logits(hidden)]
+    print([hashlib.sha256(part.numpy().tobytes()).hexdigest()[:8] for part in parts])
+"""
+
+
+def test_the_process_that_compiles_computes_otherwise_than_those_that_load(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbc"))
+    assert told[0] == told[1]
+
+
 @torch.inference_mode()
 def test_large_numbers_overflow_when_compiled(monkeypatch):
     compiled, plain = (answers(model, scale=1e4) for model in both(monkeypatch, TINY_3))

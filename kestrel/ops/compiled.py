@@ -19,14 +19,23 @@ import numpy as np
 from numba import njit
 
 from kestrel.ops.jit import compiled
-from kestrel.ops.lanes import LANES, add_times, load, splat, store, times, total
+from kestrel.ops.lanes import (
+    LANES,
+    add_times,
+    larger,
+    largest,
+    load,
+    plus,
+    splat,
+    store,
+    times,
+    total,
+)
 
-# Sums may be taken in the order that vectors want; nothing is assumed about NaN and infinity.
-_OPTIONS: dict[str, Any] = {
-    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
-    "error_model": "numpy",
-    "nogil": True,
-}
+# No liberties with arithmetic ("fastmath"): a process that compiles these functions and one that
+# finds them compiled would take them differently, and a replica that is replaced would answer
+# otherwise. What is fused and in which order sums are taken is written out.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 _MATRIX, _INDEX = "float32[:, ::1]", "int64[::1]"
 _SIGNATURE = (
     f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, float32[:, :, :, :, ::1], "
@@ -44,15 +53,15 @@ PAIR = 2 * LANES
 def _exp(x):
     # 2 ** k times the series of e ** f, |f| <= ln(2) / 2; ln(2) in two parts of few bits.
     x = max(np.float32(-87), min(np.float32(88), x))
-    k = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    f = x - k * np.float32(0.693359375) + k * np.float32(2.1219444005469057e-4)
-    series = np.float32(1 / 720)
-    series = series * f + np.float32(1 / 120)
-    series = series * f + np.float32(1 / 24)
-    series = series * f + np.float32(1 / 6)
-    series = series * f + np.float32(0.5)
-    series = series * f + _ONE
-    series = series * f + _ONE
+    k = np.floor(add_times(np.float32(0.5), x, np.float32(1.4426950408889634)))
+    f = add_times(x, k, np.float32(-0.693359375))
+    f = add_times(f, k, np.float32(2.1219444005469057e-4))
+    series = add_times(np.float32(1 / 120), np.float32(1 / 720), f)
+    series = add_times(np.float32(1 / 24), series, f)
+    series = add_times(np.float32(1 / 6), series, f)
+    series = add_times(np.float32(0.5), series, f)
+    series = add_times(_ONE, series, f)
+    series = add_times(_ONE, series, f)
     power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23))
     return series * power.view(np.float32)
 
@@ -60,7 +69,7 @@ def _exp(x):
 @njit(inline="always", **_OPTIONS)
 def _gelu(x):
     # The tanh form; tanh(u) = 2 / (1 + exp(-2 u)) - 1.
-    u = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
+    u = np.float32(0.7978845608028654) * add_times(x, np.float32(0.044715) * x * x, x)
     return x / (_ONE + _exp(-_TWO * u))
 
 
@@ -140,16 +149,29 @@ def _sums(shares, values, kv_heads, dim, out):
 
 @njit(**_OPTIONS)
 def _softmax(line):
-    top = line[0]
-    for s in range(1, line.shape[0]):
+    count = line.shape[0]
+    whole = count - count % LANES
+    top = line[count - 1]
+    if whole:
+        tops = load(line, 0)
+        for s in range(LANES, whole, LANES):
+            tops = larger(tops, load(line, s))
+        top = max(top, largest(tops))
+    for s in range(whole, count):
         top = max(top, line[s])
+    for s in range(count):
+        line[s] = _exp(line[s] - top)
     everything = np.float32(0)
-    for s in range(line.shape[0]):
-        share = _exp(line[s] - top)
-        line[s] = share
-        everything += share
-    for s in range(line.shape[0]):
-        line[s] /= everything
+    if whole:
+        sums = load(line, 0)
+        for s in range(LANES, whole, LANES):
+            sums = plus(sums, load(line, s))
+        everything = total(sums)
+    for s in range(whole, count):
+        everything += line[s]
+    share = _ONE / everything
+    for s in range(count):
+        line[s] *= share
 
 
 @njit(**_OPTIONS)
@@ -244,11 +266,10 @@ def prefix_rows() -> Callable[..., None]:
 
 
 # Products add in order of their inputs, whichever rows they take together, so that a row's numbers
-# do not depend on the others: no reordering here.
-_IN_ORDER: dict[str, Any] = _OPTIONS | {"fastmath": {"contract", "nsz"}}
+# do not depend on the others.
 
 
-@njit(inline="always", **_IN_ORDER)
+@njit(inline="always", **_OPTIONS)
 def _add_one(x, weights, block, to, column):
     """Four blocks of a product for one row."""
     step = LANES * x.shape[0]
@@ -266,7 +287,7 @@ def _add_one(x, weights, block, to, column):
     store(to, column + 3 * LANES, d)
 
 
-@njit(inline="always", **_IN_ORDER)
+@njit(inline="always", **_OPTIONS)
 def _add_two(x0, x1, weights, block, to0, to1, column):
     """Two blocks of a product for two rows."""
     step, next_column = LANES * x0.shape[0], column + LANES
@@ -285,7 +306,7 @@ def _add_two(x0, x1, weights, block, to0, to1, column):
     store(to1, next_column, d)
 
 
-@njit(inline="always", **_IN_ORDER)
+@njit(inline="always", **_OPTIONS)
 def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
     """Two blocks of a product for four rows."""
     step, next_column = LANES * x0.shape[0], column + LANES
@@ -314,7 +335,7 @@ def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
     store(to3, next_column, h)
 
 
-@njit(inline="always", **_IN_ORDER)
+@njit(inline="always", **_OPTIONS)
 def _add_block(x, weights, block, to, column):
     """One block of a product for one row."""
     sums = load(to, column)
@@ -323,7 +344,7 @@ def _add_block(x, weights, block, to, column):
     store(to, column, sums)
 
 
-@njit(**_IN_ORDER)
+@njit(**_OPTIONS)
 def _add_product(x, blocks, out):
     """``out`` [N, to] += ``x`` [N, from] @ weights that lie in ``blocks`` [to / LANES, from,
     LANES]."""
@@ -352,19 +373,21 @@ def _add_product(x, blocks, out):
 
 @njit(**_OPTIONS)
 def _layer_norm(x, scale_shift, out):
+    """``dim`` is a multiple of ``LANES``."""
     dim = x.shape[1]
     for n in range(x.shape[0]):
-        mean = np.float32(0)
+        row = x[n]
+        sums = load(row, 0)
+        for i in range(LANES, dim, LANES):
+            sums = plus(sums, load(row, i))
+        mean = total(sums) / np.float32(dim)
+        less, squares = splat(-mean), splat(np.float32(0))
+        for i in range(0, dim, LANES):
+            off = plus(load(row, i), less)
+            squares = add_times(squares, off, off)
+        factor = _ONE / np.sqrt(total(squares) / np.float32(dim) + np.float32(1e-5))
         for i in range(dim):
-            mean += x[n, i]
-        mean /= np.float32(dim)
-        spread = np.float32(0)
-        for i in range(dim):
-            off = x[n, i] - mean
-            spread += off * off
-        factor = _ONE / np.sqrt(spread / np.float32(dim) + np.float32(1e-5))
-        for i in range(dim):
-            out[n, i] = (x[n, i] - mean) * factor * scale_shift[0, i] + scale_shift[1, i]
+            out[n, i] = add_times(scale_shift[1, i], (row[i] - mean) * factor, scale_shift[0, i])
 
 
 def _all_layers(

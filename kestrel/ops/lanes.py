@@ -11,6 +11,7 @@ changes this one in a checkout also touches ``compiled.py``, which an installati
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -108,16 +109,38 @@ def times(_: Any, a: Any, b: Any) -> Any:
 
 
 @_inlined
-def add_times(_: Any, total: Any, a: Any, b: Any) -> Any:
-    """``total + a * b``, rounded once where the processor can."""
+def plus(_: Any, a: Any, b: Any) -> Any:
+    """``a + b``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        name = f"llvm.fmuladd.v{LANES}f32"
-        fused = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.fadd(*args)
+
+    return _vector(a, b), generate
+
+
+@_inlined
+def larger(_: Any, a: Any, b: Any) -> Any:
+    """The larger of ``a`` and ``b``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _larger(builder, *args)
+
+    return _vector(a, b), generate
+
+
+@_inlined
+def add_times(_: Any, total: Any, a: Any, b: Any) -> Any:
+    """``total + a * b`` of vectors or of single float32, rounded once where the processor can."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.fmuladd.v{LANES}f32" if kind == _FLOATS else "llvm.fmuladd.f32"
+        function = ir.FunctionType(kind, [kind] * 3)
+        fused = cgutils.get_or_insert_function(builder.module, function, name)
         return builder.call(fused, [args[1], args[2], args[0]])
 
-    return _vector(total, a, b), generate
+    kind = _vector if total == _vector else types.float32
+    return kind(kind, kind, kind), generate
 
 
 @_inlined
@@ -125,14 +148,33 @@ def total(_: Any, vector: Any) -> Any:
     """The sum of the lanes, halves of them added until one is left."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (left,), lanes = args, LANES
-        while lanes > 1:
-            lanes //= 2
-            nothing = ir.Constant(left.type, ir.Undefined)
-            half = ir.VectorType(_INDEX, lanes)
-            low = builder.shuffle_vector(left, nothing, ir.Constant(half, list(range(lanes))))
-            high = ir.Constant(half, list(range(lanes, 2 * lanes)))
-            left = builder.fadd(low, builder.shuffle_vector(left, nothing, high))
-        return builder.extract_element(left, ir.Constant(_INDEX, 0))
+        return _folded(builder, args[0], builder.fadd)
 
     return types.float32(vector), generate
+
+
+@_inlined
+def largest(_: Any, vector: Any) -> Any:
+    """The largest of the lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _folded(builder, args[0], partial(_larger, builder))
+
+    return types.float32(vector), generate
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _folded(builder: Any, left: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """One number of a vector: halves of it joined until one is left."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        nothing = ir.Constant(left.type, ir.Undefined)
+        half = ir.VectorType(_INDEX, lanes)
+        low = builder.shuffle_vector(left, nothing, ir.Constant(half, list(range(lanes))))
+        high = ir.Constant(half, list(range(lanes, 2 * lanes)))
+        left = join(low, builder.shuffle_vector(left, nothing, high))
+    return builder.extract_element(left, ir.Constant(_INDEX, 0))
