@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -19,10 +20,14 @@ from serve_graph import plan
 from serve_graph.args import check
 from serve_graph.environment import BEFORE_RAY, HAPROXY
 from serve_graph.errors import LaunchError
+from serve_graph.haproxy import BINARY_PATH, program
 from serve_graph.launch import LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
-HAPROXY_HELP = "the faster HTTP door; its statistics and metrics pages listen on all interfaces"
+HAPROXY_HELP = (
+    "HAProxy as the HTTP door, which is faster than Serve's Python proxy; for Linux only, where it "
+    "is the default"
+)
 TOKEN_HELP = "start although RAY_AUTH_MODE turns Ray's token off: ports then run anybody's code"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
@@ -107,7 +112,7 @@ def demo(options: argparse.Namespace) -> None:
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()
-    with LocalCluster(without_token=options.without_token) as cluster:
+    with LocalCluster(haproxy=options.haproxy, without_token=options.without_token) as cluster:
         cluster.deploy(config)
         cluster.wait_ready(f"{url}/healthz")
         print(f"Ray, model and refiner are up after {time.monotonic() - began:.0f} s", flush=True)
@@ -116,8 +121,11 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    for name, value in {**BEFORE_RAY, **(HAPROXY if options.haproxy else {})}.items():
-        print(f"export {name}={value}")
+    variables = BEFORE_RAY
+    if options.haproxy:
+        variables = {**variables, **HAPROXY, BINARY_PATH: str(program())}
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def main() -> None:
@@ -134,13 +142,11 @@ def main() -> None:
     command.add_argument(
         "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
     )
-    command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
     command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=up)
     command = commands.add_parser(
         "env", help='environment of the serving mode: eval "$(... env)" before `ray start`'
     )
-    command.add_argument("--haproxy", action="store_true", help=HAPROXY_HELP)
     command.set_defaults(run=env)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
     command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
@@ -151,6 +157,13 @@ def main() -> None:
     )
     plan.add_arguments(command)
     command.set_defaults(run=plan.run)
+    for name in ("up", "env", "demo"):
+        commands.choices[name].add_argument(
+            "--haproxy",
+            action=argparse.BooleanOptionalAction,
+            default=sys.platform == "linux",
+            help=HAPROXY_HELP,
+        )
     options = parser.parse_args()
     try:
         options.run(options)

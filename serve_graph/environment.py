@@ -18,8 +18,8 @@ FAST_SERVE = {
 
 HAPROXY = {
     # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
-    # that is left, twice the requests per second. HTTP stays on ``http_options.host``; HAProxy's
-    # own pages, of statistics and metrics, listen on every interface and ask for nothing.
+    # that is left, twice the requests per second. HTTP stays on ``http_options.host``. With it goes
+    # ``RAY_SERVE_HAPROXY_BINARY_PATH``: where a node has the program of ``serve_graph.haproxy``.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
 }
@@ -69,4 +69,5 @@ DRAIN = {
 }
 
 BEFORE_RAY = {**FAST_SERVE, **PATIENCE, **KEEP_MEMORY, **STEADY_CLIENT, **DRAIN}
-"""All of it, for every cluster; ``HAPROXY`` and ``LOOPBACK`` are for those that ask for them."""
+"""What every cluster has. ``HAPROXY`` comes on top but where it is turned off, ``LOOPBACK`` on one
+machine."""

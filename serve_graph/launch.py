@@ -25,6 +25,7 @@ from typing import Any
 
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY, LOOPBACK
 from serve_graph.errors import LaunchError
+from serve_graph.haproxy import BINARY_PATH, program
 from serve_graph.node import RayNode
 from serve_graph.ray_token import token, token_variables
 
@@ -35,6 +36,12 @@ PORTS = range(20_000, 32_000)
 """Below those that systems lend to outgoing connections: one of these could take a port before it
 is used."""
 _given: deque[int] = deque(maxlen=len(PORTS) // 2)
+
+
+def _page_ports() -> dict[str, str]:
+    """Ports of HAProxy's own pages, which nodes of one machine cannot share."""
+    pages = ("METRICS", "STATS")
+    return {f"RAY_SERVE_HAPROXY_{page}_PORT": str(free_port()) for page in pages}
 
 
 def free_port() -> int:
@@ -68,8 +75,9 @@ class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
-    ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``; ``environment`` adds to and
-    overrides that of Ray's processes; ``without_token``: see ``token_variables``.
+    ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``, LaunchError where there is none;
+    ``environment`` adds to and overrides that of Ray's processes; ``without_token``: see
+    ``token_variables``.
     """
 
     def __init__(
@@ -88,15 +96,16 @@ class LocalCluster:
         self.gcs_port = free_port()
         self.client_port = client_port or free_port()
         self.dashboard_port = dashboard_port or free_port()
-        self.variables = {
-            **BEFORE_RAY,
-            **LOOPBACK,
-            # There is one machine: nobody could take over what draining waits for.
-            DRAIN_S: "0",
-            **(self._haproxy() if haproxy else {}),
-            **(environment or {}),
-        }
+        self._haproxy = haproxy
         try:
+            self.variables = {
+                **BEFORE_RAY,
+                **LOOPBACK,
+                # There is one machine: nobody could take over what draining waits for.
+                DRAIN_S: "0",
+                **(self._haproxy_variables() if haproxy else {}),
+                **(environment or {}),
+            }
             found = {**os.environ, **self.variables}
             self.variables |= token_variables(found, self.dir, without_token=without_token)
         except LaunchError:
@@ -157,18 +166,18 @@ class LocalCluster:
             self.stop(keep_logs=True)
             raise
 
-    def _haproxy(self) -> dict[str, str]:
+    def _haproxy_variables(self) -> dict[str, str]:
         """``HAPROXY``, with files and ports that no other cluster of this machine has."""
         prefix = "RAY_SERVE_HAPROXY_"
         return {
             **HAPROXY,
+            BINARY_PATH: str(program()),
             f"{prefix}CONFIG_FILE_LOC": str(self.dir / "haproxy.cfg"),
             # Serve puts a folder of 56 letters in between, and a socket's path has room for 97.
             f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),
             f"{prefix}SERVER_STATE_BASE": str(self.dir),
             f"{prefix}SERVER_STATE_FILE": str(self.dir / "server-state"),
-            f"{prefix}METRICS_PORT": str(free_port()),
-            f"{prefix}STATS_PORT": str(free_port()),
+            **_page_ports(),
         }
 
     def add_node(
@@ -198,6 +207,8 @@ class LocalCluster:
             "include_log_monitor": False,
         }
         variables = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port or free_port())}
+        if self._haproxy:
+            variables |= _page_ports()
         joined = self.dir / f"joined-{len(self.nodes)}"
         command = ["-m", "serve_graph.join", json.dumps(options), str(joined)]
         node = RayNode(command, {**self._environment(), **variables}, self.log)

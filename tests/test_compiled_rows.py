@@ -169,7 +169,11 @@ def test_the_process_that_compiles_computes_otherwise_than_those_that_load(tmp_p
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     told = [
         subprocess.run(
-            [sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", KEPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for _ in range(2)
     ]

@@ -30,7 +30,8 @@ from ray.serve.schema import ServeDeploySchema
 
 import kestrel
 from serve_graph.args import GraphArgs
-from serve_graph.environment import BEFORE_RAY, DRAIN_S
+from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY
+from serve_graph.haproxy import BINARY_PATH, PROGRAM
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = {half: DEPLOY / "docker" / f"{half}.Dockerfile" for half in ("model", "refiner")}
@@ -235,7 +236,7 @@ def test_a_pod_may_live_as_long_as_its_replicas_finish_their_requests(manifest):
 def test_pods_set_nothing_otherwise_than_other_nodes_do(manifest):
     for name in containers(manifest):
         given = environment(manifest, name)
-        assert given.items() <= BEFORE_RAY.items()
+        assert given.items() <= {**BEFORE_RAY, **HAPROXY}.items()
 
 
 # The images
@@ -307,7 +308,10 @@ def test_everything_copied_is_in_the_repository_and_in_the_build_context(half):
 def test_images_set_what_ray_reads_when_it_starts_alike(half):
     (text,) = values(stages(half)[-1], "ENV")
     found = dict(pair.split("=") for pair in text.split())
-    assert BEFORE_RAY.items() <= found.items()
+    assert {**BEFORE_RAY, **HAPROXY}.items() <= found.items()
+    # Where ``pip install --prefix=/install`` puts it, and the last stage copies that.
+    assert found[BINARY_PATH] == f"/usr/local/bin/{PROGRAM}"
+    assert PROGRAM in PROJECT["scripts"]
     assert found["RAY_AUTH_MODE"] == "token"
 
 

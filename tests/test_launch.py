@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from serve_graph import __main__, launch
+from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster, free_port
 
 SECRET = "a-plain-key-of-a-client-0001"
@@ -149,15 +150,19 @@ def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyP
 # Its environment
 
 
+@pytest.mark.parametrize("haproxy", [True, False], ids=["haproxy", "python"])
 def test_nodes_that_others_start_get_what_the_launcher_sets(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], haproxy: bool
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["serve_graph", "env"])
+    asked = "--haproxy" if haproxy else "--no-haproxy"
+    monkeypatch.setattr("sys.argv", ["serve_graph", "env", asked])
     __main__.main()
     lines = capsys.readouterr().out.splitlines()
     printed = dict(line.removeprefix("export ").split("=") for line in lines)
-    own = LocalCluster().variables
-    # What only a cluster of one machine has: loopback, its token, and nobody to drain for.
+    own = LocalCluster(haproxy=haproxy).variables
+    # What only a cluster of one machine has: loopback, its token, and nobody to drain for; and
+    # files and ports of HAProxy that are its own.
+    own = {k: v for k, v in own.items() if "_HAPROXY_" not in k or k == BINARY_PATH}
     there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"

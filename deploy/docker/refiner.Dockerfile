@@ -21,7 +21,9 @@ RUN apt-get update \
 COPY --from=build /install /usr/local
 # Read when Ray starts, on every node alike: serve_graph/environment.py says what each is for.
 ENV RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
-    RAY_SERVE_ENABLE_DIRECT_INGRESS=0 \
+    RAY_SERVE_ENABLE_DIRECT_INGRESS=1 \
+    RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_HAPROXY_BINARY_PATH=/usr/local/bin/segment-haproxy \
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60 \
     RAY_raylet_start_wait_time_s=120 \
     RAY_worker_niceness=0 \

@@ -31,7 +31,7 @@ def cluster() -> Iterator[LocalCluster]:
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": DEFAULT_TRACING_EXPORTER_IMPORT_PATH,
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "1.0",
     }
-    with LocalCluster(environment=tracing) as cluster:
+    with LocalCluster(haproxy=True, environment=tracing) as cluster:
         yield cluster
 
 
@@ -90,6 +90,18 @@ def spans(cluster: LocalCluster) -> list[dict[str, Any]]:
     return found
 
 
+def unfinished(known: list[dict[str, Any]], found: list[dict[str, Any]]) -> set[str]:
+    """Spans above those ``found`` that are not written yet."""
+    above = {span["context"]["span_id"]: span["parent_id"] for span in known}
+    missing = set()
+    for span in found:
+        parent = span["parent_id"]
+        while parent is not None and parent in above:
+            parent = above[parent]
+        missing |= {parent} - {None}
+    return missing
+
+
 @pytest.fixture(scope="module")
 def ask(samples: list[Sample]) -> dict[str, Any]:
     image = base64.b64encode(samples[0].image).decode()
@@ -130,6 +142,8 @@ def test_a_request_is_one_trace_through_three_deployments_by_one_id(
 
     stages = {"prepare", "prefill", "decode", "raster", "refine", "clean", "trace", "encode"}
     until(lambda: stages <= {span["name"] for span in mine()})
+    # A span is written when it ends, those around it last.
+    until(lambda: not unfinished(spans(cluster), mine()))
     whole = {span["context"]["span_id"]: span for span in spans(cluster)}
     assert len({span["context"]["trace_id"] for span in mine()}) == 1
     handled = {

