@@ -42,6 +42,7 @@ from benchmarks.traffic import (
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
 from serve_graph.errors import LaunchError
+from serve_graph.haproxy import haproxy_binary
 from serve_graph.launch import LocalCluster, free_port
 from serve_graph.node import RayNode, kill
 
@@ -49,6 +50,8 @@ CPU_NODE = {"cpu_node": 1.0}
 TIMES_WHOLE = 4
 """Looks, half a second apart, at which all must be well for a fault to be over."""
 REPLICA = "ray::ServeReplica:segment:"
+DOOR = haproxy_binary() or "ray::ProxyActor"
+"""How the command line of an HTTP door begins."""
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Bench:
     def proxy_killed(self) -> str:
         # Only a door that is asked can be missed; in turn, as a rolling failure would.
         self.door_nodes.append(self.door_nodes.pop(0))
-        return self._kill("ray::ProxyActor", among=self.door_nodes[-1].pids("ray::ProxyActor"))
+        return self._kill(DOOR, among=self.door_nodes[-1].pids(DOOR))
 
     def cpu_node_killed(self) -> str:
         self.cpu.pop(0).kill()

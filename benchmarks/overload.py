@@ -29,6 +29,7 @@ from benchmarks.soak import FLAT, SERVING, Growth, flat
 from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, connections, learn
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
+from serve_graph.haproxy import SUPPORTED
 from serve_graph.launch import LocalCluster, free_port
 from serve_graph.node import RayNode
 
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="memory in place of load")
-    parser.add_argument("--haproxy", action="store_true")
+    parser.add_argument("--haproxy", action=argparse.BooleanOptionalAction, default=SUPPORTED)
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     options = parser.parse_args()
     config = read_config(LOCAL, free_port())

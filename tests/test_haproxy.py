@@ -1,4 +1,5 @@
-"""HAProxy's own pages are open to other machines, or it does not start."""
+"""HAProxy's own pages are open to other machines, it answers for what it does not know yet, or it
+does not start."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ frontend prometheus
     mode http
 frontend http_frontend
     bind 0.0.0.0:8000
+    acl is_app path_beg /
+    use_backend app if is_app
+    default_backend default_backend
 listen stats
   bind *:8404
   stats enable
@@ -24,12 +28,15 @@ listen stats
 
 
 def test_binds_without_an_address_are_left_open():
-    assert haproxy.confined(WRITTEN).split("\n") == [
+    assert haproxy.amended(WRITTEN).split("\n") == [
         "frontend prometheus",
         "    bind 127.0.0.1:9101",
         "    mode http",
         "frontend http_frontend",
         "    bind 0.0.0.0:8000",
+        "    acl is_app path_beg /",
+        "    use_backend app if is_app",
+        "    default_backend default_backend",
         "listen stats",
         "  bind 127.0.0.1:8404",
         "  stats enable",
@@ -37,19 +44,28 @@ def test_binds_without_an_address_are_left_open():
     ]
 
 
+def test_the_door_is_open_while_no_application_is_known():
+    nothing = WRITTEN.replace("    use_backend app if is_app\n", "")
+    expected = haproxy.amended(WRITTEN).splitlines()
+    expected = [x for x in expected if "bind 0.0.0.0" not in x and "use_backend" not in x]
+    assert haproxy.amended(nothing).splitlines() == expected
+
+
 def test_serves_own_template_writes_pages_that_are_left_open():
     templates = pytest.importorskip("ray.serve._private.haproxy_templates")
     text = "".join(value for value in vars(templates).values() if isinstance(value, str))
     binds = [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")]
     assert "bind *:{{ config.stats_port }}" in binds
+    assert "use_backend " in text and haproxy._DOOR.search(text)
     filled = text.replace("{{ config.stats_port }}", "1").replace("{{ config.metrics_port }}", "2")
-    left = [line for line in haproxy.confined(filled).splitlines() if "bind" in line]
+    left = [line for line in haproxy.amended(filled).splitlines() if "bind" in line]
     assert not [line for line in left if line.split()[1:] and line.split()[1][0] in "*:"]
 
 
 def test_the_program_is_another_than_haproxy(tmp_path: Path):
     configuration = tmp_path / "haproxy.cfg"
-    configuration.write_text("defaults\n  mode http\n  timeout client 1s\n" + WRITTEN)
+    backends = "backend default_backend\nbackend app\n"
+    configuration.write_text("defaults\n  mode http\n  timeout client 1s\n" + WRITTEN + backends)
     command = [haproxy.program(), "-c", "-db", "-f", configuration]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "bind 127.0.0.1:8404" in configuration.read_text()

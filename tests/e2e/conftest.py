@@ -59,9 +59,7 @@ def graph() -> Iterator[Graph]:
     args["refiner_pool"].update(num_cpus=0.5, min_replicas=2, max_replicas=2)
     args["model_pool"].update(max_ongoing_requests=8, max_queued_requests=4)
     url = service_url(config)
-    cluster = LocalCluster(
-        haproxy=True, environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    )
+    cluster = LocalCluster(environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
     with cluster:
         cluster.deploy(config)
         health = statuses_until_ready(cluster, f"{url}/healthz")

@@ -22,11 +22,14 @@ from running_graph import KEY, Graph, body, enlarged, wait_for, without_times
 from benchmarks.traffic import RIGHT, Expected, Traffic, connections, learn
 from kestrel.api_keys import hash_key
 from serve_graph.demo import Sample
+from serve_graph.haproxy import haproxy_binary
 
 pytestmark = pytest.mark.timeout(600)
 
 MODEL = "ray::ServeReplica:segment:Model"
 REFINER = "ray::ServeReplica:segment:Refiner"
+DOORS = {"haproxy": str(haproxy_binary()), "manager": "ray::HAProxyManager"}
+"""HAProxy and the actor of Serve that started it."""
 PATIENCE_S = 180.0
 """Deadline of the requests: a busy machine starts replicas slowly."""
 ROOM = 256
@@ -78,6 +81,14 @@ def load_while(
 def wrong(traffic: Traffic) -> Counter[str]:
     """The requests that were not answered right, by kind, outcome and message."""
     return Counter(f"{s.kind}: {s.outcome} {s.said}" for s in traffic.sent if s.outcome != RIGHT)
+
+
+def door_status(graph: Graph) -> int:
+    """What the HTTP door says, 0 where nothing answers."""
+    try:
+        return httpx.get(f"{graph.url}/healthz", timeout=5).status_code
+    except httpx.TransportError:
+        return 0
 
 
 def kill_one(graph: Graph, title: str, number: signal.Signals = signal.SIGKILL) -> int:
@@ -195,16 +206,20 @@ def test_the_death_of_the_controller_is_not_noticed(
     assert wait_for(known_again, 60)
 
 
+@pytest.mark.parametrize("door", DOORS)
 def test_the_http_door_comes_back_and_only_its_own_connections_break(
-    graph: Graph, updated: Traffic, expected: list[Expected]
+    graph: Graph, updated: Traffic, expected: list[Expected], door: str
 ) -> None:
     killed_at: list[float] = []
 
-    def kill_proxy() -> None:
+    def kill_door() -> None:
         killed_at.append(time.monotonic())
-        kill_one(graph, "ray::ProxyActor")
+        kill_one(graph, DOORS[door])
+        assert wait_for(lambda: door_status(graph) != 200) and wait_for(
+            lambda: door_status(graph) == 200, 60
+        )
 
-    traffic = traffic_while(graph, expected, kill_proxy, pause_s=4.0)
+    traffic = traffic_while(graph, expected, kill_door, pause_s=4.0)
     # A client tries again, as a load balancer would; nothing but the lost door made it do so.
     assert not wrong(traffic)
     assert all(not sent.redials or sent.at + sent.seconds > killed_at[0] for sent in traffic.sent)

@@ -45,7 +45,7 @@ def test_haproxy_has_its_pages_on_loopback_alone(graph: Graph) -> None:
 def test_serves_own_door_serves_too(samples: list[Sample]) -> None:
     config = read_config(LOCAL, free_port())
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    with LocalCluster(environment=token) as cluster:
+    with LocalCluster(haproxy=False, environment=token) as cluster:
         cluster.deploy(config)
         url = service_url(config)
         cluster.wait_ready(f"{url}/healthz")

@@ -95,7 +95,7 @@ def nodes() -> Iterator[Nodes]:
     for pool in ("model_pool", "refiner_pool"):
         args[pool]["max_queued_requests"] = 1000
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    with LocalCluster(num_cpus=1, haproxy=True, environment=token) as cluster:
+    with LocalCluster(num_cpus=1, environment=token) as cluster:
         assert cluster.head is not None
         gpu = cluster.add_node(num_gpus=2, http_port=ports[1])
         cpu = cluster.add_node(resources=CPU_NODE, http_port=ports[2])

@@ -31,7 +31,7 @@ def cluster() -> Iterator[LocalCluster]:
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": DEFAULT_TRACING_EXPORTER_IMPORT_PATH,
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "1.0",
     }
-    with LocalCluster(haproxy=True, environment=tracing) as cluster:
+    with LocalCluster(environment=tracing) as cluster:
         yield cluster
 
 
