@@ -22,6 +22,9 @@ HAPROXY = {
     # ``RAY_SERVE_HAPROXY_BINARY_PATH``: where a node has the program of ``serve_graph.haproxy``.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+    # How long an ingress replica that is to go stays open for HAProxies that have not heard of it,
+    # seconds: they hear within one, and try another where it refuses. Ray's 30 prolong updates.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 
 PATIENCE = {
