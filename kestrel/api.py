@@ -7,7 +7,6 @@ the events of ``kestrel.events`` (this module gives out both) and composes its a
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 import math
@@ -15,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+
+import pybase64
 
 from kestrel.api_keys import ApiKey, find_key, parse_keys
 from kestrel.config import Limits
@@ -269,7 +270,7 @@ def image_bytes(value: Any) -> bytes:
     if not text:
         raise InvalidRequest(f"{name} must not be empty", name)
     try:
-        return base64.b64decode(text, validate=True)
+        return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"{name} is not valid base64", name) from error
 

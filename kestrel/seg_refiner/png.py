@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import struct
 import zlib
 
 import numpy as np
+import pybase64
 
 from kestrel.seg_refiner.deflate import zlib_of_runs
 
@@ -35,7 +35,7 @@ def _encode_mask_png_base64(mask: np.ndarray) -> str:
     if top not in (0, 1, 255) or (top == 255 and _has_between(mask)):
         raise ValueError("mask must hold only 0 and 1, or only 0 and 255")
     png = encode_png(mask, 1 if top == 255 else 255, top)
-    return base64.b64encode(png).decode("ascii")
+    return pybase64.b64encode(png).decode("ascii")
 
 
 def _has_between(mask: np.ndarray) -> bool:
