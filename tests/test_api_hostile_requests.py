@@ -162,8 +162,8 @@ def test_url_is_refused_and_the_message_says_that_nothing_is_fetched(url: str) -
 
 @pytest.mark.parametrize(
     "value",
-    ["", " ", "A", "AAAA====", "AAAA=", "A*AA", "é", "\ud800", "-_-_", "data:", "data:image/png,AAAA",
-     "data:text/html;base64,AAAA", 5, [], {}],
+    ["", " ", "A", "AAAA====", "AAAA=", "A*AA", "é", "\ud800", "-_-_", "data:",
+     "data:image/png,AAAA", "data:text/html;base64,AAAA", 5, [], {}],
 )  # fmt: skip
 def test_image_url_that_is_no_base64_image_is_refused(value: Any) -> None:
     assert refused({"object": "dog", "image_url": value}).field == "image_url"
