@@ -6,7 +6,6 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -35,7 +34,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PORTS = range(20_000, 30_000)
 """Below those that systems lend to outgoing connections, which could take a port before it is used,
 and below those that Serve gives to ingress replicas behind HAProxy."""
+INGRESS_PORTS = range(30_000, 32_600)
+INGRESS_BLOCK = 100
+"""Ports of one cluster for its ingress replicas behind HAProxy. Serve takes them as they come and
+listens as one of several on each, so that clusters of one machine that have the same ones get each
+other's requests."""
 _given: deque[int] = deque(maxlen=len(PORTS) // 2)
+_given_blocks: deque[int] = deque(maxlen=len(INGRESS_PORTS) // INGRESS_BLOCK // 2)
 
 
 def _page_ports() -> dict[str, str]:
@@ -44,17 +49,39 @@ def _page_ports() -> dict[str, str]:
     return {f"RAY_SERVE_HAPROXY_{page}_PORT": str(free_port()) for page in pages}
 
 
+def _ingress_block() -> int:
+    """The first of ``INGRESS_BLOCK`` ports on which nothing listens, and that this process has not
+    given before, as far as it remembers."""
+    blocks = INGRESS_PORTS[::INGRESS_BLOCK]
+    for first in random.sample(blocks, len(blocks)):
+        ports = range(first, first + INGRESS_BLOCK)
+        if first not in _given_blocks and all(map(_is_free, ports)):
+            _given_blocks.append(first)
+            return first
+    raise LaunchError(f"no {INGRESS_BLOCK} TCP ports in a row are free in {_named(INGRESS_PORTS)}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _named(ports: range) -> str:
+    return f"{ports.start} to {ports.stop}"
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on at this moment, and that this process has not been given
     before, as far as it remembers: what it was for may be about to listen."""
     for port in random.sample(PORTS, len(PORTS)):
-        if port in _given:
-            continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        if port not in _given and _is_free(port):
             _given.append(port)
             return port
-    raise LaunchError("no TCP port from 20000 to 32000 is free")
+    raise LaunchError(f"no TCP port from {_named(PORTS)} is free")
 
 
 def draining(config: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +195,7 @@ class LocalCluster:
 
     def _haproxy_variables(self) -> dict[str, str]:
         """``HAPROXY``, with files and ports that no other cluster of this machine has."""
-        prefix = "RAY_SERVE_HAPROXY_"
+        prefix, first = "RAY_SERVE_HAPROXY_", _ingress_block()
         return {
             **HAPROXY,
             BINARY_PATH: str(program()),
@@ -177,6 +204,9 @@ class LocalCluster:
             f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),
             f"{prefix}SERVER_STATE_BASE": str(self.dir),
             f"{prefix}SERVER_STATE_FILE": str(self.dir / "server-state"),
+            f"{prefix}METRICS_SOCKET_PATH": str(self.dir / "log.sock"),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + INGRESS_BLOCK),
             **_page_ports(),
         }
 

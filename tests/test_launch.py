@@ -150,6 +150,9 @@ def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyP
 # Its environment
 
 
+ENDS = ("MIN", "MAX")
+
+
 @pytest.mark.parametrize("haproxy", [True, False], ids=["haproxy", "python"])
 def test_nodes_that_others_start_get_what_the_launcher_sets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], haproxy: bool
@@ -162,7 +165,9 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     own = LocalCluster(haproxy=haproxy).variables
     # What only a cluster of one machine has: loopback, its token, and nobody to drain for; and
     # files and ports of HAProxy that are its own.
-    own = {k: v for k, v in own.items() if "_HAPROXY_" not in k or k == BINARY_PATH}
+    local = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_M")
+    kept = (BINARY_PATH, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
+    own = {k: v for k, v in own.items() if not k.startswith(local) or k in kept}
     there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
@@ -173,3 +178,12 @@ def test_a_port_is_given_twice() -> None:
     """One for the dashboard and for Ray Client, say: Ray then refuses to start."""
     ports = [free_port() for _ in range(600)]
     assert len(set(ports)) == len(ports)
+
+
+def test_two_clusters_of_one_machine_share_ports_of_their_ingress() -> None:
+    ports = [
+        range(*(int(variables[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ENDS))
+        for variables in (LocalCluster(haproxy=True).variables for _ in range(10))
+    ]
+    taken = [port for block in ports for port in block]
+    assert len(set(taken)) == len(taken) == 10 * launch.INGRESS_BLOCK
