@@ -205,6 +205,8 @@ class LocalCluster:
             f"{prefix}SERVER_STATE_BASE": str(self.dir),
             f"{prefix}SERVER_STATE_FILE": str(self.dir / "server-state"),
             f"{prefix}METRICS_SOCKET_PATH": str(self.dir / "log.sock"),
+            # Serve's own proxy, which HAProxy asks while it knows no ingress replica: shared too.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + INGRESS_BLOCK),
             **_page_ports(),

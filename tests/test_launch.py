@@ -165,7 +165,7 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     own = LocalCluster(haproxy=haproxy).variables
     # What only a cluster of one machine has: loopback, its token, and nobody to drain for; and
     # files and ports of HAProxy that are its own.
-    local = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_M")
+    local = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_M", "RAY_SERVE_FALLBACK_")
     kept = (BINARY_PATH, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
     own = {k: v for k, v in own.items() if not k.startswith(local) or k in kept}
     there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
@@ -181,9 +181,11 @@ def test_a_port_is_given_twice() -> None:
 
 
 def test_two_clusters_of_one_machine_share_ports_of_their_ingress() -> None:
+    clusters = [LocalCluster(haproxy=True).variables for _ in range(10)]
     ports = [
         range(*(int(variables[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ENDS))
-        for variables in (LocalCluster(haproxy=True).variables for _ in range(10))
+        for variables in clusters
     ]
     taken = [port for block in ports for port in block]
     assert len(set(taken)) == len(taken) == 10 * launch.INGRESS_BLOCK
+    assert len({variables["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] for variables in clusters}) == 10

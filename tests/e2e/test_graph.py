@@ -6,14 +6,16 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,12 +241,14 @@ def test_deadline_is_a_504_and_frees_the_slot(
 def test_client_that_leaves_frees_the_slot(
     graph: Graph, samples: list[Sample], huge: bytes, tmp_path: Path
 ) -> None:
-    # Other bytes each time, behind the end of the PNG: what was encoded is remembered.
-    requests = [body(replace(samples[0], image=huge + bytes([number]))) for number in range(2)]
-    picture = tmp_path / "huge.png"
-    picture.write_bytes(huge + bytes([2]))
+    numbers = itertools.count()
 
-    async def leave_http(request: dict[str, Any], **fields: bool) -> None:
+    def fresh() -> bytes:
+        """Other bytes each time, behind the end of the PNG: what was encoded is remembered."""
+        return huge + bytes([next(numbers)])
+
+    async def leave_http(**fields: bool) -> None:
+        request = body(replace(samples[0], image=fresh()))
         async with httpx.AsyncClient(base_url=graph.url, headers=graph.http.headers) as client:
             answer = asyncio.create_task(client.post("/v1/segment", json=request | fields))
             while not await asyncio.to_thread(graph.count, "Model", "running"):
@@ -253,18 +257,21 @@ def test_client_that_leaves_frees_the_slot(
             await asyncio.wait([answer])
 
     async def leave_handle() -> None:
+        picture = tmp_path / "huge.png"
+        picture.write_bytes(fresh())
         assert "ok" in graph.driver.ask("leave", object=samples[0].noun, image=str(picture))
 
-    plain, streamed = requests
-    for leave in (
-        lambda: leave_http(plain),
-        lambda: leave_http(streamed, stream=True),
-        leave_handle,
-    ):
+    def freed(leave: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         cancelled = graph.count("Model", "cancelled")
         asyncio.run(leave())
-        assert wait_for(lambda before=cancelled: graph.count("Model", "cancelled") == before + 1)
+        told = wait_for(lambda: graph.count("Model", "cancelled") == cancelled + 1, 10)
         assert wait_for(lambda: graph.count("Model", "running") == 0)
+        return told
+
+    # On a busy machine the model may be done before it hears of it: then once more.
+    assert any(freed(leave_http) for _ in range(4))
+    assert any(freed(partial(leave_http, stream=True)) for _ in range(4))
+    assert any(freed(leave_handle) for _ in range(4))
 
 
 def test_client_that_leaves_cancels_the_refinement(
