@@ -18,9 +18,9 @@ import yaml
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
 from serve_graph.args import check
-from serve_graph.environment import BEFORE_RAY, HAPROXY
+from serve_graph.environment import BEFORE_RAY
 from serve_graph.errors import LaunchError
-from serve_graph.haproxy import BINARY_PATH, SUPPORTED, program
+from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.launch import LocalCluster, free_port
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -121,9 +121,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    variables = BEFORE_RAY
-    if options.haproxy:
-        variables = {**variables, **HAPROXY, BINARY_PATH: str(program())}
+    variables = {**BEFORE_RAY, **(haproxy_variables() if options.haproxy else {})}
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 

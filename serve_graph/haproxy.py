@@ -19,6 +19,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from serve_graph.environment import HAPROXY
 from serve_graph.errors import LaunchError
 
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -62,6 +63,11 @@ def program() -> Path:
     if not path.exists():
         raise LaunchError(f"{path} is missing: pip install '.[serve]' with {sys.executable}")
     return path
+
+
+def haproxy_variables() -> dict[str, str]:
+    """``HAPROXY`` on this machine; LaunchError where a part is missing."""
+    return {**HAPROXY, BINARY_PATH: str(program())}
 
 
 def main() -> None:

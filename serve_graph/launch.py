@@ -22,9 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY, LOOPBACK
+from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK
 from serve_graph.errors import LaunchError
-from serve_graph.haproxy import BINARY_PATH, SUPPORTED, program
+from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.node import RayNode
 from serve_graph.ray_token import token, token_variables
 
@@ -102,9 +102,8 @@ class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
-    ``num_cpus`` are logical CPUs; ``haproxy``: see ``HAPROXY``, LaunchError where there is none;
-    ``environment`` adds to and overrides that of Ray's processes; ``without_token``: see
-    ``token_variables``.
+    ``num_cpus`` are logical CPUs; ``haproxy``: see ``haproxy_variables``; ``environment`` adds to
+    and overrides that of Ray's processes; ``without_token``: see ``token_variables``.
     """
 
     def __init__(
@@ -194,11 +193,10 @@ class LocalCluster:
             raise
 
     def _haproxy_variables(self) -> dict[str, str]:
-        """``HAPROXY``, with files and ports that no other cluster of this machine has."""
+        """``haproxy_variables``, with files and ports that no other cluster of this machine has."""
         prefix, first = "RAY_SERVE_HAPROXY_", _ingress_block()
         return {
-            **HAPROXY,
-            BINARY_PATH: str(program()),
+            **haproxy_variables(),
             f"{prefix}CONFIG_FILE_LOC": str(self.dir / "haproxy.cfg"),
             # Serve puts a folder of 56 letters in between, and a socket's path has room for 97.
             f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),

@@ -23,6 +23,7 @@ from benchmarks.traffic import RIGHT, Expected, Traffic, connections, learn
 from kestrel.api_keys import hash_key
 from serve_graph.demo import Sample
 from serve_graph.haproxy import haproxy_binary
+from serve_graph.node import kill
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -216,7 +217,7 @@ def test_the_http_door_comes_back_and_only_its_own_connections_break(
         killed_at.append(time.monotonic())
         # Some may be left of before the last change, until their connections end.
         for pid in graph.pids(DOORS[door]):
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         assert wait_for(lambda: door_status(graph) != 200) and wait_for(
             lambda: door_status(graph) == 200, 60
         )
