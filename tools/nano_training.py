@@ -84,18 +84,24 @@ def block_pass(block: Block, x: Tensor, table: Tensor, logs: Tensor, p: int, q: 
     normed = block.ln(x)
     qs, ks, vs = block.attn.project(normed, table, logs)
     qs = qs * (1.0 / math.sqrt(qs.shape[-1]))
-    kp, vp = ks[:, :, :p], vs[:, :, :p]
-    first = (qs[:, :, :p] @ kp.transpose(-1, -2)).softmax(-1) @ vp
-    mine_q = qs[:, :, p:].unflatten(2, (q, s))
-    mine_k = ks[:, :, p:].unflatten(2, (q, s))
-    mine_v = vs[:, :, p:].unflatten(2, (q, s))
-    to_prefix = (qs[:, :, p:] @ kp.transpose(-1, -2)).unflatten(2, (q, s))
-    causal = torch.ones(s, s, dtype=torch.bool, device=x.device).tril()
-    to_self = (mine_q @ mine_k.transpose(-1, -2)).masked_fill(~causal, float("-inf"))
-    weights = torch.cat([to_prefix, to_self], dim=-1).softmax(-1)
-    from_prefix = (weights[..., :p].flatten(2, 3) @ vp).unflatten(2, (q, s))
-    second = (from_prefix + weights[..., p:] @ mine_v).flatten(2, 3)
-    return x + block.attn.merge(torch.cat([first, second], dim=2)) + block.mlp(normed)
+    mine_q, mine_k, mine_v = (t[:, :, p:].unflatten(2, (q, s)) for t in (qs, ks, vs))
+    later = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
+    to_prefix = (qs @ ks[:, :, :p].transpose(-1, -2)).float()
+    to_self = (mine_q @ mine_k.transpose(-1, -2)).float().masked_fill(later, float("-inf"))
+    # One softmax over both, taken apart: put together in one tensor first, the scores of the
+    # questions make the compiled loops a third slower.
+    most = to_prefix.detach().amax(-1, keepdim=True)
+    most_self = to_self.detach().amax(-1, keepdim=True).flatten(2, 3)
+    most = torch.cat([most[:, :, :p], torch.maximum(most[:, :, p:], most_self)], dim=2)
+    prefix_part = (to_prefix - most).exp()
+    self_part = (to_self - most[:, :, p:].unflatten(2, (q, s))).exp()
+    total = prefix_part.sum(-1, keepdim=True)
+    own_total = self_part.sum(-1, keepdim=True).flatten(2, 3)
+    total = torch.cat([total[:, :, :p], total[:, :, p:] + own_total], dim=2)
+    heard = prefix_part.to(vs.dtype) @ vs[:, :, :p]
+    own = (self_part.to(vs.dtype) @ mine_v).flatten(2, 3)
+    heard = torch.cat([heard[:, :, :p], heard[:, :, p:] + own], dim=2) / total
+    return x + block.attn.merge(heard.to(vs.dtype)) + block.mlp(normed)
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:

@@ -92,9 +92,12 @@ def _packs() -> dict[str, Pack]:
     return {style: Pack(style, wanted_names(style)) for style in SOURCES}
 
 
-def _is_clutter(style: str, name: str) -> bool:
-    """Whether a picture may stand in a scene unnamed: nothing that a noun could mean."""
-    return name not in wanted_names(style) and not LOOKALIKES.search(name.lower())
+@lru_cache(maxsize=len(SOURCES))
+def _clutter(style: str) -> tuple[str, ...]:
+    """Pictures that may stand in a scene unnamed: nothing that a noun could mean."""
+    wanted = wanted_names(style)
+    names = (sprite["name"] for sprite in _packs()[style].sprites)
+    return tuple(n for n in names if n not in wanted and not LOOKALIKES.search(n.lower()))
 
 
 class SceneGenerator:
@@ -145,10 +148,10 @@ class SceneGenerator:
                 self.sprites[noun] = by_style
         self.nouns = list(self.sprites)
         self.clutter = [
-            (style, sprite["name"])
+            (style, name)
             for style in styles
-            for sprite in packs[style].sprites
-            if _is_clutter(style, sprite["name"]) and self._allowed(style, sprite["name"])
+            for name in _clutter(style)
+            if self._allowed(style, name)
         ]
 
     def _allowed(self, style: str, name: str) -> bool:
