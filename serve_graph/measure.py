@@ -45,6 +45,8 @@ class Answer:
     """Prefill and decode: the time in a slot of the model."""
     refine: float | None
     """None: it was not refined."""
+    prepare: float = 0.0
+    """In the model before that: waiting, and the picture."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Level:
     @property
     def slot_s(self) -> float:
         return float(np.mean([answer.slot for answer in self.answers]))
+
+    @property
+    def model_s(self) -> float:
+        """In the model, with what comes before the slot."""
+        return self.slot_s + float(np.mean([answer.prepare for answer in self.answers]))
 
     @property
     def held(self) -> float:
@@ -100,7 +107,8 @@ async def ask(client: httpx.AsyncClient, body: bytes) -> Answer:
     stages = read_timing(reply.headers.get("server-timing", ""))
     if "prefill" not in stages:
         raise PlanError("the answers carry no Server-Timing header: is this the graph?")
-    return Answer(total, stages["prefill"] + stages["decode"], stages.get("refine"))
+    slot = stages["prefill"] + stages["decode"]
+    return Answer(total, slot, stages.get("refine"), stages["prepare"])
 
 
 async def closed_loop(
@@ -225,8 +233,11 @@ def profile_in_cpu_time(
             held.append(round(holds, 3))
             slot_s.append(round(holds * cpu.model, 5))
     waits = np.array([a.total - a.slot - (a.refine or 0.0) for a in alone.answers])
+    # Alone, nothing keeps the model from as many cores as it can use.
+    cores = max(1.0, own[0].model / alone.model_s)
     # What of it the stages and the door take beyond what the answers say of them.
-    waits -= (own[0].model - alone.slot_s) + (own[0].refiner - alone.refine_s) + own[0].door
+    waits -= (own[0].model / cores - alone.slot_s) + (own[0].refiner - alone.refine_s)
+    waits -= own[0].door
     return Profile(
         name=name,
         measured=measured,
@@ -237,6 +248,7 @@ def profile_in_cpu_time(
         refine_s=quantiles(refine_s),
         refiner_cpus=1.0,
         overhead_s=quantiles(np.maximum(waits, 0.0)),
+        model_cores=round(cores, 3),
         door_s=round(door_s, 5),
     )
 

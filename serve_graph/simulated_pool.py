@@ -59,7 +59,7 @@ class Cores:
     def __init__(self, cores: float) -> None:
         self.cores = cores
         self.worked = 0.0
-        self._threads = 0
+        self._busy = 0.0
         self._at = 0.0
         self._speed = 1.0
 
@@ -68,10 +68,11 @@ class Cores:
         self.worked += (now - self._at) * self._speed
         self._at = now
 
-    def occupy(self, threads: int) -> None:
-        """So many threads more are busy from now on (fewer: negative)."""
-        self._threads += threads
-        self._speed = min(1.0, self.cores / self._threads) if self._threads else 1.0
+    def occupy(self, threads: float) -> None:
+        """So many threads more are busy from now on (fewer: negative); parts of one are busy so
+        much of the time."""
+        self._busy += threads
+        self._speed = min(1.0, self.cores / self._busy) if self._busy > 0 else 1.0
 
     def when(self, worked: float) -> float:
         """The time at which the clock shows ``worked`` if no thread comes or goes before."""
@@ -112,17 +113,17 @@ class SimulatedPool:
         seconds: Sequence[float],
         work: Sequence[float],
         cores: Cores,
-        threads: int,
+        threads: Sequence[float],
     ) -> None:
         """``seconds[b]``: time of a request of work 1 on a replica that runs b, up to as many as it
-        has slots. ``work``: of each request; they are used again and again. ``threads``: that a
-        replica keeps busy at most."""
+        has slots, and ``threads[b]`` that it keeps busy meanwhile. ``work``: of each request; they
+        are used again and again."""
         self.plan = plan
         self.slots = len(seconds) - 1
         self.seconds = seconds
         self.work = work
         self.cores = cores
-        self._threads = [min(held, threads) for held in range(self.slots + 1)]
+        self._threads = threads
         self.replicas: list[Replica] = []
         self.roomy: list[Replica] = []
         self.queue: deque[int] = deque()

@@ -117,15 +117,20 @@ class Simulation:
         # itself it has those that its replica was measured with.
         cpus = math.inf if shared else max(1.0, profile.refiner_cpus)
         held = np.arange(profile.slots + 1)
+        model_cores = profile.model_cores if shared else 1.0
         self.model = SimulatedPool(
-            scenario.model, profile.seconds(held).tolist(), work.tolist(), self.cores, 1
+            scenario.model,
+            (profile.seconds(held) / model_cores).tolist(),
+            work.tolist(),
+            self.cores,
+            [0.0] + [model_cores] * profile.slots,
         )
         self.refiner = SimulatedPool(
             scenario.refiner,
             [mean_refine_s * max(1.0, k / cpus) for k in range(threads + 1)],
             (refine_s / mean_refine_s).tolist(),
             self.cores,
-            threads,
+            range(threads + 1),
         )
         self.refiner_s = mean_refine_s / min(threads, cpus)
         self.door: SimulatedPool | None = None
@@ -133,7 +138,7 @@ class Simulation:
             # Half of its work on the way in, half on the way out.
             half = [profile.door_s / 2] * (DOOR_PROCESSES + 1)
             plan = PoolPlan(1, max_ongoing=ANY)
-            self.door = SimulatedPool(plan, half, [1.0], self.cores, DOOR_PROCESSES)
+            self.door = SimulatedPool(plan, half, [1.0], self.cores, range(DOOR_PROCESSES + 1))
         else:
             self.overhead += profile.door_s
         self.events: list[tuple[float, int, int, Any]] = []

@@ -156,6 +156,7 @@ def test_cpu_times_of_processes_become_a_profile_that_tells_the_measured_times_a
     assert profile.refine_s[50] == pytest.approx(0.02)
     # Idling is not part of a request: 0.04 s of a second with 6.7 or 20 requests.
     assert profile.door_s == pytest.approx(0.03 - 0.04 * (0.15 + 0.05) / 2)
+    assert profile.model_cores == pytest.approx(0.09 / 0.08, abs=1e-3)
     plan = scenario(profile, AIM, STARTS, 1, 1, 2)
     lone = replace(plan, arrivals=ClosedLoop(1), cores=2.0, seconds=20.0)
     assert Simulation(lone).run().percentile(50) == pytest.approx(0.15, abs=0.003)

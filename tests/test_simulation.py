@@ -195,6 +195,18 @@ def test_pools_on_one_machine_slow_each_other_down_and_on_their_own_do_not() -> 
     assert alone.latency.mean() == pytest.approx(2.5)
 
 
+def test_model_that_uses_two_cores_has_them_while_nobody_else_does() -> None:
+    both = replace(SECOND, work=(1.0, 1.0), refine_s=(1.0, 1.0), model_cores=2.0)
+    loop = steady(
+        both, 1, 0.0, arrivals=ClosedLoop(1), refined_share=1.0, seconds=300.0, warmup_s=0.0
+    )
+    # A second of CPU in the model, on two cores, then one on the refiner's.
+    assert Simulation(replace(loop, cores=2.0)).run().latency.mean() == pytest.approx(1.5)
+    assert Simulation(replace(loop, cores=1.0)).run().latency.mean() == pytest.approx(2.0)
+    full = Simulation(replace(loop, arrivals=ClosedLoop(8), cores=2.0)).run()
+    assert full.answered_per_s == pytest.approx(1.0, rel=0.05)
+
+
 def test_door_lets_so_many_through_at_once_as_it_has_processes() -> None:
     busy_door = replace(SECOND, slots=64, held=(64.0,), slot_s=(1e-6,), door_s=1.0)
     loop = steady(busy_door, 1, 0.0, arrivals=ClosedLoop(12), seconds=300.0, warmup_s=0.0)
