@@ -6,8 +6,10 @@
 Measures the graph of ``configs/local.yaml`` with closed loops and by the CPU time of its processes,
 which share this machine's cores with each other and with the client. Then it sends requests, at
 random times and from closed loops, and simulates the same load with what was measured just before
-and after: the random times are the same in both. How far the two measurements of a level lie apart
-says how much of an error is the machine's.
+and after: the random times are the same in both. A shared machine's cores change their speed from
+minute to minute: all times are counted at the speed that the cores had during the load
+(``benchmarks.core_speed``). How far the two measurements of a level then lie apart says how much of
+an error is left to the machine.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from benchmarks.core_speed import CoreSpeed
 from serve_graph import cpu_time
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.arrivals import Arrivals, ClosedLoop, Poisson, Recorded
@@ -54,7 +57,10 @@ CLIENTS = (3, 6, 12)
 LOOSE = 0.2
 """How far the simulation may be off."""
 SEEDS = range(8)
-IDLE_S = 4.0
+SETTLE_S = 10.0
+IDLE_S = 10.0
+"""What runs all the time is looked at for so long, so long after the graph's first requests: what
+starts a graph goes on for a while after it answers."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,41 @@ async def loop(url: str, clients: int, seconds: float, requests: Iterator[bytes]
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         level = await closed_loop(client, requests, clients, seconds)
     return Seen.of([answer.total for answer in level.answers], level.per_s)
+
+
+def at_speed(level: Level, slowness: float) -> Level:
+    """A level as it would have been on cores so many times slower."""
+    assert level.cpu is not None
+    return Level(
+        level.clients,
+        level.per_s / slowness,
+        [
+            replace(
+                answer,
+                total=answer.total * slowness,
+                slot=answer.slot * slowness,
+                refine=None if answer.refine is None else answer.refine * slowness,
+                prepare=answer.prepare * slowness,
+            )
+            for answer in level.answers
+        ],
+        level.cpu.each(1 / slowness),
+    )
+
+
+def profile_at_speed(profile: Profile, slowness: float) -> Profile:
+    """A profile as it would have been measured on cores so many times slower."""
+
+    def slower(times: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(seconds * slowness for seconds in times)
+
+    return replace(
+        profile,
+        slot_s=slower(profile.slot_s),
+        refine_s=slower(profile.refine_s),
+        overhead_s=slower(profile.overhead_s),
+        door_s=profile.door_s * slowness,
+    )
 
 
 def merged(rounds: list[list[Level]]) -> list[Level]:
@@ -174,8 +215,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     args["refine_timeout_s"] = 60
     url, slots = service_url(settings), args["runtime"]["max_batch_size"]
     requests, seconds = mixed(), options.seconds
-    loads: list[tuple[str, Arrivals, Seen]] = []
-    with LocalCluster() as cluster:
+    loads: list[tuple[str, Arrivals, Seen, float]] = []
+    with CoreSpeed() as speed, LocalCluster() as cluster:
         cluster.deploy(settings)
         cluster.wait_ready(f"{url}/healthz")
 
@@ -184,24 +225,40 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             return cpu_time.read(cluster.head)
 
         def measured() -> list[Level]:
-            return asyncio.run(
-                measure(url, requests, slots=slots, seconds=options.level_seconds, cpu_time=now)
+            """The levels at the speed of ``usual``."""
+            looks: list[float] = []
+
+            def look() -> CpuTime:
+                looks.append(time.monotonic())
+                return now()
+
+            levels = asyncio.run(
+                measure(url, requests, slots=slots, seconds=options.level_seconds, cpu_time=look)
             )
+            # At the beginning and the end of each.
+            slow = [speed.slowness(a, b) for a, b in zip(looks[::2], looks[1::2], strict=True)]
+            return [at_speed(level, usual / s) for level, s in zip(levels, slow, strict=True)]
 
         asyncio.run(loop(url, 2, 2.0, requests))
+        time.sleep(SETTLE_S)
         started, began = now(), time.monotonic()
         time.sleep(IDLE_S)
         idle = (now() - started).each(time.monotonic() - began)
+        usual = speed.slowness(began, time.monotonic())
         before = measured()
         most = max(level.per_s for level in before)
         for share in SHARES:
             rng = np.random.default_rng(round(100 * share))
             times = Poisson(lambda _, rate=share * most: rate).times(seconds, rng)  # type: ignore[misc]
+            began = time.monotonic()
             real = asyncio.run(send(url, times, requests))
-            loads.append((f"{share:.0%} of capacity", Recorded(tuple(times)), real))
+            slow = speed.slowness(began, time.monotonic()) / usual
+            loads.append((f"{share:.0%} of capacity", Recorded(tuple(times)), real, slow))
         for clients in CLIENTS:
+            began = time.monotonic()
             real = asyncio.run(loop(url, clients, seconds / 2, requests))
-            loads.append((f"{clients} clients", ClosedLoop(clients), real))
+            slow = speed.slowness(began, time.monotonic()) / usual
+            loads.append((f"{clients} clients", ClosedLoop(clients), real, slow))
         after = measured()
     levels = merged([before, after])
     # What runs all the time, the graph's own idling included, is not there for requests.
@@ -221,18 +278,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     others = max(
         level.per_s * (level.cpu.machine - level.cpu.ours) for level in levels if level.cpu
     )
+    slowness = [slow for *_, slow in loads]
     print(
         f"{cores:.2f} cores free; a request's CPU: model {1e3 / profile.model_per_s:.1f} ms in a "
         f"full batch, {1e3 * profile.slot_s[0]:.1f} ms alone, refiner "
         f"{1e3 * np.mean(profile.refine_s):.1f} ms, door {1e3 * profile.door_s:.1f} ms\n"
-        f"other programs had up to {others:.2f} cores, the graph's speed changed up to "
-        f"{drift(before, after):.2f} times meanwhile",
+        f"other programs had up to {others:.2f} cores; the same work took the cores "
+        f"{min(slowness):.2f} to {max(slowness):.2f} of its usual time during the loads; beside "
+        f"that, the graph's speed changed up to {drift(before, after):.2f} times meanwhile",
         flush=True,
     )
     rows = []
-    for name, arrivals, real in loads:
+    for name, arrivals, real, slow in loads:
         span = seconds / 2 if isinstance(arrivals, ClosedLoop) else seconds
-        said = simulated(profile, arrivals, span, cores, refined, args)
+        said = simulated(profile_at_speed(profile, slow), arrivals, span, cores, refined, args)
         rows.append(compared(name, real, said))
     good = sum(abs(off) <= LOOSE for row in rows for off in row["error"].values())
     print(f"{good} of {3 * len(rows)} within {LOOSE:.0%}", flush=True)
@@ -243,6 +302,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "capacity_per_s": most,
         "cores": cores,
         "others_cores": others,
+        "slowness": {name: slow for name, _, _, slow in loads},
         "drift": drift(before, after),
         "refined_share": refined,
         "profile": asdict(profile),
