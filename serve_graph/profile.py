@@ -42,8 +42,8 @@ class Profile:
     overhead_s: tuple[float, ...]
     """Quantiles of what is left of a request: HTTP, handle calls, encoding."""
     model_cores: float = 1.0
-    """Cores that a model replica keeps busy while it works, where ``slot_s`` is CPU time: it encodes
-    pictures beside its steps, and steps of a lone request take two."""
+    """Cores that a model replica keeps busy while it works, where ``slot_s`` is CPU time: it
+    encodes pictures beside its steps, and steps of a lone request take two."""
     door_s: float = 0.0
     """Seconds of CPU that client, HTTP door and ingress take of a request, where they were measured
     apart from ``overhead_s``, which is then what passes while nothing of it runs."""
