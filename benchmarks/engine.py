@@ -31,9 +31,11 @@ from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.api import SegmentRequest, SegmentSettings
 from kestrel.config import SHIPPED_MODELS
 from kestrel.image import decode
+from kestrel.moondream.checkpoint import local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import overlap_crops
 from kestrel.moondream.model import Moondream, load
+from kestrel.ops.device import resolve_image_dtype
 from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token, build_prompt
 
 NANO = SHIPPED_MODELS / "nano"
@@ -187,7 +189,7 @@ def bare_call(model: Moondream, question: Question) -> tuple[str, dict[str, floa
     special, text = model.config.prompt, model.cached
     cache, slots = model.new_cache(1), torch.tensor([0])
     bos = model.embed_tokens(torch.tensor([special.bos_id]))
-    cache.put(0, text.prefix(torch.cat([bos, image])))
+    cache.put(0, text.prefix(torch.cat([bos, image.to(bos.dtype)])))
     lap("prefix")
     request = SegmentRequest(question.noun, question.image, settings=SegmentSettings())
     prompt = build_prompt(request, model.config, model.tokenizer)
@@ -221,11 +223,18 @@ def bare_call(model: Moondream, question: Question) -> tuple[str, dict[str, floa
     return answer.path, parts
 
 
+def shipped_model() -> Moondream:
+    """The shipped model as an engine would load it."""
+    cpu, checkpoint = torch.device("cpu"), local_checkpoint(NANO)
+    images = resolve_image_dtype("auto", cpu, torch.float32, *checkpoint.stored())
+    return load(checkpoint, cpu, torch.float32, half_images=images == torch.bfloat16)
+
+
 async def idle_overhead(rounds: int) -> dict[str, Any]:
     """Milliseconds that the engine adds to the bare call of its model, a picture each; the parts of
     that call."""
     engine = await InferenceEngine.create(RuntimeConfig(refiner=None, torch_threads=1))
-    model = load(NANO, torch.device("cpu"), torch.float32)
+    model = shipped_model()
     bare, served, parts = [], [], []
     pool = questions()
     for n in range(rounds * 12):

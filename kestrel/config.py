@@ -260,11 +260,13 @@ class RuntimeConfig:
     """``auto`` (CUDA when torch sees one), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
     """``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16``, ``float16``."""
-    image_dtype: str | None = None
+    image_dtype: str | None = "auto"
     """``bfloat16``: a float32 model on a CPU encodes images in bfloat16, vision tower and prefix,
-    which takes less time where the processor has products for it (AMX). The decoder's weights are
-    then held once more in bfloat16. Prompt and answer stay float32, and a request's answer the same
-    alone and in a batch, but its tokens are often others than float32 gives. None: as ``dtype``."""
+    which takes half the time where the processor has matrix units for it (AMX). The decoder's
+    weights are then held once more in bfloat16. Prompt and answer stay float32, and a request's
+    answer the same alone and in a batch, but its tokens are often others than float32 gives, as
+    those of another processor may be. ``auto``: bfloat16 for a small model on such a processor
+    whose weights are stored in it, so that none is rounded. None: as ``dtype``."""
     max_batch_size: int = 16
     """Requests that decode together (KV slots)."""
     max_context: int = 4096
@@ -392,9 +394,9 @@ class RuntimeConfig:
             self.dtype,
         )
         _check(
-            self.image_dtype in (None, "bfloat16"),
+            self.image_dtype in (None, "auto", "bfloat16"),
             "image_dtype",
-            "must be bfloat16 or null",
+            "must be auto, bfloat16 or null",
             self.image_dtype,
         )
         _check_device(self.device)

@@ -29,7 +29,7 @@ from kestrel.config import RuntimeConfig
 from kestrel.job import EngineError, Job, engine_ended
 from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load
-from kestrel.ops.device import resolve_device, resolve_dtype
+from kestrel.ops.device import resolve_device, resolve_dtype, resolve_image_dtype
 from kestrel.refining import RefineThreads, make_refiner, refined_by
 from kestrel.scheduler import Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -99,7 +99,8 @@ class InferenceEngine:
             device = resolve_device(config.device)
             checkpoint = locate(config.located)
             dtype = resolve_dtype(config.dtype, device)
-            halved = config.image_dtype is not None and device.type == "cpu"
+            images = resolve_image_dtype(config.image_dtype, device, dtype, *checkpoint.stored())
+            halved = images != dtype
             model = load(checkpoint, device, dtype, config.max_context, half_images=halved)
             return cls(config, model, checkpoint.folder)
 

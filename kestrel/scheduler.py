@@ -31,13 +31,12 @@ from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
 from kestrel.job import EngineError, Job, engine_ended, engine_error
 from kestrel.moondream.model import Moondream
+from kestrel.ops.device import SMALL_MODEL
 from kestrel.pictures import Picture, Pictures
 from kestrel.skills.segment import Phase
 
 log = logging.getLogger(__name__)
 
-SMALL_MODEL = 30_000_000
-"""Parameters under which a model on a CPU gets one thread, unless the configuration says more."""
 AHEAD = 8
 """Waiting requests whose images may be held decoded: bounds memory, not the queue."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import torch
 
 from kestrel.config import ConfigError, ModelSource
 from kestrel.hub import NotKnown, NotThere, Snapshot
@@ -45,6 +48,11 @@ class Checkpoint:
             if given is not None:
                 return MoondreamConfig.from_dict(given)
         return published_architecture(self.weights)
+
+    def stored(self) -> tuple[set[torch.dtype | None], int]:
+        """Types of its tensors, as ``Stored.dtype``, and how many numbers they hold."""
+        index = read_index(self.weights)
+        return {tensor.dtype for tensor in index}, sum(math.prod(tensor.shape) for tensor in index)
 
 
 def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:

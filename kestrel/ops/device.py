@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from kestrel.config import ConfigError
+
+SMALL_MODEL = 30_000_000
+"""Parameters under which a model on a CPU gets one thread, and encodes images in bfloat16 by itself
+where that is faster: a second copy of its weights costs little."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -28,3 +34,32 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         "bfloat16": torch.bfloat16,
         "float16": torch.float16,
     }[dtype]
+
+
+def has_matrix_units() -> bool:
+    """Whether the processor has products of bfloat16 matrices (AMX), several times as fast as those
+    of float32."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
+def resolve_image_dtype(
+    image_dtype: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Iterable[torch.dtype | None],
+    parameters: int,
+) -> torch.dtype:
+    """What images are encoded in by a model that computes in ``dtype``.
+
+    ``bfloat16`` counts for float32 on a CPU, where ``auto`` means it for a model under
+    ``SMALL_MODEL`` parameters whose weights are ``stored`` in bfloat16, so that none of them is
+    rounded, where the processor has matrix units. None: ``dtype``.
+    """
+    if image_dtype is None or device.type != "cpu" or dtype != torch.float32:
+        return dtype
+    if image_dtype == "auto":
+        exact = all(kind == torch.bfloat16 for kind in stored)
+        if not (exact and parameters < SMALL_MODEL and has_matrix_units()):
+            return dtype
+    return torch.bfloat16

@@ -1,0 +1,82 @@
+"""Images are encoded in another number format than the configuration and the processor call for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kestrel import InferenceEngine, RuntimeConfig
+from kestrel.config import SHIPPED_MODELS, ConfigError
+from kestrel.moondream.checkpoint import local_checkpoint
+from kestrel.ops import device as devices
+from kestrel.ops.device import SMALL_MODEL, resolve_image_dtype
+
+NANO = SHIPPED_MODELS / "nano"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HALF, WHOLE = torch.bfloat16, torch.float32
+FEW, MANY = SMALL_MODEL - 1, SMALL_MODEL
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "stored", "parameters", "units", "given"),
+    [
+        ("auto", CPU, WHOLE, {HALF}, FEW, True, HALF),
+        ("auto", CPU, WHOLE, {HALF}, FEW, False, WHOLE),
+        ("auto", CPU, WHOLE, {HALF}, MANY, True, WHOLE),
+        ("auto", CPU, WHOLE, {WHOLE}, FEW, True, WHOLE),
+        ("auto", CPU, WHOLE, {HALF, WHOLE}, FEW, True, WHOLE),
+        ("auto", CPU, WHOLE, {HALF, torch.float8_e4m3fn}, FEW, True, WHOLE),
+        ("auto", CPU, WHOLE, {HALF, None}, FEW, True, WHOLE),
+        ("auto", CUDA, WHOLE, {HALF}, FEW, True, WHOLE),
+        ("auto", CPU, torch.float16, {HALF}, FEW, True, torch.float16),
+        ("bfloat16", CPU, WHOLE, {WHOLE}, MANY, False, HALF),
+        ("bfloat16", CUDA, WHOLE, {HALF}, FEW, True, WHOLE),
+        ("bfloat16", CPU, torch.float16, {HALF}, FEW, True, torch.float16),
+        (None, CPU, WHOLE, {HALF}, FEW, True, WHOLE),
+        (None, CUDA, HALF, {HALF}, FEW, True, HALF),
+    ],
+)
+def test_another_type_than_asked(
+    monkeypatch, asked, device, dtype, stored, parameters, units, given
+):
+    monkeypatch.setattr(devices, "has_matrix_units", lambda: units)
+    assert resolve_image_dtype(asked, device, dtype, stored, parameters) == given
+
+
+def test_a_checkpoint_tells_other_types_and_sizes_than_it_has(tmp_path):
+    kinds, count = local_checkpoint(NANO).stored()
+    weights = load_file(NANO / "model.safetensors")
+    assert kinds == {HALF}
+    assert count == sum(tensor.numel() for tensor in weights.values()) < SMALL_MODEL
+    first = next(iter(weights))
+    weights[first] = weights[first].float()
+    save_file(weights, str(tmp_path / "model.safetensors"))
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((NANO / name).read_bytes())
+    assert local_checkpoint(tmp_path).stored() == ({HALF, WHOLE}, count)
+
+
+@pytest.mark.parametrize("units", [True, False])
+async def test_the_shipped_model_takes_another_type_than_its_processor_has(monkeypatch, units):
+    monkeypatch.setattr(devices, "has_matrix_units", lambda: units)
+    entries = json.loads((NANO / "samples" / "samples.json").read_text())
+    pictures = [
+        ((NANO / "samples" / entry["file"]).read_bytes(), entry["noun"]) for entry in entries
+    ]
+    paths = {}
+    for asked in ("auto", "bfloat16", None):
+        async with await InferenceEngine.create(
+            RuntimeConfig(refiner=None, image_dtype=asked)
+        ) as engine:
+            answers = [await engine.segment(image=image, object=noun) for image, noun in pictures]
+        paths[asked] = [answer.output["segments"][0]["coarse_path"] for answer in answers]
+    assert paths["bfloat16"] != paths[None]
+    assert paths["auto"] == paths["bfloat16" if units else None]
+
+
+def test_an_unknown_type_is_taken():
+    with pytest.raises(ConfigError, match="image_dtype must be auto, bfloat16 or null"):
+        RuntimeConfig(image_dtype="float16")
