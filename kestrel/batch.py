@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,15 +14,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kestrel.api import SegmentSettings
-from kestrel.moondream.kv import PAGE, KVCache
+from kestrel.moondream.kv import PAGE, KVCache, SlotKV
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
 from kestrel.ops.sampling import Nucleus, is_greedy, sample
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
 
+Part = TypeVar("Part")
+
 MANY = 4
 """Rows of a compiled step from which on two threads are faster than one."""
+AHEAD = 8
+"""Steps that one call may take."""
+AHEAD_ROWS = 32
+"""Rows times steps that it may take, so that who joins waits for a few milliseconds."""
 
 
 @dataclass(eq=False)
@@ -41,6 +48,8 @@ class Row:
     """Tokens of the prompt's text that the cache holds."""
     token: Token | None = field(default=None, kw_only=True)
     """The last sampled token, not yet fed; None while the prompt is not fed whole."""
+    given: list[Token] = field(default_factory=list, kw_only=True)
+    """What the last step sampled for it, in order; its end is ``token``."""
 
     @property
     def unfed(self) -> int:
@@ -96,11 +105,15 @@ class Batch:
         # What a request without an image begins with: BOS alone.
         self._bare = self._text.prefix(self._bos)
         self._regions = [config.prompt.coord_id, config.prompt.size_id]
+        self._eos_id = config.prompt.eos_id
         self._region_ids = torch.tensor(self._regions, device=device)
+        self._barred = np.array(self._regions)
         self._first_ids = [config.prompt.coord_id, config.prompt.eos_id]
         self._coord_id = config.prompt.coord_id
         self.two_threads = False
         """Whether a core is free that may take half of a step's rows."""
+        self.run_on = False
+        """Whether a step may give rows more than one token each, where only their paths go on."""
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="rows")
         region = config.region
         coords = torch.arange(region.coord_out_dim, device=device)
@@ -160,11 +173,14 @@ class Batch:
         """Feed the last token of every row that has one and, for each of ``chunks``, so many
         tokens of a row's prompt; sample once for all that have nothing left to feed.
 
-        Gives the rows that have a new ``token``.
+        Gives the rows that have a new ``token``, ``given`` with those before it.
         """
         decoding = [row for row in self.rows if row.token is not None]
         if not decoding and not chunks:
             return []
+        if not chunks and (steps := self._steps_at_once(decoding)) > 1:
+            self._run_on(decoding, steps)
+            return decoding
         fed = sum(count for _, count in chunks)
         span = 1 + max(row.position for row in self.rows) + fed
         if self._text.compiles(self.cache, len(decoding) + fed, span):
@@ -176,7 +192,58 @@ class Batch:
         sampled = decoding + [row for row, _ in chunks if not row.unfed]
         if sampled:
             self._sample(sampled, parts[0] if len(parts) == 1 else torch.cat(parts))
+        for row in sampled:
+            assert row.token is not None
+            row.given = [row.token]
         return sampled
+
+    def _steps_at_once(self, rows: list[Row]) -> int:
+        """Steps that one call may take: only paths go on, none over its end, each row takes the
+        likeliest token."""
+        if not self.run_on or self._stacked is None or self._steps is not None:
+            return 1
+        # The first step of a path feeds the box's size, which has another encoder.
+        if not all(isinstance(r.token, int) and self._takes_likeliest_text(r) for r in rows):
+            return 1
+        left = min(row.decode.max_tokens - row.decode.output_tokens for row in rows)
+        return min(AHEAD, AHEAD_ROWS // len(rows), left)
+
+    def _takes_likeliest_text(self, row: Row) -> bool:
+        return row.decode.phase is Phase.TEXT and is_greedy(row.settings.temperature)
+
+    def _run_on(self, rows: list[Row], steps: int) -> None:
+        """Several steps in one call; half of many rows by another thread, if it may be."""
+        stacked, cache = self._stacked, self.cache
+        assert stacked is not None
+        assert isinstance(cache, SlotKV)
+        tokens = np.array([row.token for row in rows])
+        positions = np.array([row.position for row in rows])
+        slots = np.array([row.slot for row in rows])
+
+        def some(part: slice) -> np.ndarray:
+            return stacked.run_on(
+                tokens[part], positions[part], cache.kv, slots[part], steps,
+                barred=self._barred, last=self._eos_id,
+            )  # fmt: skip
+
+        cut = len(rows) // 2 if self.two_threads and len(rows) >= MANY else 0
+        chosen = self._by_two(some, cut, len(rows))
+        for row, given in zip(rows, (column for part in chosen for column in part.T), strict=True):
+            row.given = given.tolist()
+            row.token = row.given[-1]
+            row.position += len(given)
+
+    def _by_two(self, some: Callable[[slice], Part], cut: int, count: int) -> list[Part]:
+        """What ``some`` makes of the lines before ``cut`` and, by another thread, of those from
+        there on; of all ``count`` at once where it is 0."""
+        if not cut:
+            return [some(slice(count))]
+        other = self._helper.submit(some, slice(cut, count))
+        try:
+            first = some(slice(cut))
+        finally:
+            rest = other.result()
+        return [first, rest]
 
     def _advance(self, rows: list[Row], chunks: Sequence[tuple[Row, int]]) -> Tensor:
         """Feed every row's token and parts of prompts as rows of one step, each after those that it
@@ -209,18 +276,13 @@ class Batch:
         """Every layer of rows ``x`` [N, dim], in place; half of many by another thread, if it may
         be. Rows of one slot lie together, and see each other: they are not parted."""
         assert self._stacked is not None
+        stacked, kv = self._stacked, self.cache.kv
         cut = len(x) // 2
         while cut < len(x) and slots[cut] == slots[cut - 1]:
             cut += 1
         if not self.two_threads or len(x) < MANY or cut == len(x):
-            return self._stacked(x, positions, self.cache.kv, slots)
-        parts = [(a[:cut], a[cut:]) for a in (x, positions, slots)]
-        (x0, x1), (at0, at1), (where0, where1) = parts
-        other = self._helper.submit(self._stacked, x1, at1, self.cache.kv, where1)
-        try:
-            self._stacked(x0, at0, self.cache.kv, where0)
-        finally:
-            other.result()
+            cut = 0
+        self._by_two(lambda part: stacked(x[part], positions[part], kv, slots[part]), cut, len(x))
         return x
 
     def _decode(self, rows: list[Row]) -> Tensor:
@@ -325,9 +387,7 @@ class Batch:
     def _likely(self, rows: list[Row], hidden: Tensor, which: list[int]) -> Tensor | None:
         """The likeliest tokens of ``rows``, lines ``which`` of ``hidden``, all within their
         paths, without an operator of torch; None: not so simple."""
-        if self._stacked is None or not all(
-            row.decode.phase is Phase.TEXT and is_greedy(row.settings.temperature) for row in rows
-        ):
+        if self._stacked is None or not all(map(self._takes_likeliest_text, rows)):
             return None
         logits = self._stacked.logits(self._pick(hidden, which).numpy())
         logits[:, self._regions] = -np.inf

@@ -81,6 +81,7 @@ class Scheduler:
                 kernels=config.kernels,
                 kestrel_kernels=config.kestrel_kernels,
             )
+        self._batch.run_on = True
         # Where the model has one core, others encode pictures beside its steps. More threads, or a
         # GPU, are better used one thing after the other.
         self._beside = beside = model.device.type == "cpu" and self._threads == 1
@@ -336,8 +337,8 @@ class Scheduler:
         if not sampled:
             return
         now = time.monotonic()
-        self.counts["steps"] += 1
-        self.counts["tokens"] += len(sampled)
+        self.counts["steps"] += max(len(job.given) for job in sampled)
+        self.counts["tokens"] += sum(len(job.given) for job in sampled)
         entered = [job for job in self._entering if job.token is not None]
         for job in entered:
             self._entering.remove(job)
@@ -345,15 +346,15 @@ class Scheduler:
             job.metrics.ttft_ms = (now - job.arrived) * 1e3
         for job in sampled:
             try:
-                assert job.token is not None
-                event = job.decode.push(job.token)
+                # What was sampled after an answer's end is nobody's.
+                events = [job.decode.push(token) for token in job.given]
             except Exception as error:
                 log.exception("request %s: its tokens could not be read", job.request_id)
                 self._batch.release(job)
                 self._fail(job, engine_error(error))
                 continue
-            if event is not None and job.events:
-                self._outbox.append((job, event))
+            if job.events:
+                self._outbox += [(job, event) for event in events if event is not None]
             if job.decode.phase is Phase.DONE:
                 self._finish(job, now)
 

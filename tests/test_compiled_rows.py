@@ -147,6 +147,7 @@ def test_a_row_depends_on_those_beside_it():
 
 KEPT = """
 import hashlib
+import numpy as np
 import torch
 from kestrel.config import SHIPPED_MODELS
 from kestrel.moondream.model import load
@@ -160,7 +161,11 @@ with torch.inference_mode():
     at = torch.tensor([50, 51, 52])
     x = torch.randn(3, text.config.dim, generator=chance)
     hidden = text.decode(x, at, cache, torch.arange(3), 53)
-    parts = [*kept, hidden, text.logits(hidden)]
+    given = text.stacked.run_on(
+        np.array([30, 40, 900]), at.numpy(), cache.kv, np.arange(3), 5,
+        barred=np.array([5, 6]), last=-1,
+    )
+    parts = [*kept, hidden, text.logits(hidden), torch.from_numpy(given), cache.kv]
     print([hashlib.sha256(part.numpy().tobytes()).hexdigest()[:8] for part in parts])
 """
 

@@ -56,6 +56,7 @@ class StackedLayers:
         read_into, read_out, self._head_weights = (_held(m, bits=exact) for m in matrices)
         kind = read_into.dtype.name
         self._run, self._head = functions.all_layers(kind), functions.head(kind)
+        self._run_on = functions.text_steps(kind)
         tau_weights, tau_rows, cos, sin = (list(table) for table in zip(*tables, strict=True))
         self._layers = (
             _array(torch.stack(norms)),
@@ -84,6 +85,30 @@ class StackedLayers:
         kv_heads, head_dim]."""
         self._run(rows, *self._layers, kv.numpy(), slots, positions, self._heads)
         return rows
+
+    def run_on(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        kv: Tensor,
+        slots: np.ndarray,
+        steps: int,
+        *,
+        barred: np.ndarray,
+        last: int,
+    ) -> np.ndarray:
+        """Up to ``steps`` steps in one call: ``tokens`` [N] at ``positions`` of ``slots``, each
+        another's, and then what each row finds likeliest, ``barred`` tokens aside.
+
+        All int64. Gives the likeliest tokens [steps taken, N]: a step that has ``last`` among them
+        ends it. Keys and values are written as by a call for each step, with the same numbers.
+        """
+        chosen = np.empty((steps, len(tokens)), np.int64)
+        taken = self._run_on(
+            tokens, steps, last, barred, self._table, *self._layers, kv.numpy(), slots, positions,
+            self._heads, self._head_norm, self._head_weights, self._head_bias, chosen,
+        )  # fmt: skip
+        return chosen[:taken]
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """[N, dim] -> [N, vocabulary]."""

@@ -430,6 +430,45 @@ def _head(x, norm, weights, bias, out):
     _add_product(normed, weights, out)
 
 
+_layers = njit(**_OPTIONS)(_all_layers)
+_logits = njit(**_OPTIONS)(_head)
+
+
+def _text_steps(
+    tokens, steps, last, barred, table, norms, into, into_bias, out, out_bias, tau_weights,
+    tau_rows, cos, sin, kv, slots, positions, heads, head_norm, head_weights, head_bias, chosen,
+):  # fmt: skip
+    """Feed ``tokens`` [N] and, up to ``steps`` times, what each row then finds likeliest.
+
+    ``chosen`` [steps, N] gets the likeliest token after each step; no more steps follow one that
+    gives ``last``. ``barred`` tokens are never chosen. ``table`` [vocabulary, dim]: embeddings;
+    ``positions`` [N] of ``tokens``, which may not share slots. The others as ``_all_layers`` and
+    ``_head`` take them. Gives the number of steps.
+    """
+    rows = tokens.shape[0]
+    x = np.empty((rows, table.shape[1]), np.float32)
+    logits = np.empty((rows, head_bias.shape[0]), np.float32)
+    fed, at = tokens.copy(), positions.copy()
+    for step in range(steps):
+        for n in range(rows):
+            x[n] = table[fed[n]]
+        _layers(
+            x, norms, into, into_bias, out, out_bias, tau_weights, tau_rows, cos, sin, kv, slots,
+            at, heads,
+        )  # fmt: skip
+        _logits(x, head_norm, head_weights, head_bias, logits)
+        over = False
+        for n in range(rows):
+            for token in barred:
+                logits[n, token] = -np.inf
+            fed[n] = chosen[step, n] = logits[n].argmax()
+            at[n] += 1
+            over = over or fed[n] == last
+        if over:
+            return step + 1
+    return steps
+
+
 @cache
 def all_layers(weights: str) -> Callable[..., None]:
     """``_all_layers`` of ``weights`` that are float32 or uint16, compiled."""
@@ -447,3 +486,16 @@ def head(weights: str) -> Callable[..., None]:
     """``_head`` of ``weights`` that are float32 or uint16, compiled."""
     signature = f"void({_MATRIX}, {_MATRIX}, {weights}[:, :, ::1], float32[::1], {_MATRIX})"
     return compiled(signature, _head, **_OPTIONS)
+
+
+@cache
+def text_steps(weights: str) -> Callable[..., int]:
+    """``_text_steps`` of ``weights`` that are float32 or uint16, compiled."""
+    by_layer = "float32[:, :, ::1]"
+    signature = (
+        f"int64({_INDEX}, int64, int64, {_INDEX}, {_MATRIX}, {by_layer}, "
+        f"{weights}[:, :, :, ::1], {_MATRIX}, {weights}[:, :, :, ::1], {_MATRIX}, {by_layer}, "
+        f"{by_layer}, {_MATRIX}, {_MATRIX}, float32[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, "
+        f"int64, {_MATRIX}, {by_layer.replace('float32', weights)}, float32[::1], int64[:, ::1])"
+    )
+    return compiled(signature, _text_steps, **_OPTIONS)
