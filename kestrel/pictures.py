@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kestrel.config import RuntimeConfig
 from kestrel.image import decode as decode_image
+from kestrel.image import probe
 from kestrel.moondream.config import VisionConfig
-from kestrel.moondream.crops import overlap_crops
+from kestrel.moondream.crops import crop_reduction, overlap_crops
 
 CROP_THREADS = 4
 """Images that are prepared at once, at most, one for each core. No core is left to the engine's
@@ -152,13 +153,24 @@ class Pictures:
             picture.prepared = True
         return picture
 
+    def _reduction(self, image: bytes | np.ndarray) -> tuple[int, tuple[float, float] | None]:
+        """By what an image is smaller when it is decoded, and its rows and columns then: a large
+        JPEG, decoded and shrunk, takes several times as long whole."""
+        if not isinstance(image, bytes):
+            return 1, None
+        header = probe(image, self._limits)
+        reduction = crop_reduction(header.width, header.height, header.reduction, self._vision)
+        return reduction, (header.height / reduction, header.width / reduction)
+
     def _fill(self, picture: Picture, image: bytes | np.ndarray) -> None:
         try:
-            pixels = decode_image(image, self._limits)
-            picture.crops, picture.tiling = overlap_crops(pixels, self._vision)
+            reduction, extent = self._reduction(image)
+            pixels = decode_image(image, self._limits, reduction=reduction)
+            picture.crops, picture.tiling = overlap_crops(pixels, self._vision, extent)
             if picture.tiling == (1, 1):
                 picture.crops = picture.crops[:1]
-            if self._keep_pixels and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS:
+            whole = reduction == 1 and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS
+            if self._keep_pixels and whole:
                 picture.pixels = pixels
             if self._encode is not None:
                 picture.prefix = self._encode(picture.crops, picture.tiling)

@@ -261,9 +261,9 @@ def test_a_picture_is_decoded_once_for_model_and_refiner(client, ask, monkeypatc
     decoded: list[int] = []
     decode = image.decode
 
-    def counted(content: Any, *rest: Any) -> np.ndarray:
+    def counted(content: Any, *rest: Any, **smaller: int) -> np.ndarray:
         decoded.append(len(content))
-        return decode(content, *rest)
+        return decode(content, *rest, **smaller)
 
     monkeypatch.setattr(image, "decode", counted)
     monkeypatch.setattr(pictures, "decode_image", counted)

@@ -209,9 +209,9 @@ async def test_a_slow_picture_keeps_others_waiting_or_starves(start, watch, monk
     engine = await start(max_batch_size=1)
     slow, decode = threading.Event(), pictures.decode_image
 
-    def decoded(image: Any, limits: Any) -> np.ndarray:
+    def decoded(*image: Any, **smaller: int) -> np.ndarray:
         assert slow.wait(30)
-        return decode(image, limits)
+        return decode(*image, **smaller)
 
     monkeypatch.setattr(pictures, "decode_image", decoded)
     pictured = ask(engine, 4, image=picture(30, 30))
@@ -240,7 +240,7 @@ async def test_one_picture_is_decoded_or_encoded_for_every_question(
     decodes: list[int] = []
     decode = pictures.decode_image
     monkeypatch.setattr(
-        pictures, "decode_image", lambda i, limits: decodes.append(1) or decode(i, limits)
+        pictures, "decode_image", lambda *i, **smaller: decodes.append(1) or decode(*i, **smaller)
     )
     before = engine.stats()["images"]
     results = await asyncio.gather(*(ask(engine, 4, image=picture(50, 40)) for _ in range(6)))

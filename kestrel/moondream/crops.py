@@ -13,6 +13,8 @@ from kestrel.moondream.config import VisionConfig
 from kestrel.ops.lanczos import resized
 
 UInt8Array = npt.NDArray[np.uint8]
+DETAIL = 2
+"""Pixels for each of a crop from which on more of them change it by a few levels at most."""
 
 
 def select_tiling(height: int, width: int, crop: int, max_crops: int) -> tuple[int, int]:
@@ -37,14 +39,33 @@ def select_tiling(height: int, width: int, crop: int, max_crops: int) -> tuple[i
     return max(1, rows), max(1, columns)
 
 
-def overlap_crops(image: UInt8Array, config: VisionConfig) -> tuple[UInt8Array, tuple[int, int]]:
+def crop_reduction(width: int, height: int, largest: int, config: VisionConfig) -> int:
+    """By what the sides of an image may be divided before it is cropped: a power of two up to
+    ``largest``.
+
+    Only where the model sees nothing but the whole image, shrunk: what is left is then still
+    ``DETAIL`` times as wide and high as that. Local crops show detail, and are cut from all pixels.
+    """
+    reduction = 1
+    if config.max_crops == 0:
+        least = DETAIL * config.crop_size
+        while 2 * reduction <= largest and min(width, height) >= 2 * reduction * least:
+            reduction *= 2
+    return reduction
+
+
+def overlap_crops(
+    image: UInt8Array, config: VisionConfig, extent: tuple[float, float] | None = None
+) -> tuple[UInt8Array, tuple[int, int]]:
     """Cut ``image`` uint8 [H, W, 3] into crops uint8 [1 + rows * columns, S, S, 3] and the grid.
 
     Crop 0 is the whole image resized (Lanczos); the others cover the image resized to the grid,
-    neighbours sharing ``overlap_margin`` patches on each side.
+    neighbours sharing ``overlap_margin`` patches on each side. ``extent``, of an image that
+    ``crop_reduction`` made smaller: its rows and columns without those that lie outside, which need
+    not be whole.
     """
     side = config.crop_size
-    whole = resized(image, side, side)
+    whole = resized(image, side, side, extent)
     if config.max_crops == 0:
         return whole[None], (1, 1)
     margin = config.enc_patch_size * config.overlap_margin

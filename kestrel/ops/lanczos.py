@@ -37,18 +37,25 @@ STRETCH = 1024
 """Values that are summed up at once: their sums stay in the first cache."""
 
 
-def resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def resized(
+    image: NDArray[np.uint8],
+    height: int,
+    width: int,
+    extent: tuple[float, float] | None = None,
+) -> NDArray[np.uint8]:
     """``image`` uint8 [H, W, 3] as uint8 [height, width, 3], by Pillow's Lanczos filter.
 
-    Pillow itself where Numba cannot be had.
+    ``extent``: rows and columns that count, over H - 1 and W - 1, where a part of the last ones
+    lies outside the picture. Pillow itself where Numba cannot be had.
     """
+    rows, columns = image.shape[:2]
+    tall, wide = extent or (rows, columns)
     passes = _passes()
     if passes is None:
-        return resized_by_pillow(image, height, width)
+        return resized_by_pillow(image, height, width, (tall, wide))
     weights, weighted = passes
-    rows, columns = image.shape[:2]
     if columns != width:
-        across = weights(columns, width)
+        across = weights(columns, wide, width)
         narrow = np.empty((rows, width, 3), np.uint8)
         for y in range(0, rows, BAND):
             band = cv2.transpose(image[y : y + BAND])
@@ -59,15 +66,23 @@ def resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     if rows != height:
         out = np.empty((height, width, 3), np.uint8)
         lines = np.ascontiguousarray(image).reshape(rows, -1)
-        weighted(lines, *weights(rows, height), out.reshape(height, -1))
+        weighted(lines, *weights(rows, tall, height), out.reshape(height, -1))
         image = out
     return np.array(image) if (rows, columns) == (height, width) else image
 
 
-def resized_by_pillow(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def resized_by_pillow(
+    image: NDArray[np.uint8],
+    height: int,
+    width: int,
+    extent: tuple[float, float] | None = None,
+) -> NDArray[np.uint8]:
     """The same, and what ``resized`` is measured by."""
-    picture = Image.fromarray(image).resize((width, len(image)), Image.Resampling.LANCZOS)
-    return np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
+    rows, columns = image.shape[:2]
+    tall, wide = extent or (rows, columns)
+    kind = Image.Resampling.LANCZOS
+    picture = Image.fromarray(image).resize((width, rows), kind, box=(0, 0, wide, rows))
+    return np.array(picture.resize((width, height), kind, box=(0, 0, width, tall)))
 
 
 @cache
@@ -76,7 +91,7 @@ def _passes() -> tuple[Callable[..., Any], Callable[..., None]] | None:
     try:
         matrix, first = "uint8[:, ::1]", "int64[::1]"
         signature = f"void({matrix}, {first}, {first}, int32[:, ::1], {matrix})"
-        weights = compiled("(int64, int64)", _weights)
+        weights = compiled("(int64, float64, int64)", _weights)
         weighted = compiled(signature, _weighted)
     except Exception as error:  # not installed, or not for this Python, NumPy or processor
         log.warning(
@@ -88,10 +103,10 @@ def _passes() -> tuple[Callable[..., Any], Callable[..., None]] | None:
     return weights, weighted
 
 
-def _weights(size, out):
-    """Of each of ``out`` pixels of a line of ``size``: the first pixel that it takes, how many,
-    and their weights int32 [out, most]."""
-    scale = size / out
+def _weights(size, extent, out):
+    """Of each of ``out`` pixels of a line of ``size``, of which ``extent`` counts: the first pixel
+    that it takes, how many, and their weights int32 [out, most]."""
+    scale = extent / out
     stretch = max(scale, 1.0)
     reach = SUPPORT * stretch
     first = np.empty(out, np.int64)
