@@ -106,9 +106,66 @@ def test_images_in_bfloat16_are_far_from_those_in_float32():
     found = [batch.prefix(batch.features(crops), (1, 1)) for batch in batches]
     for batch in batches:
         batch.close()
-    assert found[1].dtype == torch.float32
-    assert not torch.equal(*found)
-    assert float((found[1] - found[0]).std() / found[0].std()) < 0.02
+    assert [prefix.dtype for prefix in found] == [torch.float32, torch.bfloat16]
+    assert 0 < float((found[1].float() - found[0]).std() / found[0].std()) < 0.02
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_a_cache_in_bfloat16_holds_other_numbers(monkeypatch, name):
+    config = CONFIGS[name]
+    plain, half, in_parts = (random_model(config) for _ in range(3))
+    plain.fuse()
+    half.fuse(half_images=True)
+    monkeypatch.setattr(stacked, "SMALL", 0)
+    in_parts.fuse(half_images=True)
+    assert (half.cached.stacked is None) == (plain.cached.stacked is None)
+    assert in_parts.cached.stacked is None and compiles(in_parts)
+    caches = [model.new_cache(4) for model in (plain, half, in_parts)]
+    assert [cache.kv.dtype for cache in caches] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert caches[1].position_bytes * 2 == caches[0].position_bytes
+    chance = torch.Generator().manual_seed(7)
+    dim, lengths, slots = config.text.dim, [3, 21, 40], torch.tensor([3, 0, 2])
+    kept = [0.5 * torch.randn(caches[0].kv[:, :, 0, :n].shape, generator=chance) for n in lengths]
+    for cache in caches:
+        for slot, prefix in zip(slots.tolist(), kept, strict=True):
+            cache.put(slot, prefix)
+    for step in range(4):
+        x = torch.randn(3, dim, generator=chance)
+        at = torch.tensor(lengths) + step
+        hidden = [
+            model.cached.decode(x, at, cache, slots, int(at.max()) + 1)
+            for model, cache in zip((plain, half, in_parts), caches, strict=True)
+        ]
+        scale = float(hidden[0].std())
+        assert 0 < float((hidden[1] - hidden[0]).std()) < 0.02 * scale
+        torch.testing.assert_close(hidden[1], hidden[2], atol=1e-2 * scale, rtol=1e-2)
+        # What is stored is what torch would round to.
+        for slot, position in zip(slots.tolist(), at.tolist(), strict=True):
+            first = [cache.kv[0, :, slot, position] for cache in caches]
+            torch.testing.assert_close(first[1], first[0].bfloat16(), atol=0, rtol=2**-7)
+
+
+def test_rounding_to_bfloat16_differs_from_torchs():
+    numba = pytest.importorskip("numba")
+    from kestrel.ops.lanes import load_one, store_one
+
+    @numba.njit
+    def through(numbers, bits, back):
+        for i in range(len(numbers)):
+            store_one(bits, i, numbers[i])
+            back[i] = load_one(bits, i)
+
+    chance = np.random.default_rng(1)
+    numbers = chance.integers(0, 2**32, 100_000, np.uint32).view(np.float32)
+    ties = (np.arange(1000, dtype=np.uint32) * 2**16 + 2**15).view(np.float32)
+    numbers = np.concatenate([numbers, ties, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 3e38])])
+    bits, back = np.empty(len(numbers), np.uint16), np.empty(len(numbers), np.float32)
+    through(numbers, bits, back)
+    expected = torch.from_numpy(numbers).bfloat16()
+    torch.testing.assert_close(
+        torch.from_numpy(back), expected.float(), atol=0, rtol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "float32"])
@@ -233,7 +290,7 @@ def test_a_machine_that_keeps_no_compiled_code_does_not_serve():
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"  # no place will do
         "from kestrel.ops.rows import compiled\n"
-        "assert compiled(lambda made: made.layer_rows()) is not None\n"
+        "assert compiled(lambda made: made.layer_rows("float32")) is not None\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.moe import MixtureOfExperts
-from kestrel.moondream.stacked import StackedLayers, stackable
+from kestrel.moondream.stacked import StackedLayers, bits_of, numpy_name, stackable
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
 from kestrel.ops.linear import Product, shape_of
@@ -59,11 +59,19 @@ class CachedText:
     held twice. The decoder may then no longer be trained.
     """
 
-    def __init__(self, text: TextDecoder, *, fuse: bool, half_prefix: bool = False) -> None:
-        """``half_prefix``: products of prefixes in bfloat16, from a copy of the weights, where
-        what lies between them is compiled."""
+    def __init__(
+        self,
+        text: TextDecoder,
+        *,
+        fuse: bool,
+        half_prefix: bool = False,
+    ) -> None:
+        """``half_prefix``: where what lies between products is compiled, those of prefixes are in
+        bfloat16, from a copy of the weights, and keys and values are kept in it."""
         c = text.config
         self.text, self.config = text, c
+        self.kv_dtype = torch.bfloat16 if half_prefix else text.wte.dtype
+        """Type of keys and values."""
         self._kv_heads = c.n_heads + c.n_kv_heads
         self._all_heads = c.n_heads + 2 * c.n_kv_heads
         self._packed = self._all_heads * c.head_dim
@@ -84,13 +92,19 @@ class CachedText:
         self._prefix_rows: Callable[..., None] | None = None
         """The same for a prefix, as far as attention."""
         if fuse and plain:
+            kept = numpy_name(self.kv_dtype)
             tables = [self._numbers(number, block) for number, block in enumerate(text.blocks)]
             if stackable(text):
-                self.stacked = compiled(lambda made: StackedLayers(text, made, tables))
+                self.stacked = compiled(
+                    lambda made: StackedLayers(text, made, tables, self.kv_dtype)
+                )
             else:
-                self._rows = compiled(lambda made: made.layer_rows())
-            self._prefix_rows = compiled(lambda made: made.prefix_rows())
+                self._rows = compiled(lambda made: made.layer_rows(kept))
+            self._prefix_rows = compiled(lambda made: made.prefix_rows(kept))
             self._tables = tables
+        if self.stacked is None and self._rows is None:
+            # Torch's operators would widen all that they read.
+            self.kv_dtype = text.wte.dtype
         self._half = []
         """Of each layer what reads its input and what adds to its output, in bfloat16."""
         if half_prefix and self._prefix_rows is not None:
@@ -157,16 +171,17 @@ class CachedText:
         """Zeroed cache for ``slots`` running requests, on the model's device and dtype."""
         c = self.config
         shape = (c.n_layers, 2, slots, c.max_context, c.n_kv_heads, c.head_dim)
-        return SlotKV(self.text.wte.new_zeros(shape))
+        return SlotKV(self.text.wte.new_zeros(shape, dtype=self.kv_dtype))
 
     def new_pages(self, slots: int, nbytes: int | None = None) -> PagedKV:
         """The same in pages, of ``nbytes`` in all or enough for every slot to be full."""
         c = self.config
         page = (2, PAGE, c.n_kv_heads, c.head_dim)
-        each = c.n_layers * torch.Size(page).numel() * self.text.wte.element_size()
+        each = c.n_layers * torch.Size(page).numel() * self.kv_dtype.itemsize
         full = slots * -(-c.max_context // PAGE)
         pages = 1 + (full if nbytes is None else min(full, nbytes // each))
-        return PagedKV(self.text.wte.new_zeros(c.n_layers, pages, *page), slots, c.max_context)
+        zeros = self.text.wte.new_zeros(c.n_layers, pages, *page, dtype=self.kv_dtype)
+        return PagedKV(zeros, slots, c.max_context)
 
     def prefix(self, x: Tensor) -> Tensor:
         """Keys and values of positions that all see each other: BOS and image.
@@ -186,13 +201,14 @@ class CachedText:
             kept.append(heads[:, self.config.n_heads :].unflatten(1, (2, -1)).transpose(0, 1))
             if number + 1 < len(self._layers):  # the last layer's output is nobody's input
                 x = self._residual(layer, x, normed, attend(q, k, v), hidden)
-        return torch.stack(kept)
+        return torch.stack(kept).to(self.kv_dtype)
 
     def _prefix_compiled(self, x: Tensor, rows: Callable[..., None]) -> Tensor:
         """``prefix`` with products and attention alone left to torch."""
         c, length = self.config, len(x)
         kind = torch.bfloat16 if self._half else x.dtype
-        kept = x.new_empty(c.n_layers, 2, length, c.n_kv_heads, c.head_dim)
+        shape = (c.n_layers, 2, length, c.n_kv_heads, c.head_dim)
+        kept = x.new_empty(shape, dtype=self.kv_dtype)
         for number, (layer, tables) in enumerate(zip(self._layers, self._tables, strict=True)):
             (into,), (out,) = layer.into, layer.out
             normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
@@ -200,7 +216,7 @@ class CachedText:
                 into, out = self._half[number]
             joined = into(normed.to(kind)).to(x.dtype)
             seen = x.new_empty(length, joined.shape[1] - self._packed + c.n_heads * c.head_dim)
-            rows(joined.numpy(), *tables, kept[number].numpy(), c.n_heads, seen.numpy())
+            rows(joined.numpy(), *tables, bits_of(kept[number]), c.n_heads, seen.numpy())
             if number + 1 == c.n_layers:  # its output is nobody's input
                 break
             heads = joined[:, : self._packed].unflatten(1, (self._all_heads, -1))
@@ -253,7 +269,7 @@ class CachedText:
             normed, heads, hidden = self._project(layer, number, x, step)
             self._write(write, number, heads)
             q = heads[:, : self.config.n_heads].unflatten(0, (batch, length)).transpose(1, 2)
-            k, v = read(number)
+            k, v = read(number).to(q.dtype)
             x = self._residual(layer, x, normed, attend(q, k, v, mask), hidden)
         return x.view(batch, length, dim)
 
@@ -300,7 +316,7 @@ class CachedText:
                 assert attention is not None
                 seen = attention(number, q)[:, :, None]
             else:
-                k, v = read(number)
+                k, v = read(number).to(q.dtype)
                 seen = attend(q[:, :, None], k, v, mask)
             x = self._residual(layer, x, normed, seen, hidden)
         return x
@@ -314,7 +330,7 @@ class CachedText:
             where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
             return torch.from_numpy(self.stacked(rows, at, cache.kv, where))
         assert self._rows is not None
-        kv = cache.kv.numpy()
+        kv = bits_of(cache.kv)
         where, at = slots.contiguous().numpy(), positions.contiguous().numpy()
         heads = self.config.n_heads
         for layer, tables, stretch in zip(self._layers, self._tables, kv, strict=True):

@@ -83,7 +83,9 @@ class SlotKV:
 
         def write(layer: int, kv: Tensor) -> None:
             # A view [2 * slots * max_context, kv_heads * head_dim].
-            self.kv[layer].view(-1, width).index_copy_(0, rows, kv.reshape(-1, width))
+            self.kv[layer].view(-1, width).index_copy_(
+                0, rows, kv.reshape(-1, width).to(self.kv.dtype)
+            )
 
         return write
 
@@ -168,7 +170,8 @@ class PagedKV:
 
         def write(layer: int, kv: Tensor) -> None:
             flat = self.kv[layer].view(-1, *self.kv.shape[-2:])
-            flat.index_copy_(0, rows, kv.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1))
+            kv = kv.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)
+            flat.index_copy_(0, rows, kv.to(self.kv.dtype))
 
         return write
 

@@ -37,10 +37,14 @@ class StackedLayers:
     """
 
     def __init__(
-        self, text: TextDecoder, functions: ModuleType, tables: list[list[np.ndarray]]
+        self,
+        text: TextDecoder,
+        functions: ModuleType,
+        tables: list[list[np.ndarray]],
+        kv_dtype: torch.dtype,
     ) -> None:
         """``functions``: ``kestrel.ops.compiled``. ``tables`` by layer, as it takes them: tau's
-        weights and rows, cosines, sines."""
+        weights and rows, cosines, sines. ``kv_dtype``: the cache's, float32 or bfloat16."""
         self._heads = text.config.n_heads
         norms, into, into_bias, out, out_bias = [], [], [], [], []
         for block in text.blocks:
@@ -55,8 +59,9 @@ class StackedLayers:
         exact = all(torch.equal(m.bfloat16().float(), m) for m in matrices)
         read_into, read_out, self._head_weights = (_held(m, bits=exact) for m in matrices)
         kind = read_into.dtype.name
-        self._run, self._head = functions.all_layers(kind), functions.head(kind)
-        self._run_on = functions.text_steps(kind)
+        cache = numpy_name(kv_dtype)
+        self._run, self._head = functions.all_layers(kind, cache), functions.head(kind)
+        self._run_on = functions.text_steps(kind, cache)
         tau_weights, tau_rows, cos, sin = (list(table) for table in zip(*tables, strict=True))
         self._layers = (
             _array(torch.stack(norms)),
@@ -83,7 +88,7 @@ class StackedLayers:
         """Embeddings ``rows`` [N, dim] at ``positions`` of ``slots``, int64 [N], become hidden
         states in place; keys and values are written into ``kv`` [layers, 2, slots, max_context,
         kv_heads, head_dim]."""
-        self._run(rows, *self._layers, kv.numpy(), slots, positions, self._heads)
+        self._run(rows, *self._layers, bits_of(kv), slots, positions, self._heads)
         return rows
 
     def run_on(
@@ -105,7 +110,7 @@ class StackedLayers:
         """
         chosen = np.empty((steps, len(tokens)), np.int64)
         taken = self._run_on(
-            tokens, steps, last, barred, self._table, *self._layers, kv.numpy(), slots, positions,
+            tokens, steps, last, barred, self._table, *self._layers, bits_of(kv), slots, positions,
             self._heads, self._head_norm, self._head_weights, self._head_bias, chosen,
         )  # fmt: skip
         return chosen[:taken]
@@ -117,6 +122,17 @@ class StackedLayers:
             np.ascontiguousarray(hidden), self._head_norm, self._head_weights, self._head_bias, out
         )
         return out
+
+
+def numpy_name(dtype: torch.dtype) -> str:
+    """The type of what ``bits_of`` gives."""
+    return "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+
+def bits_of(numbers: Tensor) -> np.ndarray:
+    """A tensor's memory for NumPy, which has no bfloat16: as the uint16 of their bits."""
+    same = numbers.view(torch.uint16) if numbers.dtype == torch.bfloat16 else numbers
+    return same.numpy()
 
 
 def _array(numbers: Tensor) -> np.ndarray:

@@ -25,9 +25,12 @@ from kestrel.ops.lanes import (
     larger,
     largest,
     load,
+    load_one,
+    pairs,
     plus,
     splat,
     store,
+    store_one,
     times,
     total,
 )
@@ -37,10 +40,6 @@ from kestrel.ops.lanes import (
 # otherwise. What is fused and in which order sums are taken is written out.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 _MATRIX, _INDEX = "float32[:, ::1]", "int64[::1]"
-_SIGNATURE = (
-    f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, float32[:, :, :, :, ::1], "
-    f"{_INDEX}, {_INDEX}, int64, {_MATRIX})"
-)
 _ONE, _TWO = np.float32(1), np.float32(2)
 
 STRETCH = 16
@@ -96,55 +95,101 @@ def _tau(row, weights, inner):
     return _TWO / (_ONE + _exp(-_TWO * logit)) - _ONE + row
 
 
+@njit(inline="always", **_OPTIONS)
+def _part(left, right, keys, place):
+    """What sixteen pairs of dimensions add to a score, each in a lane."""
+    return add_times(times(left, load(keys, place)), right, load(keys, place + LANES))
+
+
+@njit(inline="always", **_OPTIONS)
+def _four_parts(left, right, keys, place, step):
+    """Four positions' ``_part``, each in a quarter of the lanes."""
+    a = _part(left, right, keys, place)
+    b = _part(left, right, keys, place + step)
+    c = _part(left, right, keys, place + 2 * step)
+    d = _part(left, right, keys, place + 3 * step)
+    return pairs(pairs(a, b), pairs(c, d))
+
+
 @njit(**_OPTIONS)
 def _scores(q, keys, heads, kv_heads, dim, scores):
     """``scores`` [heads, positions] of ``q`` [heads * dim] and ``keys`` [positions * kv_heads *
     dim], scaled."""
     step, group = kv_heads * dim, heads // kv_heads
     scale = _ONE / np.sqrt(np.float32(dim))
+    count = scores.shape[1]
+    rest = count - count % LANES
+    paired = dim - dim % PAIR
     # A few positions at a time, as they lie: the processor then fetches ahead.
-    for start in range(0, scores.shape[1], STRETCH):
-        stop = min(scores.shape[1], start + STRETCH)
+    for start in range(0, count, LANES):
+        stop = min(count, start + LANES)
         for h in range(heads):
-            line, at = scores[h], h // group * dim
+            line, at = scores[h], start * step + h // group * dim
             for s in range(start, stop):
                 line[s] = 0
-            whole = dim - dim % PAIR
-            for d in range(0, whole, PAIR):
+            for d in range(0, paired, PAIR):
                 left, right = load(q, h * dim + d), load(q, h * dim + d + LANES)
-                for s in range(start, stop):
-                    place = s * step + at + d
-                    sums = times(left, load(keys, place))
-                    line[s] += total(add_times(sums, right, load(keys, place + LANES))) * scale
+                if start < rest:
+                    a = _four_parts(left, right, keys, at + d, step)
+                    b = _four_parts(left, right, keys, at + d + 4 * step, step)
+                    c = _four_parts(left, right, keys, at + d + 8 * step, step)
+                    e = _four_parts(left, right, keys, at + d + 12 * step, step)
+                    sums = pairs(pairs(a, b), pairs(c, e))
+                    store(line, start, add_times(load(line, start), splat(scale), sums))
+                else:
+                    for s in range(start, stop):
+                        part = _part(left, right, keys, at + d + (s - start) * step)
+                        line[s] += total(part) * scale
             for s in range(start, stop):
-                for d in range(whole, dim):
-                    line[s] += q[h * dim + d] * keys[s * step + at + d] * scale
+                for d in range(paired, dim):
+                    key = load_one(keys, at + (s - start) * step + d)
+                    line[s] += q[h * dim + d] * key * scale
 
 
 @njit(**_OPTIONS)
 def _sums(shares, values, kv_heads, dim, out):
     """``out`` [heads * dim]: ``values`` [positions * kv_heads * dim] by ``shares`` [heads,
     positions]."""
-    heads = shares.shape[0]
+    heads, count = shares.shape
     step, group = kv_heads * dim, heads // kv_heads
-    whole = dim - dim % PAIR
+    paired = dim - dim % PAIR
     out[: heads * dim] = 0
-    for start in range(0, shares.shape[1], STRETCH):
-        stop = min(shares.shape[1], start + STRETCH)
+    for start in range(0, count, STRETCH):
+        stop = min(count, start + STRETCH)
+        by_four = stop - (stop - start) % 4
         for h in range(heads):
             line, at = shares[h], h // group * dim
-            for d in range(0, whole, PAIR):
+            for d in range(0, paired, PAIR):
                 to = h * dim + d
-                left, right = load(out, to), load(out, to + LANES)
-                for s in range(start, stop):
+                # Eight sums, as a processor has several under way.
+                a0, a1 = load(out, to), load(out, to + LANES)
+                b0 = b1 = c0 = c1 = e0 = e1 = splat(np.float32(0))
+                for s in range(start, by_four, 4):
+                    place = s * step + at + d
+                    share = splat(line[s])
+                    a0 = add_times(a0, share, load(values, place))
+                    a1 = add_times(a1, share, load(values, place + LANES))
+                    place += step
+                    share = splat(line[s + 1])
+                    b0 = add_times(b0, share, load(values, place))
+                    b1 = add_times(b1, share, load(values, place + LANES))
+                    place += step
+                    share = splat(line[s + 2])
+                    c0 = add_times(c0, share, load(values, place))
+                    c1 = add_times(c1, share, load(values, place + LANES))
+                    place += step
+                    share = splat(line[s + 3])
+                    e0 = add_times(e0, share, load(values, place))
+                    e1 = add_times(e1, share, load(values, place + LANES))
+                for s in range(by_four, stop):
                     share, place = splat(line[s]), s * step + at + d
-                    left = add_times(left, share, load(values, place))
-                    right = add_times(right, share, load(values, place + LANES))
-                store(out, to, left)
-                store(out, to + LANES, right)
-            for d in range(whole, dim):
+                    a0 = add_times(a0, share, load(values, place))
+                    a1 = add_times(a1, share, load(values, place + LANES))
+                store(out, to, plus(plus(a0, b0), plus(c0, e0)))
+                store(out, to + LANES, plus(plus(a1, b1), plus(c1, e1)))
+            for d in range(paired, dim):
                 for s in range(start, stop):
-                    out[h * dim + d] += line[s] * values[s * step + at + d]
+                    out[h * dim + d] += line[s] * load_one(values, s * step + at + d)
 
 
 @njit(**_OPTIONS)
@@ -199,8 +244,8 @@ def _before_attention(
             joined[i] = a * cos[position, d] - b * sin[position, d]
             joined[i + half] = a * sin[position, d] + b * cos[position, d]
     for i in range(kv_heads * dim):
-        keys[i] = joined[seen + i]
-        values[i] = joined[seen + kv_heads * dim + i]
+        store_one(keys, i, joined[seen + i])
+        store_one(values, i, joined[seen + kv_heads * dim + i])
 
 
 def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, heads, out):
@@ -210,8 +255,8 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
     overwritten. ``tau_weights`` [heads + kv_heads, packed] of q and v and ``tau_rows``
     [max_context, heads + kv_heads] by position, both without rows where there is no tau.
     ``cos``, ``sin`` [max_context, rotary_dim / 2]. ``kv`` [2, slots, max_context, kv_heads,
-    head_dim], written at ``positions`` of ``slots``. ``out`` [N, heads * head_dim + inner]
-    gets what attention saw and the inner values' GELU.
+    head_dim], float32 or the bits of bfloat16, written at ``positions`` of ``slots``. ``out`` [N,
+    heads * head_dim + inner] gets what attention saw and the inner values' GELU.
     """
     kv_heads, dim = kv.shape[3], kv.shape[4]
     gate = np.empty((heads + 2 * kv_heads) * dim, np.float32)
@@ -232,9 +277,13 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
 
 
 @cache
-def layer_rows() -> Callable[..., None]:
-    """``_layer_rows``, compiled."""
-    return compiled(_SIGNATURE, _layer_rows, **_OPTIONS)
+def layer_rows(kv: str) -> Callable[..., None]:
+    """``_layer_rows`` of a cache that is float32 or uint16, compiled."""
+    signature = (
+        f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, :, ::1], "
+        f"{_INDEX}, {_INDEX}, int64, {_MATRIX})"
+    )
+    return compiled(signature, _layer_rows, **_OPTIONS)
 
 
 _rows_of_layer = njit(**_OPTIONS)(_layer_rows)
@@ -256,10 +305,10 @@ def _prefix_rows(joined, tau_weights, tau_rows, cos, sin, kv, heads, out):
 
 
 @cache
-def prefix_rows() -> Callable[..., None]:
-    """``_prefix_rows``, compiled."""
+def prefix_rows(kv: str) -> Callable[..., None]:
+    """``_prefix_rows`` of a cache that is float32 or uint16, compiled."""
     signature = (
-        f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, float32[:, :, :, ::1], "
+        f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, ::1], "
         f"int64, {_MATRIX})"
     )
     return compiled(signature, _prefix_rows, **_OPTIONS)
@@ -470,13 +519,13 @@ def _text_steps(
 
 
 @cache
-def all_layers(weights: str) -> Callable[..., None]:
-    """``_all_layers`` of ``weights`` that are float32 or uint16, compiled."""
+def all_layers(weights: str, kv: str) -> Callable[..., None]:
+    """``_all_layers`` of ``weights`` and a cache that are float32 or uint16, compiled."""
     by_layer = "float32[:, :, ::1]"
     signature = (
         f"void({_MATRIX}, {by_layer}, {weights}[:, :, :, ::1], {_MATRIX}, {weights}[:, :, :, ::1], "
         f"{_MATRIX}, {by_layer}, {by_layer}, {_MATRIX}, {_MATRIX}, "
-        f"float32[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, int64)"
+        f"{kv}[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, int64)"
     )
     return compiled(signature, _all_layers, **_OPTIONS)
 
@@ -489,13 +538,13 @@ def head(weights: str) -> Callable[..., None]:
 
 
 @cache
-def text_steps(weights: str) -> Callable[..., int]:
-    """``_text_steps`` of ``weights`` that are float32 or uint16, compiled."""
+def text_steps(weights: str, kv: str) -> Callable[..., int]:
+    """``_text_steps`` of ``weights`` and a cache that are float32 or uint16, compiled."""
     by_layer = "float32[:, :, ::1]"
     signature = (
         f"int64({_INDEX}, int64, int64, {_INDEX}, {_MATRIX}, {by_layer}, "
         f"{weights}[:, :, :, ::1], {_MATRIX}, {weights}[:, :, :, ::1], {_MATRIX}, {by_layer}, "
-        f"{by_layer}, {_MATRIX}, {_MATRIX}, float32[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, "
+        f"{by_layer}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, "
         f"int64, {_MATRIX}, {by_layer.replace('float32', weights)}, float32[::1], int64[:, ::1])"
     )
     return compiled(signature, _text_steps, **_OPTIONS)

@@ -36,6 +36,7 @@ def _inlined(function: Callable[..., Any]) -> Any:
 _vector = _Vector()
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INDEX = ir.IntType(32)
+_SIXTEEN = ir.Constant(_INDEX, 16)
 
 
 @register_model(_Vector)
@@ -84,6 +85,44 @@ def store(_: Any, array: Any, index: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
+
+
+@_inlined
+def load_one(_: Any, array: Any, index: Any) -> Any:
+    """One number of an array as ``load`` reads it. Nothing is checked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        place = builder.gep(context.make_array(kind)(context, builder, args[0]).data, [args[1]])
+        read = builder.load(place)
+        if kind.dtype == types.float32:
+            return read
+        bits = builder.shl(builder.zext(read, _INDEX), _SIXTEEN)
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(array, types.intp), generate
+
+
+@_inlined
+def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write one float32 into an array as ``load`` reads it: as bfloat16 rounded to the nearest,
+    of two to the even one. Nothing is checked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, value = signature.args[0], args[2]
+        place = builder.gep(context.make_array(kind)(context, builder, args[0]).data, [args[1]])
+        if kind.dtype != types.float32:
+            bits = builder.bitcast(value, _INDEX)
+            odd = builder.and_(builder.lshr(bits, _SIXTEEN), ir.Constant(_INDEX, 1))
+            up = builder.add(builder.add(bits, ir.Constant(_INDEX, 0x7FFF)), odd)
+            # What is no number would overflow into one.
+            none = builder.fcmp_unordered("uno", value, value)
+            up = builder.select(none, ir.Constant(_INDEX, 0x7FC00000), up)
+            value = builder.trunc(builder.lshr(up, _SIXTEEN), ir.IntType(16))
+        builder.store(value, place)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.float32), generate
 
 
 @_inlined
@@ -151,6 +190,20 @@ def total(_: Any, vector: Any) -> Any:
         return _folded(builder, args[0], builder.fadd)
 
     return types.float32(vector), generate
+
+
+@_inlined
+def pairs(_: Any, a: Any, b: Any) -> Any:
+    """Sums of two neighbours each: those of ``a``, then those of ``b``. Vectors by two, the results
+    by two and so on, until one is left, give the sums of sixteen vectors, in their order."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        every = ir.VectorType(_INDEX, LANES)
+        even = ir.Constant(every, list(range(0, 2 * LANES, 2)))
+        odd = ir.Constant(every, list(range(1, 2 * LANES, 2)))
+        return builder.fadd(builder.shuffle_vector(*args, even), builder.shuffle_vector(*args, odd))
+
+    return _vector(a, b), generate
 
 
 @_inlined
