@@ -22,7 +22,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,18 +247,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         usual = speed.slowness(began, time.monotonic())
         before = measured()
         most = max(level.per_s for level in before)
+
+        def under(name: str, arrivals: Arrivals, load: Coroutine[Any, Any, Seen]) -> None:
+            """Keep how this load is answered, and how slow the cores were meanwhile."""
+            began = time.monotonic()
+            real = asyncio.run(load)
+            loads.append((name, arrivals, real, speed.slowness(began, time.monotonic()) / usual))
+
         for share in SHARES:
             rng = np.random.default_rng(round(100 * share))
             times = Poisson(lambda _, rate=share * most: rate).times(seconds, rng)  # type: ignore[misc]
-            began = time.monotonic()
-            real = asyncio.run(send(url, times, requests))
-            slow = speed.slowness(began, time.monotonic()) / usual
-            loads.append((f"{share:.0%} of capacity", Recorded(tuple(times)), real, slow))
+            under(f"{share:.0%} of capacity", Recorded(tuple(times)), send(url, times, requests))
         for clients in CLIENTS:
-            began = time.monotonic()
-            real = asyncio.run(loop(url, clients, seconds / 2, requests))
-            slow = speed.slowness(began, time.monotonic()) / usual
-            loads.append((f"{clients} clients", ClosedLoop(clients), real, slow))
+            under(
+                f"{clients} clients",
+                ClosedLoop(clients),
+                loop(url, clients, seconds / 2, requests),
+            )
         after = measured()
     levels = merged([before, after])
     # What runs all the time, the graph's own idling included, is not there for requests.
