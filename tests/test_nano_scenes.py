@@ -217,19 +217,19 @@ def test_labels_are_those_of_the_scene_or_of_its_mirror_image(tools, made):
 
 
 def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
-    questions, side = tools["nano_questions"], 12 * 7 * 8
+    questions, side = tools["nano_questions"], 16 * 7 * 8
     turn = torch.arange(24) * (2 * torch.pi / 24)
     reach = 0.3 + 0.1 * torch.rand(24, generator=torch.Generator().manual_seed(0))
     polygon = torch.stack([0.5 + reach * turn.sin(), 0.45 - reach * turn.cos()], 1)
-    found = questions.covered_cells(polygon.expand(1, 144, -1, -1), questions._cell_samples()).view(
-        12, 12, 7, 7
+    found = questions.covered_cells(polygon.expand(1, 256, -1, -1), questions._cell_samples()).view(
+        16, 16, 7, 7
     )
     filled = np.zeros((side, side), np.uint8)
     cv2.fillPoly(
         filled, [np.rint((polygon.numpy() * side - 0.5) * 16).astype(np.int32)], 1, shift=4
     )
-    share = torch.from_numpy(filled).float().view(84, 8, 84, 8).mean((1, 3))
-    found = found.permute(0, 2, 1, 3).reshape(84, 84)
+    share = torch.from_numpy(filled).float().view(112, 8, 112, 8).mean((1, 3))
+    found = found.permute(0, 2, 1, 3).reshape(112, 112)
     assert (found - share).abs().max() <= 0.5 and (found - share).abs().mean() < 0.01
 
 

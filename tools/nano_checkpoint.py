@@ -45,7 +45,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
-    """Sizes of the shipped model: 168 px, 144 patches, width 192, tau attention."""
+    """Sizes of the shipped model: 224 px, 256 patches, width 192, tau attention."""
     vocab = -(-tokenizer.get_vocab_size() // 64) * 64
     return MoondreamConfig(
         text=TextConfig(
@@ -56,7 +56,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             max_context=512,
             n_heads=6,
             n_kv_heads=6,
-            prefix_attn=145,
+            prefix_attn=257,
             tau_attn=True,
         ),
         vision=VisionConfig(
@@ -65,7 +65,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             enc_ff_dim=768,
             enc_n_heads=6,
             proj_out_dim=192,
-            crop_size=168,
+            crop_size=224,
             max_crops=0,
             overlap_margin=0,
             proj_inner_dim=768,

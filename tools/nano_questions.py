@@ -198,8 +198,8 @@ class BatchMaker:
     def _patch_labels(
         self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
     ) -> tuple[Tensor, ...]:
-        """Shares [B, 144, nouns + 1], boxes [B, 144, 4], outlines [B, 144, 48] and cells
-        [B, 144, 49] of ``Batch``, float32."""
+        """Shares [B, 256, nouns + 1], boxes [B, 256, 4], outlines [B, 256, 48] and cells
+        [B, 256, 49] of ``Batch``, float32."""
         count = len(self.asker.nouns)
         there = nouns >= 0
         part = shares / 255.0 * there[..., None]
@@ -386,7 +386,7 @@ def _spelt(box: Tensor) -> Tensor:
 
 
 def _cell_samples() -> Tensor:
-    """Points of each patch's cells in 0..1 of the picture, float32 [144, 49 · samples, 2]."""
+    """Points of each patch's cells in 0..1 of the picture, float32 [256, 49 · samples, 2]."""
     fine = CELLS * CELL_SAMPLES
     steps = (torch.arange(GRID * fine) + 0.5) / (GRID * fine)
     y, x = torch.meshgrid(steps, steps, indexing="ij")
@@ -395,7 +395,7 @@ def _cell_samples() -> Tensor:
 
 
 def covered_cells(polygons: Tensor, samples: Tensor) -> Tensor:
-    """Each patch's polygon [B, 144, n, 2] -> the share of its cells within, float32 [B, 144, 49].
+    """Each patch's polygon [B, 256, n, 2] -> the share of its cells within, float32 [B, 256, 49].
 
     ``samples`` of :func:`_cell_samples`. A point is within where a ray from it to the right crosses
     the polygon an odd number of times.

@@ -35,13 +35,13 @@ MLP of a block after that picks what belongs to it."""
 class Batch:
     """Tensors of B scenes with Q questions of S positions each.
 
-    ``images`` uint8 [B, 3, 168, 168]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
+    ``images`` uint8 [B, 3, 224, 224]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
-    ``patches`` float [B, 144, nouns + 1] share of each patch that shows each noun, background last;
-    ``boxes`` float [B, 144, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none; ``outlines`` float [B, 144, 48] the 24 vertices (x, y) of
-    that object's outline, in sides of its box; ``cells`` float [B, 144, 49] share of each of the
+    ``patches`` float [B, 256, nouns + 1] share of each patch that shows each noun, background last;
+    ``boxes`` float [B, 256, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
+    the picture, NaN where it shows none; ``outlines`` float [B, 256, 48] the 24 vertices (x, y) of
+    that object's outline, in sides of its box; ``cells`` float [B, 256, 49] share of each of the
     patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one.
     """
 
@@ -155,8 +155,8 @@ class Losses:
         return [self.background, self.scale, *(p for head in heads for p in head.parameters())]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures uint8 [B, 3, 168, 168] -> what the decoder reads, [B, 144, dim], and what
-        ``SHAPE_BLOCK`` gives, [B, 144, enc_dim]."""
+        """Pictures uint8 [B, 3, 224, 224] -> what the decoder reads, [B, 256, dim], and what
+        ``SHAPE_BLOCK`` gives, [B, 256, enc_dim]."""
         features, early = self.model.vision.features_with_early(images, SHAPE_BLOCK)
         return self.model.vision.project(features, features), early
 

@@ -27,6 +27,8 @@ MIN_PIXELS = 0.0038
 """Smallest visible area of an object, share of the image."""
 MIN_WHOLE = 0.8
 """Objects whose largest visible piece is a smaller share of what is visible are taken out."""
+LARGE_SIDE = 336
+"""Larger scenes are drawn from larger pictures than the packs hold."""
 HELD_OUT_STYLE = "twemoji"
 
 
@@ -106,7 +108,7 @@ class SceneGenerator:
     ``nouns`` limits what is named (all of the table by default), ``styles`` where pictures come
     from; by default training sees every style but
     ``twemoji`` and 85 % of the stamps, evaluation sees all. ``size`` is (width, height) px; without
-    it images are 168 × 168 with a random aspect squashed.
+    it images are 224 × 224 with a random aspect squashed.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class SceneGenerator:
         self.split, self.seed, self.size = split, seed, size
         self.max_objects, self.photos, self.clean = max_objects, photos, clean
         longer = max(size) if size else INPUT_SIDE
-        self.large = longer > 2 * INPUT_SIDE if large_sprites is None else large_sprites
+        self.large = longer > LARGE_SIDE if large_sprites is None else large_sprites
         if styles is None:
             styles = [s for s in SOURCES if split == "eval" or s != HELD_OUT_STYLE]
         self.styles = list(styles)
