@@ -289,8 +289,8 @@ class RuntimeConfig:
     """Most positions that one engine step prefills, patches of crops counted, beside one token for
     every running request: bounds how long those stall. A single crop or image may exceed it."""
     image_cache_bytes: int = 256 * 2**20
-    """Keys and values of encoded images kept for further questions about them, bytes: 0.5 MB each
-    for the shipped model, 144 MB for Moondream 3 in bfloat16. 0 keeps none."""
+    """Keys and values of encoded images kept for further questions about them, bytes: 1.2 MB each
+    for the shipped model (2.4 MB in float32), 144 MB for Moondream 3 in bfloat16. 0 keeps none."""
     max_queue: int = 256
     """Requests that may wait for a slot; more are refused with 503 and Retry-After."""
     max_queue_bytes: int = 256 * 2**20

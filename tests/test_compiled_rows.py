@@ -101,7 +101,8 @@ def test_images_in_bfloat16_are_far_from_those_in_float32():
     plain = load(NANO, CPU, torch.float32)
     half = load(NANO, CPU, torch.float32, half_images=True)
     assert half.vision.pos_emb.dtype == torch.bfloat16 and half.dtype == torch.float32
-    crops = np.random.default_rng(2).integers(0, 256, (1, 168, 168, 3), np.uint8)
+    side = plain.config.vision.crop_size
+    crops = np.random.default_rng(2).integers(0, 256, (1, side, side, 3), np.uint8)
     batches = [Batch(model, 1) for model in (plain, half)]
     found = [batch.prefix(batch.features(crops), (1, 1)) for batch in batches]
     for batch in batches:
