@@ -234,7 +234,7 @@ async def run(args: argparse.Namespace) -> dict:
         model_path=str(args.model) if args.model else None,
         torch_threads=1,
         refiner=RefinerConfig(refiner=args.refiner),
-        image_dtype=args.image_dtype,
+        image_dtype=None if args.image_dtype == "float32" else args.image_dtype,
     )
     engine = await InferenceEngine.create(config)
     figures: dict = {
@@ -273,7 +273,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="checkpoint; default: shipped")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--refiner", default=RefinerConfig().refiner, help="backend by name")
-    parser.add_argument("--image-dtype", choices=["bfloat16"], help="how images are encoded")
+    parser.add_argument(
+        "--image-dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="how images are encoded",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
