@@ -146,7 +146,7 @@ async def large_batching(folder: Path, rounds: int) -> dict[str, float]:
         refiner=None,
         torch_threads=1,
         max_batch_size=16,
-        max_context=160,
+        max_context=320,
         allow_empty_paths=True,
     )
     engine = await InferenceEngine.create(runtime)
