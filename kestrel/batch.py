@@ -104,10 +104,9 @@ class Batch:
         self._bos = model.embed_tokens(torch.tensor([config.prompt.bos_id], device=device))
         # What a request without an image begins with: BOS alone.
         self._bare = self._text.prefix(self._bos)
-        self._regions = [config.prompt.coord_id, config.prompt.size_id]
+        self._regions = np.array([config.prompt.coord_id, config.prompt.size_id])
         self._eos_id = config.prompt.eos_id
         self._region_ids = torch.tensor(self._regions, device=device)
-        self._barred = np.array(self._regions)
         self._first_ids = [config.prompt.coord_id, config.prompt.eos_id]
         self._coord_id = config.prompt.coord_id
         self.two_threads = False
@@ -223,7 +222,7 @@ class Batch:
         def some(part: slice) -> np.ndarray:
             return stacked.run_on(
                 tokens[part], positions[part], cache.kv, slots[part], steps,
-                barred=self._barred, last=self._eos_id,
+                barred=self._regions, last=self._eos_id,
             )  # fmt: skip
 
         cut = len(rows) // 2 if self.two_threads and len(rows) >= MANY else 0

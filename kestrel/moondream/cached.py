@@ -59,13 +59,7 @@ class CachedText:
     held twice. The decoder may then no longer be trained.
     """
 
-    def __init__(
-        self,
-        text: TextDecoder,
-        *,
-        fuse: bool,
-        half_prefix: bool = False,
-    ) -> None:
+    def __init__(self, text: TextDecoder, *, fuse: bool, half_prefix: bool = False) -> None:
         """``half_prefix``: where what lies between products is compiled, those of prefixes are in
         bfloat16, from a copy of the weights, and keys and values are kept in it."""
         c = text.config

@@ -51,8 +51,12 @@ def _integers(bits: int) -> Any:
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
     """Where a vector begins in an array of one dimension."""
-    start = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
-    return builder.bitcast(start, vector.as_pointer())
+    return builder.bitcast(_one(context, builder, kind, array, index), vector.as_pointer())
+
+
+def _one(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Where a number of it is."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
 
 
 @_inlined
@@ -93,7 +97,7 @@ def load_one(_: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]
-        place = builder.gep(context.make_array(kind)(context, builder, args[0]).data, [args[1]])
+        place = _one(context, builder, kind, args[0], args[1])
         read = builder.load(place)
         if kind.dtype == types.float32:
             return read
@@ -110,7 +114,7 @@ def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, value = signature.args[0], args[2]
-        place = builder.gep(context.make_array(kind)(context, builder, args[0]).data, [args[1]])
+        place = _one(context, builder, kind, args[0], args[1])
         if kind.dtype != types.float32:
             bits = builder.bitcast(value, _INDEX)
             odd = builder.and_(builder.lshr(bits, _SIXTEEN), ir.Constant(_INDEX, 1))
