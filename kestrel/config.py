@@ -262,11 +262,12 @@ class RuntimeConfig:
     """``auto`` (bfloat16 on CUDA, float32 on CPU), ``float32``, ``bfloat16``, ``float16``."""
     image_dtype: str | None = "auto"
     """``bfloat16``: a float32 model on a CPU encodes images in bfloat16, vision tower and prefix,
-    which takes half the time where the processor has matrix units for it (AMX), and keeps keys and
-    values in it. The decoder's weights are then held once more in bfloat16. Prompt and answer are
-    computed in float32, and a request's answer is the same alone and in a batch, but its tokens are
-    often others than float32 gives. ``auto``: bfloat16 for a small model on such a processor whose
-    weights are stored in it, so that none is rounded. None: as ``dtype``."""
+    which takes half to two thirds of the time where the processor has products for it (AMX,
+    AVX512-BF16), and keeps keys and values in it. The decoder's weights are then held once more in
+    bfloat16. Prompt and answer are computed in float32, and a request's answer is the same alone
+    and in a batch, but its tokens are often others than float32 gives. ``auto``: bfloat16 for a
+    small model on such a processor whose weights are stored in it, so that none is rounded. None:
+    as ``dtype``."""
     max_batch_size: int = 16
     """Requests that decode together (KV slots)."""
     max_context: int = 4096

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +44,36 @@ FEW, MANY = SMALL_MODEL - 1, SMALL_MODEL
 def test_another_type_than_asked(
     monkeypatch, asked, device, dtype, stored, parameters, units, given
 ):
-    monkeypatch.setattr(devices, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(devices, "has_bfloat16_products", lambda: units)
     assert resolve_image_dtype(asked, device, dtype, stored, parameters) == given
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nothing else tells the flags")
+def test_another_processor_is_seen_than_there_is():
+    told = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = set(told.group(1).split()) if told else set()
+    assert devices.has_bfloat16_products() == bool(flags & {"amx_bf16", "avx512_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("missing", "amx", "vectors", "given"),
+    [
+        ((), False, False, False),
+        ((), True, False, True),
+        ((), False, True, True),
+        (("_is_avx512_bf16_supported",), True, False, True),
+        (("_is_amx_tile_supported",), False, True, True),
+        (("_is_amx_tile_supported", "_is_avx512_bf16_supported"), True, True, False),
+    ],
+)
+def test_a_torch_tells_otherwise_of_the_processor(monkeypatch, missing, amx, vectors, given):
+    told = {"_is_amx_tile_supported": amx, "_is_avx512_bf16_supported": vectors}
+    for name, answer in told.items():
+        if name in missing:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+    assert devices.has_bfloat16_products() == given
 
 
 def test_a_checkpoint_tells_other_types_and_sizes_than_it_has(tmp_path):
@@ -61,7 +91,7 @@ def test_a_checkpoint_tells_other_types_and_sizes_than_it_has(tmp_path):
 
 @pytest.mark.parametrize("units", [True, False])
 async def test_the_shipped_model_takes_another_type_than_its_processor_has(monkeypatch, units):
-    monkeypatch.setattr(devices, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(devices, "has_bfloat16_products", lambda: units)
     entries = json.loads((NANO / "samples" / "samples.json").read_text())
     pictures = [
         ((NANO / "samples" / entry["file"]).read_bytes(), entry["noun"]) for entry in entries

@@ -36,11 +36,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
-def has_matrix_units() -> bool:
-    """Whether the processor has products of bfloat16 matrices (AMX), several times as fast as those
-    of float32."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())
+def has_bfloat16_products() -> bool:
+    """Whether the processor has products of bfloat16 matrices (AMX, AVX512-BF16), at least twice as
+    fast as those of float32."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
 
 
 def resolve_image_dtype(
@@ -54,12 +54,12 @@ def resolve_image_dtype(
 
     ``bfloat16`` counts for float32 on a CPU, where ``auto`` means it for a model under
     ``SMALL_MODEL`` parameters whose weights are ``stored`` in bfloat16, so that none of them is
-    rounded, where the processor has matrix units. None: ``dtype``.
+    rounded, where the processor has products for it. None: ``dtype``.
     """
     if image_dtype is None or device.type != "cpu" or dtype != torch.float32:
         return dtype
     if image_dtype == "auto":
         exact = all(kind == torch.bfloat16 for kind in stored)
-        if not (exact and parameters < SMALL_MODEL and has_matrix_units()):
+        if not (exact and parameters < SMALL_MODEL and has_bfloat16_products()):
             return dtype
     return torch.bfloat16
