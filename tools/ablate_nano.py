@@ -89,7 +89,7 @@ def train(variant: str, store: Scenes, minutes: float) -> dict[str, float]:
             torch.nn.init.normal_(block.attn.qkv.weight, std=0.04)
     peak = 3e-3 if variant == "peak 3e-3" else 1.5e-3
     losses = Losses(model, asker.noun_ids, asker.level_ids)
-    parameters = [*model.parameters(), *losses.extra_parameters()]
+    parameters = [*model.parameters(), *losses.heads().values()]
     optimiser = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from scene_store import CELLS, VERTICES
-from torch import Tensor
+from torch import Tensor, nn
 
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.text import Block
@@ -132,27 +132,24 @@ class Losses:
         self.place_weight = 0.1
         self.region_weight = 0.5
         dim = model.config.text.dim
-        self.background = torch.nn.Parameter((torch.randn(dim) * 0.02).to(device))
-        self.scale = torch.nn.Parameter(torch.tensor(10.0, device=device))
-        self.box_head = torch.nn.Linear(dim, 4).to(device)
-        self.answer_head = torch.nn.Linear(dim, 4).to(device)
-        self.outline_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
-        self.answer_outline_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
-        self.place_head = torch.nn.Linear(dim, 2 * VERTICES).to(device)
+        self.background = nn.Parameter((torch.randn(dim) * 0.02).to(device))
+        self.scale = nn.Parameter(torch.tensor(10.0, device=device))
+        self.box_head = nn.Linear(dim, 4).to(device)
+        self.answer_head = nn.Linear(dim, 4).to(device)
+        self.outline_head = nn.Linear(dim, 2 * VERTICES).to(device)
+        self.answer_outline_head = nn.Linear(dim, 2 * VERTICES).to(device)
+        self.place_head = nn.Linear(dim, 2 * VERTICES).to(device)
         vision = model.config.vision
-        self.cell_head = torch.nn.Linear(vision.enc_dim, CELLS * CELLS).to(device)
+        self.cell_head = nn.Linear(vision.enc_dim, CELLS * CELLS).to(device)
 
-    def extra_parameters(self) -> list[torch.nn.Parameter]:
-        """Parameters of the auxiliary loss, not part of the model."""
-        heads = (
-            self.box_head,
-            self.answer_head,
-            self.outline_head,
-            self.answer_outline_head,
-            self.place_head,
-            self.cell_head,
-        )
-        return [self.background, self.scale, *(p for head in heads for p in head.parameters())]
+    def heads(self) -> dict[str, nn.Parameter]:
+        """Parameters of the auxiliary losses by name, not part of the model."""
+        layers = {name: part for name, part in vars(self).items() if isinstance(part, nn.Linear)}
+        return {"background": self.background, "scale": self.scale} | {
+            f"{name}.{which}": parameter
+            for name, layer in layers.items()
+            for which, parameter in layer.named_parameters()
+        }
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures uint8 [B, 3, 224, 224] -> what the decoder reads, [B, 256, dim], and what

@@ -30,11 +30,12 @@ import nano_training
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
+from nano_muon import Muon
 from nano_questions import BatchMaker, SceneQuestions
 from nano_start import initialise, pass_through, picture_patches, resized_positions
 from nano_training import Batch, Losses
 from nouns import CORE, CORE_STYLES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scene_store import Scenes, build_store, grow_pool
 from words import vocabulary_words
 
@@ -58,6 +59,11 @@ FIELDS = ["minutes", "step", "phase", "scenes", "scenes_per_s", *LOSSES, "norm",
 REPORT_STEPS = 50
 FIRST_SCENES = 50_000
 """Scenes in a pool before training begins: it would see the same few again and again."""
+HEADS_ALONE = 100
+"""Steps in which only the heads learn that are thrown away, after ``--warm`` without ``--heads``:
+what they say while they know nothing would undo what the model knows."""
+HEADS_PEAK = 4e-3
+"""Learning rate of those steps."""
 LONGEST_STEP_S = 5.0
 """A step on a CPU counts as no more: a process that was stopped for a while has not trained."""
 
@@ -94,11 +100,21 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
+def _maps_features(name: str, parameter: torch.Tensor) -> bool:
+    """Whether it is a matrix from features to features, as Muon is made for: no table, whose rows
+    are seldom asked for, no patch embedding, no small gate."""
+    inner = ".blocks." in name or ".proj_mlp." in name
+    return inner and parameter.dim() == 2 and min(parameter.shape) > 64
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
     parser.add_argument("--ship", type=Path, default=None, help="folder of the best checkpoint")
     parser.add_argument("--warm", type=Path, help="checkpoint folder to go on from")
+    parser.add_argument(
+        "--heads", type=Path, help="RUN/heads.safetensors of the run that gave the checkpoint"
+    )
     parser.add_argument(
         "--phases",
         type=phases,
@@ -112,6 +128,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=95.0, help="training time budget")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per step")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--adamw", action="store_true", help="AdamW for matrices too, no Muon")
     parser.add_argument("--eval-every", type=float, default=6.0, help="minutes to save after")
     parser.add_argument("--eval-scenes", type=int, default=120, help="0: weights are kept unjudged")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
@@ -139,17 +156,12 @@ class Run:
             self._begin_with(load_file(args.warm / "model.safetensors"))
         self.model.to(args.device)
         self.losses = Losses(self.model, self.questions.noun_ids, self.questions.level_ids)
-        tables = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": tables, "weight_decay": 0.02},
-                {"params": vectors + self.losses.extra_parameters(), "weight_decay": 0.0},
-            ],
-            lr=args.peak,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        self.heads = self.losses.heads()
+        self.heads_alone = HEADS_ALONE if args.warm is not None else 0
+        if args.heads is not None:
+            self._set_heads(load_file(args.heads))
+            self.heads_alone = 0
+        self.optimisers = self._optimisers()
         self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.step, self.spent, self.best = 0, 0.0, 0.0
         self.state_file = args.run / "state.pt"
@@ -165,6 +177,26 @@ class Run:
             args.device, first=FIRST_SCENES, workers=args.workers, styles=CORE_STYLES, **about
         )
 
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of blocks and projection, AdamW for everything else, each weight by
+        steps of the same size; AdamW alone with ``--adamw``."""
+        named = dict(self.model.named_parameters())
+        matrices = [] if self.args.adamw else [p for n, p in named.items() if _maps_features(n, p)]
+        others = [p for p in named.values() if all(p is not m for m in matrices)]
+        adamw = torch.optim.AdamW(
+            [
+                {"params": list(self.heads.values()), "weight_decay": 0.0, "heads": True},
+                {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+                {"params": [p for p in others if p.dim() >= 2], "weight_decay": 0.02},
+            ],
+            lr=self.args.peak,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        if not matrices:
+            return [adamw]
+        return [adamw, Muon(matrices, self.args.peak, weight_decay=0.02)]
+
     def _begin_with(self, known: dict[str, torch.Tensor]) -> None:
         """Weights of a checkpoint, which may be of smaller pictures and have fewer blocks."""
         model = self.model
@@ -177,6 +209,11 @@ class Run:
             pass_through(
                 b for n, b in blocks if f"{tower}.blocks.{n}.attn.proj.weight" not in known
             )
+
+    def _set_heads(self, known: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, head in self.heads.items():
+                head.copy_(known[name])
 
     @property
     def progress(self) -> float:
@@ -204,11 +241,10 @@ class Run:
     def resume(self) -> None:
         saved = torch.load(self.state_file, weights_only=True, map_location=self.args.device)
         self.model.load_state_dict(saved["model"])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         self.average = saved["average"]
-        with torch.no_grad():
-            for mine, theirs in zip(self.losses.extra_parameters(), saved["extra"], strict=True):
-                mine.copy_(theirs)
+        self._set_heads(saved["heads"])
         self.step, self.spent, self.best = saved["step"], saved["spent"], saved["best"]
         print(f"resumed at step {self.step}, {self.spent / 60:.1f} min spent", flush=True)
 
@@ -217,9 +253,9 @@ class Run:
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "average": self.average,
-                "extra": [p.detach() for p in self.losses.extra_parameters()],
+                "heads": {name: head.detach() for name, head in self.heads.items()},
                 "step": self.step,
                 "spent": self.spent,
                 "best": self.best,
@@ -229,16 +265,21 @@ class Run:
         partial.replace(self.state_file)
 
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.progress, self.args.peak)
+        alone = self.step < self.heads_alone
+        rate = learning_rate(self.progress, self.args.peak)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                alone_rate = HEADS_PEAK if group.get("heads") else 0.0
+                group["lr"] = alone_rate if alone else rate
         asked = batch.tokens.numel() > 0
         kind = self.args.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=not self.args.float32):
             loss, parts = (self.losses if asked else self.losses.vision_only)(batch)
         loss.backward()
         parts["norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         names, live = zip(*self.model.named_parameters(), strict=True)
@@ -250,6 +291,8 @@ class Run:
         live = {k: v.detach() for k, v in self.model.named_parameters()}
         for folder, weights in (("averaged", self.average), ("last", live)):
             write_checkpoint(self.args.run / folder, self.model, weights, self.tokenizer)
+        heads = {name: head.detach().contiguous() for name, head in self.heads.items()}
+        save_file(heads, str(self.args.run / "heads.safetensors"))
 
     def evaluated(self, *, averaged: bool = True) -> dict[str, float]:
         """Figures of the averaged weights, or the last ones, on held-out scenes; ships them when
