@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
-from kestrel.config import Limits, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
 
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
@@ -182,6 +182,35 @@ class IngressSettings(BaseModel):
         return None if value is None else list(_only_hashes(value))
 
 
+def refiner_settings(args: RefinerConfig, user_config: dict[str, Any]) -> RefinerConfig:
+    """``args`` with the keys of the deployment ``Refiner``'s ``user_config`` in their place.
+
+    What requests may choose from stays loaded: the ingress offers what ``args.refiner`` names, and
+    does not hear of this. Raises ConfigError, which names the key, for one that does not fit.
+    """
+    if "selectable" in user_config:
+        raise ConfigError(
+            "user_config.selectable: the ingress offers what args.refiner.selectable names; "
+            "change it there"
+        )
+    given = {field.name: getattr(args, field.name) for field in fields(args)}
+    config: RefinerConfig = from_mapping(RefinerConfig, {**given, **user_config}, "user_config")
+    return replace(config, selectable=args.loaded)
+
+
+def _known_backends(config: RefinerConfig) -> None:
+    """ConfigError for a backend's name that nothing is registered as. Those that are named by where
+    they are may be on the refiners' machines alone, and so may the refiner's libraries: a refiner
+    says itself, as it starts, what it does not find."""
+    try:
+        from kestrel.seg_refiner.backends import find_backend
+    except ImportError:
+        return
+    for name in config.loaded:
+        if ":" not in name:
+            find_backend(name)
+
+
 ELSEWHERE = {
     "refiner": "args.refiner",
     "refiner_threads": "refiner_pool.threads",
@@ -246,9 +275,10 @@ class GraphArgs(BaseModel):
     @field_validator("refiner", mode="before")
     @classmethod
     def _refiner(cls, value: Any) -> Any:
-        if isinstance(value, RefinerConfig):
-            return value
-        return from_mapping(RefinerConfig, value, "refiner")
+        if not isinstance(value, RefinerConfig):
+            value = from_mapping(RefinerConfig, value, "refiner")
+        _known_backends(value)
+        return value
 
     @field_validator("runtime")
     @classmethod
@@ -270,6 +300,8 @@ class GraphArgs(BaseModel):
                 raise ValueError(f"{name}.min_replicas must be at least 1: only refiners can wait")
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
+        if self.refiner.device.startswith("cuda") and not self.refiner_pool.num_gpus:
+            raise ValueError("refiner.device is cuda, so refiner_pool.num_gpus must be over 0")
         return self
 
 
@@ -279,7 +311,10 @@ def check(config: dict[str, Any]) -> None:
     for application in config.get("applications") or []:
         if application.get("import_path") != "serve_graph.app:build":
             continue
-        GraphArgs.model_validate(application.get("args") or {})
+        args = GraphArgs.model_validate(application.get("args") or {})
         for deployment in application.get("deployments") or []:
+            settings = deployment.get("user_config") or {}
             if deployment.get("name") == "Ingress":
-                IngressSettings.model_validate(deployment.get("user_config") or {})
+                IngressSettings.model_validate(settings)
+            if deployment.get("name") == "Refiner":
+                _known_backends(refiner_settings(args.refiner, settings))

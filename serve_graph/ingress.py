@@ -25,6 +25,7 @@ from serve_graph import metrics
 from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
 from serve_graph.hedge import Hedge
+from serve_graph.reconfigured import former_settings_stay
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -55,6 +56,7 @@ class IngressDeployment:
         self._tasks.append(asyncio.create_task(self._count_replicas()))
         self._tasks.append(asyncio.create_task(self._watch()))
         self._replicas = 1
+        self._serving = False
 
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
@@ -91,9 +93,11 @@ class IngressDeployment:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this with the deployment's ``user_config`` (``IngressSettings``)."""
-        settings = IngressSettings.model_validate(user_config)
-        self._backend.change(settings.refine_timeout_s, settings.api_keys)
-        self._backend.draining = settings.draining
+        with former_settings_stay(serving=self._serving):
+            settings = IngressSettings.model_validate(user_config)
+            self._backend.change(settings.refine_timeout_s, settings.api_keys)
+            self._backend.draining = settings.draining
+        self._serving = True
 
     async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer

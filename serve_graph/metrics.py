@@ -60,8 +60,7 @@ REFINEMENTS = Spec(
 LOST_REPLICAS = Spec(
     "segment_lost_replicas_total",
     Counter,
-    "Calls that lost their replica, by half (model, refiner). Tried again, up to a bound, but for "
-    "a stream that has begun.",
+    "Calls that lost their replica, by half (model, refiner). Tried again, up to a bound.",
     ("half",),
 )
 HEDGED_REFINEMENTS = Spec(
@@ -115,6 +114,12 @@ REFINERS_WANTED = Spec(
     "Refiners that the look-ahead policy wants, before bounds and delays.",
 )
 
+FORMER_SETTINGS = Spec(
+    "segment_former_settings_replicas",
+    Gauge,
+    "1 where a replica was last given a user_config that does not fit, and goes on as before.",
+)
+
 METRICS = (
     REQUESTS,
     REQUEST_MS,
@@ -136,6 +141,7 @@ METRICS = (
     REFINER_WAITING,
     REFINERS_DUE,
     REFINERS_WANTED,
+    FORMER_SETTINGS,
 )
 
 

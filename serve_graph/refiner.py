@@ -7,12 +7,13 @@ import contextvars
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kestrel import api
 from kestrel.busy import Busy
 from serve_graph import metrics, tracing
+from serve_graph.args import refiner_settings
+from serve_graph.reconfigured import former_settings_stay
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ class RefinerDeployment:
         # Requests and replicas run beside each other; threads of a library would only compete.
         one_thread_each()
         self._built, self._limits = config, limits
-        self._current = config
+        self._current, self._serving = config, False
         self._refiner = SegmentRefiner(config, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
@@ -48,11 +49,14 @@ class RefinerDeployment:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this with the deployment's ``user_config``: keys of ``RefinerConfig`` that
         replace those of ``args.refiner``. What is being refined ends as it began."""
-        from kestrel.config import RefinerConfig, from_mapping
+        with former_settings_stay(serving=self._serving):
+            await self._change(user_config)
+        self._serving = True
+
+    async def _change(self, user_config: dict[str, Any]) -> None:
         from kestrel.seg_refiner import SegmentRefiner
 
-        built = {f.name: getattr(self._built, f.name) for f in fields(self._built)}
-        config = from_mapping(RefinerConfig, {**built, **user_config}, "user_config")
+        config = refiner_settings(self._built, user_config)
         if config == self._current:
             return
         refiner = SegmentRefiner(config, limits=self._limits)

@@ -83,6 +83,11 @@ def cluster(manifest: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def gibibytes(memory: str) -> float:
+    """Bytes of a quantity such as ``24Gi``."""
+    return float(memory.removesuffix("Gi")) * 2**30
+
+
 def groups(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {group["groupName"]: group for group in cluster(manifest)["workerGroupSpecs"]}
 
@@ -197,6 +202,20 @@ def test_every_replica_finds_a_node_when_all_pools_are_at_their_largest(manifest
             pool.num_cpus * getattr(pool, bound) for pool in (args.ingress_pool, args.refiner_pool)
         )
         assert needed <= float(cpu["resources"]["CPU"]) * cpu[group]
+        for pool, nodes in ((args.ingress_pool, cpu), (args.model_pool, gpu)):
+            if pool.max_replicas_per_node is not None:
+                assert getattr(pool, bound) <= pool.max_replicas_per_node * nodes[group]
+
+
+def test_a_pod_full_of_replicas_has_the_memory_that_they_may_take(manifest):
+    """What docs/operations.md says of the largest pictures, all at once."""
+    args, cpu = graph_args(manifest), groups(manifest)["cpu"]
+    pixels, threads = args.runtime.limits.max_image_pixels, args.refiner_pool.threads
+    refiner = 0.2e9 + pixels * (12 * (threads - 1) + max(12, 17))
+    ingress = 0.3e9 + args.runtime.max_held_bytes
+    refiners = float(cpu["resources"]["CPU"]) - args.ingress_pool.num_cpus
+    memory = containers(manifest)["cpu"]["resources"]["limits"]["memory"]
+    assert refiners / args.refiner_pool.num_cpus * refiner + ingress <= gibibytes(memory)
 
 
 def test_no_refiner_or_ingress_takes_the_cpu_that_a_model_needs(manifest):

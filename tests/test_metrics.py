@@ -213,7 +213,7 @@ def test_names_say_their_units():
             in {
                 Counter: ("total",),
                 Histogram: ("ms",),
-                Gauge: ("requests", "bytes", "slots", "s", "refiners"),
+                Gauge: ("requests", "bytes", "slots", "s", "refiners", "replicas"),
             }[spec.kind]
         )
     assert len(EXPORTED) == len(metrics.METRICS)
@@ -260,13 +260,13 @@ def test_a_metric_without_one_of_its_tags_is_a_fault_and_not_a_lost_number():
                 record(spec, 1, **tags)
 
 
-def test_a_pool_that_shall_be_empty_pages_nobody():
-    """``refiner_pool.min_replicas: 0`` keeps none when idle, and wants none."""
+def test_an_empty_pool_is_told_by_what_it_lacks():
+    """Serve exports no health of a pool without replicas, which is the one to page about; how many
+    it wants is there, 0 for ``refiner_pool.min_replicas: 0`` that is idle."""
     (rule,) = [rule for rule in rules() if rule["alert"] == "SegmentPoolEmpty"]
-    empty, exempt = rule["expr"].split("unless on (deployment)")
-    assert "ray_serve_deployment_replica_healthy" in empty
-    wanted = exempt.partition(" or absent")[0]
-    assert "ray_serve_autoscaling_target_replicas" in wanted and wanted.endswith("== 0)")
+    wanted, healthy = rule["expr"].split("unless on (deployment)")
+    assert "ray_serve_autoscaling_target_replicas" in wanted and wanted.strip().endswith("> 0)")
+    assert "ray_serve_deployment_replica_healthy" in healthy.partition(">= 1)")[0]
 
 
 def names(expression: str) -> set[str]:

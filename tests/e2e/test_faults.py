@@ -249,6 +249,12 @@ def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expe
         assert wait_for(
             lambda: graph.http.post("/v1/segment", json=ask).json()["path"] != expected[0].path
         )
+        # What does not fit stops nobody: replicas go on with what they have.
+        for deployment in config["applications"][0]["deployments"]:
+            deployment["user_config"] = {"refine_timout_s": 30}
+        graph.deploy(config)
+        time.sleep(3.0)
+        assert changed()
     finally:
         graph.deploy(graph.config)
     assert {title: set(graph.pids(title)) for title in (MODEL, REFINER)} == before

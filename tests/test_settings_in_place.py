@@ -1,0 +1,150 @@
+"""A ``user_config`` that replicas are given while they serve: what fits, and what must not hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+from serving import picture
+
+from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig
+from serve_graph import metrics
+from serve_graph.args import GraphArgs, check, refiner_settings
+from serve_graph.reconfigured import former_settings_stay
+from serve_graph.refiner import RefinerDeployment
+
+BUILD = "serve_graph.app:build"
+SQUARE = "M0 0L1 0L1 1L0 1Z"
+BOX = {"x_min": 0.3, "y_min": 0.3, "x_max": 0.6, "y_max": 0.6}
+
+
+def config(user_config: dict[str, Any], **args: Any) -> dict[str, Any]:
+    deployments = [{"name": "Refiner", "user_config": user_config}]
+    application = {"import_path": BUILD, "args": args, "deployments": deployments}
+    return {"applications": [application]}
+
+
+@pytest.fixture(autouse=True)
+def library_log() -> Iterator[None]:
+    """What a replica changes for its whole process."""
+    library = logging.getLogger("kestrel")
+    before = library.handlers, library.level, library.propagate
+    yield
+    library.handlers, library.propagate = before[0], before[2]
+    library.setLevel(before[1])
+
+
+@pytest.fixture
+def levels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The gauges that are set."""
+    found: dict[str, float] = {}
+    monkeypatch.setattr(metrics, "level", lambda spec, value: found.update({spec.name: value}))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("user_config", "error"),
+    [
+        ({"turdsiez": 1}, "turdsiez"),
+        ({"turdsize": -1}, "turdsize"),
+        ({"refiner": "boundry"}, "'boundry' is not known; known refiners are boundary, guided"),
+        ({"selectable": []}, r"user_config\.selectable: the ingress offers what args\.refiner"),
+    ],
+)
+def test_refiner_settings_that_do_not_fit_are_deployed(
+    user_config: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        check(config(user_config))
+
+
+def test_refiner_settings_that_fit_are_refused() -> None:
+    check(config({"refiner": "none", "turdsize": 3}))
+    check(config({"refiner": "their.package:build"}))
+    check(config({}))
+    check({"applications": [{"import_path": "another.app:build", "args": {"refiner": 1}}]})
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ({"refiner": {"refiner": "boundry"}}, "'boundry' is not known"),
+        ({"refiner": {"selectable": ["none", "gudied"]}}, "'gudied' is not known"),
+        ({"refiner": {"device": "cuda"}}, r"refiner_pool\.num_gpus must be over 0"),
+    ],
+)
+def test_args_of_a_refiner_that_cannot_start_are_deployed(args: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        GraphArgs.model_validate(args)
+
+
+def test_a_refiner_on_a_gpu_is_refused_its_gpu() -> None:
+    GraphArgs.model_validate({"refiner": {"device": "cuda"}, "refiner_pool": {"num_gpus": 0.5}})
+
+
+def test_another_default_takes_away_what_requests_may_choose() -> None:
+    args = RefinerConfig(refiner="boundary", selectable=("none",))
+    assert refiner_settings(args, {"refiner": "guided"}).loaded == ("guided", "boundary", "none")
+    assert refiner_settings(args, {}).loaded == args.loaded
+    with pytest.raises(ConfigError, match="selectable"):
+        refiner_settings(args, {"selectable": ["guided"]})
+
+
+def test_a_refiner_loses_what_the_ingress_offers() -> None:
+    args = RefinerConfig(refiner="guided", selectable=("none",))
+
+    async def ask(replica: RefinerDeployment, name: str | None) -> str:
+        return (await replica.refine(picture(), SQUARE, BOX, False, name)).reason
+
+    async def run() -> None:
+        replica = RefinerDeployment(args, Limits(), 1, 30.0)
+        await replica.reconfigure({"refiner": "none"})
+        for name in (None, *RuntimeConfig(refiner=args).refiners):
+            assert await ask(replica, name) != "fault"
+
+    asyncio.run(run())
+
+
+def test_a_refiner_that_serves_stops_for_settings_that_do_not_fit(
+    levels: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        replica = RefinerDeployment(RefinerConfig(refiner="none"), Limits(), 1, 30.0)
+        await replica.reconfigure({"turdsize": 3})
+        assert levels == {"segment_former_settings_replicas": 0}
+        with caplog.at_level("ERROR", "ray.serve"):
+            await replica.reconfigure({"turdsiez": 1})
+        assert levels["segment_former_settings_replicas"] == 1
+        assert "turdsiez" in caplog.text and "former settings stay" in caplog.text
+        await replica.refine(picture(), SQUARE, BOX, False)
+        await replica.reconfigure({})
+        assert levels["segment_former_settings_replicas"] == 0
+
+    asyncio.run(run())
+
+
+def test_a_refiner_starts_with_settings_that_do_not_fit(levels: dict[str, float]) -> None:
+    async def run() -> None:
+        replica = RefinerDeployment(RefinerConfig(refiner="none"), Limits(), 1, 30.0)
+        with pytest.raises(ConfigError, match="turdsiez"):
+            await replica.reconfigure({"turdsiez": 1})
+
+    asyncio.run(run())
+    assert levels["segment_former_settings_replicas"] == 1
+
+
+def test_settings_of_who_serves_hurt_it(levels: dict[str, float]) -> None:
+    with former_settings_stay(serving=True):
+        raise ValueError("no")
+    assert levels == {"segment_former_settings_replicas": 1}
+    with pytest.raises(ValueError, match="no"), former_settings_stay(serving=False):
+        raise ValueError("no")
+    with former_settings_stay(serving=True):
+        pass
+    assert levels == {"segment_former_settings_replicas": 0}
