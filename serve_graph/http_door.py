@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 
@@ -27,7 +30,9 @@ class HttpDoor:
         }
         self._options = options
         self._client = httpx.Client(**options)
-        self._async_client: httpx.AsyncClient | None = None
+        self._async_clients: WeakKeyDictionary[AbstractEventLoop, httpx.AsyncClient]
+        self._async_clients = WeakKeyDictionary()
+        """By event loop: connections belong to the loop that opened them and end with it."""
 
     def call(self, fields: dict[str, Any]) -> dict[str, Any]:
         with _plain_errors():
@@ -68,17 +73,20 @@ class HttpDoor:
                         yield json.loads(line[5:])
 
     def _aclient(self) -> httpx.AsyncClient:
-        if self._async_client is None:
-            self._async_client = httpx.AsyncClient(**self._options)
-        return self._async_client
+        loop = asyncio.get_running_loop()
+        client = self._async_clients.get(loop)
+        if client is None:
+            client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
+        return client
 
     def close(self) -> None:
         self._client.close()
 
     async def aclose(self) -> None:
         self._client.close()
-        if self._async_client is not None:
-            await self._async_client.aclose()
+        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
 
 
 @contextlib.contextmanager

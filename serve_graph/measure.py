@@ -263,16 +263,23 @@ def measure_to_file(options: argparse.Namespace) -> None:
         image, noun = SAMPLES / sample["file"], noun or sample["noun"]
     if noun is None:
         raise PlanError("--image needs --object")
-    content = image.read_bytes()
-    levels = asyncio.run(
-        measure(
-            options.measure,
-            bodies(content, noun, options.masks),
-            slots=options.slots,
-            seconds=options.level_seconds,
-            api_key=options.api_key,
+    try:
+        content = image.read_bytes()
+        levels = asyncio.run(
+            measure(
+                options.measure,
+                bodies(content, noun, options.masks),
+                slots=options.slots,
+                seconds=options.level_seconds,
+                api_key=options.api_key,
+            )
         )
-    )
+    except OSError as error:
+        raise PlanError(f"--image cannot be read: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise PlanError(
+            f"--measure {options.measure}: {error or type(error).__name__}; is the graph there?"
+        ) from error
     measured = {
         "date": datetime.date.today().isoformat(),
         "machine": options.machine or platform.processor() or platform.machine(),

@@ -17,6 +17,8 @@ from serve_graph.simulation import Outcome, Scenario, Simulation
 
 MOST_MODELS, MOST_REFINERS = 1_000, 20_000
 """The largest pools that a plan may have."""
+FEWEST_REQUESTS = 300
+"""Requests that a trial sees, or its p99 would be that of a few."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--p99", type=float, help="seconds within which 99 of 100 answers must come")
     add("--refined-share", type=float, default=1.0, help="part of the requests that is refined")
     add("--refiner-threads", type=int, default=2, help="refiner_pool.threads")
-    add("--seconds", type=float, default=60, help="simulated time of each trial")
+    add("--seconds", type=float, default=60, help="simulated time of each trial, at least")
     add("--model-start", type=float, default=60, help="assumed start of a model replica, seconds")
     add("--refiner-start", type=float, default=10, help="assumed start of a refiner, seconds")
     add("--node-start", type=float, default=180, help="assumed start of a node, seconds")
@@ -269,8 +271,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--api-key", help="for --measure")
 
 
+OVER_0 = ("rps", "p99", "seconds", "model_start", "refiner_start", "refiner_cpus", "level_seconds")
+AT_LEAST_0 = ("node_start", "rise", "lose_models", "lose_refiners", "gpu_price", "cpu_price")
+AT_LEAST_1 = ("refiner_threads", "gpus_per_node", "cpus_per_node", "slots")
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for names, fits, rule in (
+        (OVER_0, lambda value: value > 0, "over 0"),
+        (AT_LEAST_0, lambda value: value >= 0, "at least 0"),
+        (AT_LEAST_1, lambda value: value >= 1, "at least 1"),
+    ):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise PlanError(f"--{name.replace('_', '-')} must be {rule}, not {value:g}")
+
+
 def run(options: argparse.Namespace) -> None:
-    """Measure a profile, or make a plan and print it."""
+    """Measure a profile, or make a plan and print it. PlanError names the option at fault."""
+    _check_numbers(options)
     if options.measure:
         from serve_graph.measure import measure_to_file
 
@@ -278,9 +298,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.rps is None or options.p99 is None:
         raise PlanError("plan needs --rps and --p99 (or --measure)")
-    for name in ("rps", "p99", "seconds", "model_start", "refiner_start"):
-        if getattr(options, name) <= 0:
-            raise PlanError(f"--{name.replace('_', '-')} must be over 0")
     if not 0 <= options.refined_share <= 1:
         raise PlanError("--refined-share must be in 0..1")
     if (options.gpu_price is None) != (options.cpu_price is None):
@@ -296,7 +313,7 @@ def run(options: argparse.Namespace) -> None:
     aim = Aim(
         rps=options.rps,
         p99_s=options.p99,
-        seconds=options.seconds,
+        seconds=max(options.seconds, FEWEST_REQUESTS / options.rps),
         warmup_s=max(5.0, 3 * float(profile.slot_s[-1])),
         refined_share=options.refined_share,
         lost_models=options.lose_models,

@@ -215,3 +215,31 @@ async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_clo
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert closed.is_set()
+
+
+def test_a_client_breaks_in_a_second_event_loop(address: str) -> None:
+    client = SegmentClient(address)
+    answers = [asyncio.run(client.asegment(object="well", image=picture())) for _ in range(3)]
+    assert {answer["path"] for answer in answers} == {answers[0]["path"]}
+
+    async def streamed() -> list[Any]:
+        return [event async for event in client.astream(object="well", image=picture())]
+
+    assert [asyncio.run(streamed())[-1]["path"] for _ in range(2)] == [answers[0]["path"]] * 2
+    client.close()
+
+
+def test_a_client_breaks_in_the_loops_of_several_threads(address: str) -> None:
+    client, found = SegmentClient(address), []
+
+    def ask() -> None:
+        for _ in range(3):
+            found.append(asyncio.run(client.asegment(object="well", image=picture())))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answer["path"] for answer in found] == [found[0]["path"]] * 9
+    client.close()

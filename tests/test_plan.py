@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,13 +234,30 @@ def test_command_plans_with_the_profile_that_ships() -> None:
     assert "model pool" in done.stdout and "2 shared cores" in done.stdout
 
 
+def test_a_rate_so_low_that_nothing_comes_in_a_minute_is_called_impossible() -> None:
+    done = command("--gpu", "nano-on-cpu", "--rps", "0.01", "--p99", "5")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"model pool +1 replicas", done.stdout)
+
+
+NOBODY = ("--gpu", "H100", "--measure", "http://127.0.0.1:9")
+AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--gpu", "H100", "--rps", "2000", "--p99", "1.5"), "--measure"),
         (("--gpu", "H100"), "--rps and --p99"),
         (("--gpu", "H100", "--rps", "-1", "--p99", "1"), "--rps must be over 0"),
-        (("--gpu", "H100", "--measure", "http://127.0.0.1:9"), "--slots"),
+        ((*AIMED, "--rps", "nan"), "--rps must be over 0, not nan"),
+        ((*AIMED, "--p99", "inf"), "--p99 must be over 0, not inf"),
+        ((*AIMED, "--refiner-threads", "0"), "--refiner-threads must be at least 1"),
+        ((*AIMED, "--gpus-per-node", "0"), "--gpus-per-node must be at least 1"),
+        ((*AIMED, "--lose-models", "-1"), "--lose-models must be at least 0"),
+        (NOBODY, "--slots"),
+        ((*NOBODY, "--slots", "4"), "is the graph there"),
+        ((*NOBODY, "--slots", "4", "--object", "dog", "--image", "no.jpg"), "cannot be read"),
     ],
 )
 def test_command_says_in_one_line_what_is_missing(arguments: tuple[str, ...], said: str) -> None:
