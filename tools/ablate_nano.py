@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from nano_checkpoint import build_tokenizer, nano_config
+from nano_muon import optimisers
 from nano_questions import BatchMaker, SceneQuestions
 from nano_start import initialise, picture_patches
 from nano_training import Batch, Losses
@@ -29,6 +30,7 @@ from kestrel.moondream.model import Moondream
 
 VARIANTS = (
     "as trained",
+    "AdamW alone",
     "random patch embedding",
     "random positions",
     "random attention",
@@ -90,9 +92,7 @@ def train(variant: str, store: Scenes, minutes: float) -> dict[str, float]:
     peak = 3e-3 if variant == "peak 3e-3" else 1.5e-3
     losses = Losses(model, asker.noun_ids, asker.level_ids)
     parameters = [*model.parameters(), *losses.heads().values()]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True
-    )
+    moving = optimisers(model, losses.heads().values(), peak, adamw_alone=variant == "AdamW alone")
     options = {"questions": 0, "boxes_only": False, "seed": 1}
     held_back = BatchMaker(store, asker, scenes=HELD_BACK, **options).batch(
         torch.arange(len(store) - HELD_BACK, len(store))
@@ -103,15 +103,17 @@ def train(variant: str, store: Scenes, minutes: float) -> dict[str, float]:
         progress = (time.monotonic() - began) / (60 * minutes)
         if progress >= 1:
             break
-        for group in optimiser.param_groups:
-            group["lr"] = peak * min(1.0, progress / 0.03 + 0.02) * math.cos(progress * math.pi / 2)
+        rate = peak * min(1.0, progress / 0.03 + 0.02) * math.cos(progress * math.pi / 2)
+        for group in (group for optimiser in moving for group in optimiser.param_groups):
+            group["lr"] = rate
         half = torch.autocast("cpu", torch.bfloat16)
         with half if variant == "bfloat16 matmuls" else contextlib.nullcontext():
             loss, _ = losses.vision_only(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in moving:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         scenes += len(batch.images)
     return {"scenes": scenes, **judge(model, losses, held_back)}
 

@@ -1,10 +1,11 @@
-"""Muon for the matrices of the shipped model, those of one shape at once.
+"""What moves the weights in training: Muon for matrices, AdamW for everything else.
 
 Muon (Keller Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix
 along its momentum with all singular values made alike, by five Newton-Schulz steps of degree five.
 Here a step is scaled so that weights move as far as AdamW would move them (Liu and others, 2025,
 arXiv:2502.16982). ``torch.optim.Muon`` is the same one matrix after the other, which for many
-small ones on a CPU takes twice the time: a third of a training step.
+small ones on a CPU takes twice the time: a third of a training step. Here those of one shape are
+moved at once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,44 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+DECAY = 0.02
+"""Of matrices and tables, in parts of the rate and step."""
 STEPS = 5
 FACTORS = (3.4445, -4.775, 2.0315)
 """Of the first, third and fifth power in a step."""
+
+
+def optimisers(
+    model: nn.Module, heads: Iterable[nn.Parameter], rate: float, *, adamw_alone: bool = False
+) -> list[torch.optim.Optimizer]:
+    """AdamW and, unless it is to be alone, Muon for the matrices of blocks and projection.
+
+    A weight moves as far with either. The first group of the first holds the ``heads``, which are
+    not part of the model, and is marked so.
+    """
+    named = dict(model.named_parameters())
+    matrices = {} if adamw_alone else {n: p for n, p in named.items() if _maps_features(n, p)}
+    others = [p for n, p in named.items() if n not in matrices]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": list(heads), "weight_decay": 0.0, "heads": True},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": DECAY},
+        ],
+        lr=rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    return [adamw, Muon(matrices.values(), rate, weight_decay=DECAY)] if matrices else [adamw]
+
+
+def _maps_features(name: str, parameter: torch.Tensor) -> bool:
+    """Whether it is a matrix from features to features, as Muon is made for: no table, whose rows
+    are seldom asked for, no patch embedding, no small gate."""
+    inner = ".blocks." in name or ".proj_mlp." in name
+    return inner and parameter.dim() == 2 and min(parameter.shape) > 64
 
 
 class Muon(torch.optim.Optimizer):

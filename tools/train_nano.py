@@ -30,7 +30,7 @@ import nano_training
 import torch
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
-from nano_muon import Muon
+from nano_muon import optimisers
 from nano_questions import BatchMaker, SceneQuestions
 from nano_start import initialise, pass_through, picture_patches, resized_positions
 from nano_training import Batch, Losses
@@ -100,13 +100,6 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
-def _maps_features(name: str, parameter: torch.Tensor) -> bool:
-    """Whether it is a matrix from features to features, as Muon is made for: no table, whose rows
-    are seldom asked for, no patch embedding, no small gate."""
-    inner = ".blocks." in name or ".proj_mlp." in name
-    return inner and parameter.dim() == 2 and min(parameter.shape) > 64
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/nano"))
@@ -161,7 +154,9 @@ class Run:
         if args.heads is not None:
             self._set_heads(load_file(args.heads))
             self.heads_alone = 0
-        self.optimisers = self._optimisers()
+        self.optimisers = optimisers(
+            self.model, self.heads.values(), args.peak, adamw_alone=args.adamw
+        )
         self.average = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.step, self.spent, self.best = 0, 0.0, 0.0
         self.state_file = args.run / "state.pt"
@@ -176,26 +171,6 @@ class Run:
         return grow_pool(
             args.device, first=FIRST_SCENES, workers=args.workers, styles=CORE_STYLES, **about
         )
-
-    def _optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices of blocks and projection, AdamW for everything else, each weight by
-        steps of the same size; AdamW alone with ``--adamw``."""
-        named = dict(self.model.named_parameters())
-        matrices = [] if self.args.adamw else [p for n, p in named.items() if _maps_features(n, p)]
-        others = [p for p in named.values() if all(p is not m for m in matrices)]
-        adamw = torch.optim.AdamW(
-            [
-                {"params": list(self.heads.values()), "weight_decay": 0.0, "heads": True},
-                {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-                {"params": [p for p in others if p.dim() >= 2], "weight_decay": 0.02},
-            ],
-            lr=self.args.peak,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
-        if not matrices:
-            return [adamw]
-        return [adamw, Muon(matrices, self.args.peak, weight_decay=0.02)]
 
     def _begin_with(self, known: dict[str, torch.Tensor]) -> None:
         """Weights of a checkpoint, which may be of smaller pictures and have fewer blocks."""
