@@ -22,6 +22,7 @@ from kestrel.ops.jit import compiled
 from kestrel.ops.lanes import (
     LANES,
     add_times,
+    fetch,
     larger,
     largest,
     load,
@@ -46,6 +47,10 @@ STRETCH = 16
 """Positions whose keys, or values, all heads read before the next ones."""
 PAIR = 2 * LANES
 """Numbers that sums take at once."""
+AHEAD = 2
+"""Stretches of positions that attention has fetched before it reads them."""
+LINE = 32
+"""Numbers that have a cache line at least, in bfloat16."""
 
 
 @njit(inline="always", **_OPTIONS)
@@ -111,6 +116,17 @@ def _four_parts(left, right, keys, place, step):
     return pairs(pairs(a, b), pairs(c, d))
 
 
+@njit(inline="always", **_OPTIONS)
+def _fetch_stretch(numbers, start, stop):
+    """Have ``numbers`` [n] fetched from ``start`` to ``stop``, line after line.
+
+    Attention reads a head of sixteen positions, then the next head of them, which no processor
+    foresees: where many rows' keys and values do not fit the caches, it waited for each.
+    """
+    for i in range(start, min(stop, numbers.shape[0]), LINE):
+        fetch(numbers, i)
+
+
 @njit(**_OPTIONS)
 def _scores(q, keys, heads, kv_heads, dim, scores):
     """``scores`` [heads, positions] of ``q`` [heads * dim] and ``keys`` [positions * kv_heads *
@@ -120,9 +136,11 @@ def _scores(q, keys, heads, kv_heads, dim, scores):
     count = scores.shape[1]
     rest = count - count % LANES
     paired = dim - dim % PAIR
-    # A few positions at a time, as they lie: the processor then fetches ahead.
+    # A few positions at a time, as they lie.
     for start in range(0, count, LANES):
         stop = min(count, start + LANES)
+        ahead = start + AHEAD * LANES
+        _fetch_stretch(keys, ahead * step, (ahead + LANES) * step)
         for h in range(heads):
             line, at = scores[h], start * step + h // group * dim
             for s in range(start, stop):
@@ -156,6 +174,8 @@ def _sums(shares, values, kv_heads, dim, out):
     out[: heads * dim] = 0
     for start in range(0, count, STRETCH):
         stop = min(count, start + STRETCH)
+        ahead = start + AHEAD * STRETCH
+        _fetch_stretch(values, ahead * step, (ahead + STRETCH) * step)
         by_four = stop - (stop - start) % 4
         for h in range(heads):
             line, at = shares[h], h // group * dim

@@ -130,6 +130,23 @@ def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @_inlined
+def fetch(_: Any, array: Any, index: Any) -> Any:
+    """Have the cache line of a number fetched; it is read later. Nothing is checked, and a place
+    outside of memory does no harm."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _one(context, builder, signature.args[0], args[0], args[1])
+        place = builder.bitcast(place, ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [place.type, _INDEX, _INDEX, _INDEX])
+        hint = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
+        read, soon, data = (ir.Constant(_INDEX, number) for number in (0, 3, 1))
+        builder.call(hint, [place, read, soon, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_inlined
 def splat(_: Any, number: Any) -> Any:
     """A float32 in every lane."""
 
