@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_row_is_drawn_otherwise_among_others(device):
     ]
     assert together == alone
     assert together[::4] == logits[::4].argmax(-1).tolist() and max(together) < 150
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5])
+@pytest.mark.parametrize("draw", [1 - 2**-26, math.nextafter(1.0, 0.0)])
+@torch.inference_mode()
+def test_the_largest_draw_takes_a_candidate_that_is_barred(device, draw, top_p):
+    logits = torch.zeros(3, 7, device=device)
+    logits[0, 5:] = logits[1, 6] = logits[2, 1:] = -torch.inf
+    logits[1, 2] = 9.0  # alone in the smaller nuclei
+    got = sample(logits, [1.0] * 3, [top_p] * 3, [draw] * 3).tolist()
+    assert all(math.isfinite(row[n]) for row, n in zip(logits.tolist(), got, strict=True))
+    assert got[1] == (5 if top_p == 1.0 else 2)
 
 
 @torch.inference_mode()

@@ -14,6 +14,10 @@ GREEDY_BELOW = 1e-4
 HOTTEST = 1e6
 """Larger temperatures are taken as this one: already uniform, and still finite in float32."""
 
+LARGEST_DRAW = 1 - 2**-24
+"""Larger draws are taken as this one, the last below 1 in float32: 1 would be past every candidate,
+also past those that are not allowed."""
+
 
 def is_greedy(temperature: float) -> bool:
     """Whether a temperature means the most likely candidate, no draw."""
@@ -42,7 +46,7 @@ def sample(
     columns = (
         [min(temperatures[i], HOTTEST) for i in warm],
         [top_ps[i] for i in warm],
-        [draws[i] for i in warm],
+        [min(draws[i], LARGEST_DRAW) for i in warm],
     )
     settings = torch.tensor(columns, dtype=torch.float32, device=logits.device)
     temperature, top_p, draw = settings.unsqueeze(-1)
