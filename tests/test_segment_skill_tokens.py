@@ -60,7 +60,8 @@ def result_of(decode: SegmentDecode) -> dict[str, Any]:
         ("M 480 0 L 960 960 Z", "M0.5 0L1 1Z"),
         ("M 0 0 L 960 0 480 960 Z", "M0 0L1 0L0.5 1Z"),
         ("M 0 0 960 0 480 960 z", "M0 0L1 0L0.5 1z"),
-        ("m 96 96 192 0 - 96 192 z", "m0.1 0.1l0.2 0l-0.1 0.2z"),
+        ("m 96 96 192 0 - 96 192 z", "M0.1 0.1l0.2 0l-0.1 0.2z"),
+        ("m 96 96 l 96 0 m 96 0 96 96", "M0.1 0.1l0.1 0m0.1 0l0.1 0.1"),
         ("M 1 2 H 320 V 960 h - 1 v - 2 Z", "M0.00104 0.00208H0.33333V1h-0.00104v-0.00208Z"),
         ("M 0 0 C 96 0 192 96 192 192 S 0 0 96 96 Z", "M0 0C0.1 0 0.2 0.1 0.2 0.2S0 0 0.1 0.1Z"),
         ("M 0 0 Q 480 0 480 480 T 960 960", "M0 0Q0.5 0 0.5 0.5T1 1"),
@@ -82,6 +83,13 @@ def test_a_box_over_the_edge_is_cut_and_the_path_keeps_its_place() -> None:
     # The centre of the model's box is the left edge of the one that is left of it.
     assert decode.path == "M0 0L1 0.66667Z"
     assert (decode.points, decode.sizes) == ([(0.0, 0.75)], [(0.5, 1.0)])
+
+
+def test_a_first_move_in_lower_case_is_misplaced_in_a_box_over_the_edge() -> None:
+    box: list[Token] = [Coord(0.0), Coord(0.75), Size(0.5, 1.0)]
+    decode, _ = decoded([*box, *spelled("m 480 0 480 480 - 480 0 m 0 - 480 z"), EOS])
+    # The first pair is a place in the box, all that follow are ways within it.
+    assert decode.path == "M0 0l1 0.66667l-1 0m0 -0.66667z"
 
 
 def test_a_number_that_rounds_to_zero_is_written_without_a_sign() -> None:
@@ -152,8 +160,8 @@ letters = st.sampled_from("MmLlHhVvCcSsQqTtZz")
 @st.composite
 def paths(draw: st.DrawFn) -> list[Token]:
     """Ids of a path in the grammar, without arcs, with implicit repeats and negative numbers."""
-    tokens = spelled("M")
-    letter = "M"
+    letter = draw(st.sampled_from("Mm"))
+    tokens = spelled(letter)
     for _ in range(draw(st.integers(1, 6))):
         for _ in range(ARITY[letter.upper()] * draw(st.integers(1, 2))):
             # A minus sign is a token of its own; the grid's upper end is the box's.

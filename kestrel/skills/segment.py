@@ -182,7 +182,9 @@ class _PathReader:
         return self._whole() if len(self._numbers) == ARITY[self._letter.upper()] else None
 
     def _whole(self) -> str:
-        chunk = self._frame.written(self._letter, self._numbers)
+        # The first move is absolute also as ``m``, and has a place in the box (SVG 1.1, 8.3.2).
+        letter = self._letter if self.chunks else "M"
+        chunk = self._frame.written(letter, self._numbers)
         self.chunks.append(chunk)
         self._numbers, self._fed = [], True
         # Further pairs of a move are lines (SVG 1.1, 8.3.2).
