@@ -60,7 +60,8 @@ class SegmentSettings:
     """0 is greedy."""
     top_p: float = 1.0
     max_tokens: int = 768
-    """Generated tokens, box and path together."""
+    """Generated tokens, box and path together. The default is cut to what the model takes; another
+    value that is over it is refused."""
     refiner: str | None = None
     """Refiner backend by name, one of those that are loaded; None: the configured one."""
 
@@ -130,7 +131,8 @@ def _settings(value: Any, max_context: int, refiners: Sequence[str] | None) -> S
     if value is None:
         value = {}
     known = tuple(f.name for f in fields(SegmentSettings))
-    if isinstance(value, SegmentSettings):
+    whole = isinstance(value, SegmentSettings)
+    if whole:
         value = {name: getattr(value, name) for name in known}
     if not isinstance(value, Mapping):
         raise InvalidRequest(f"settings must be an object, not {_kind(value)}", "settings")
@@ -150,6 +152,8 @@ def _settings(value: Any, max_context: int, refiners: Sequence[str] | None) -> S
     max_tokens = value.get("max_tokens", default)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
         raise InvalidRequest("settings.max_tokens must be an integer", "settings.max_tokens")
+    if whole and max_tokens == SegmentSettings.max_tokens:
+        max_tokens = default  # an object has every field, given or not
     if not 1 <= max_tokens <= max_context:
         raise InvalidRequest(
             f"settings.max_tokens must be in 1..{max_context}", "settings.max_tokens"
@@ -396,7 +400,8 @@ def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
 
 
 def timeout_of_call(value: Any, longest_s: float) -> float:
-    """Seconds from the ``timeout_s`` of a call by handle, at most ``longest_s``; that for None."""
+    """Seconds from the ``timeout_s`` of a call in Python or by handle, at most ``longest_s``; that
+    for None. ``InvalidRequest`` unless it is a finite number over 0."""
     if value is None:
         return longest_s
     seconds = _number(value, "timeout_s")

@@ -23,6 +23,7 @@ from kestrel.api import (
     ModelResult,
     PromptTooLong,
     SegmentRequest,
+    timeout_of_call,
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
@@ -175,9 +176,9 @@ class InferenceEngine:
         the result is there).
 
         ``spatial_refs``: points ``[x, y]`` and boxes ``[x_min, y_min, x_max, y_max]`` in 0..1.
-        ``settings``: mapping or ``SegmentSettings``. ``timeout_s``: deadline, at most
-        ``request_timeout_s`` of the configuration. With ``stream`` it gives a ``SegmentStream``
-        as soon as the request is queued.
+        ``settings``: mapping or ``SegmentSettings``. ``timeout_s``: deadline, over 0 seconds and
+        at most ``request_timeout_s`` of the configuration. With ``stream`` it gives a
+        ``SegmentStream`` as soon as the request is queued.
 
         Raises ``kestrel.api.RequestError`` (a ValueError), ``EngineError`` when the engine failed.
         """
@@ -192,6 +193,7 @@ class InferenceEngine:
             max_context=self.max_context,
             refiners=self.config.refiners,
         )
+        timeout_s = timeout_of_call(timeout_s, self.config.request_timeout_s)
         if request.stream:
             return await self.stream(request, request_id=request_id, timeout_s=timeout_s)
         job = self._submit(request, request_id, timeout_s, events=False)

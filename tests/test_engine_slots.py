@@ -268,6 +268,14 @@ async def test_a_picture_that_cannot_be_decoded_takes_no_slot_for_long(engine, a
     assert (await engine.segment(**ask)).finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seconds", ["5", [1], True, math.nan, math.inf, 0, -1])
+async def test_a_deadline_that_is_none_is_refused_by_name(engine, ask, seconds, stream):
+    with pytest.raises(InvalidRequest, match="timeout_s must be") as caught:
+        await engine.segment(**ask, timeout_s=seconds, stream=stream)
+    assert caught.value.field == "timeout_s"
+
+
 async def test_a_noun_longer_than_the_context_is_refused_before_it_waits(engine, counted):
     with pytest.raises(PromptTooLong) as caught:
         # A reference costs up to three positions, a letter of no word up to four.

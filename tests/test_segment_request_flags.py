@@ -238,6 +238,21 @@ def test_one_setting_leaves_the_others_at_their_defaults() -> None:
     assert request.settings == SegmentSettings(temperature=0.5, top_p=1.0, max_tokens=768)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("context", [512, CONTEXT])
+def test_settings_as_an_object_are_refused_where_a_mapping_is_taken(
+    temperature: float, context: int
+) -> None:
+    def taken(settings: Any) -> SegmentRequest:
+        return validate_segment(object="dog", settings=settings, max_context=context)
+
+    whole = SegmentSettings(temperature=temperature)
+    assert taken(whole) == taken({"temperature": temperature})
+    with pytest.raises(InvalidRequest) as caught:
+        taken(SegmentSettings(max_tokens=context + 1))
+    assert caught.value.field == "settings.max_tokens"
+
+
 # Any value in any field
 
 
