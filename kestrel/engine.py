@@ -277,8 +277,9 @@ class InferenceEngine:
         """The second half of a request that ``generate`` finished.
 
         ``picture``: the decoded image where the caller has it, uint8 [H, W, 3]. Raises
-        ``DeadlineExceeded`` after ``timeout_s``. ``complete``, ``stream`` and ``halves`` do this
-        themselves, without decoding the image again.
+        ``DeadlineExceeded`` after ``timeout_s``, ``Overloaded`` when the engine is shut down before
+        a thread takes it. ``complete``, ``stream`` and ``halves`` do this themselves, without
+        decoding the image again unless it is large or many are held.
         """
         if self.config.refiner is None:
             return None
@@ -343,8 +344,8 @@ class InferenceEngine:
         }
 
     async def shutdown(self) -> None:
-        """Fail what runs and waits with ``Overloaded``, join the threads; a refinement that does
-        not end within ``LEAVE_AFTER_S`` is left to itself. Idempotent."""
+        """Fail what waits and what the model runs with ``Overloaded``, join the threads. A
+        refinement that runs may end; after ``LEAVE_AFTER_S`` it is left to itself. Idempotent."""
         await asyncio.to_thread(self._scheduler.close)
         await asyncio.to_thread(self._refining.close, LEAVE_AFTER_S)
         self._finalizer.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
-from kestrel.api import ModelResult, SegmentRequest
+from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.busy import Busy
 from kestrel.config import RuntimeConfig
 from kestrel.job import EngineError
@@ -65,6 +66,10 @@ def refined_by(
         ASKING.reset(asking)
 
 
+def _closed() -> Overloaded:
+    return Overloaded("the engine is shut down")
+
+
 class RefineThreads:
     """Threads for refinements, any of which may hang in native code.
 
@@ -77,6 +82,7 @@ class RefineThreads:
         self._busy = Busy()
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
+        self._closed = False
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._tasks = queue.SimpleQueue()
         self._threads = [
@@ -93,12 +99,16 @@ class RefineThreads:
             return len(self._open)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call it in one of the threads; cancelled before that, it is never called."""
+        """Call it in one of the threads; cancelled before that, it is never called. ``Overloaded``
+        once they are closed."""
         future: Future[Any] = Future()
-        with self._lock:
-            self._open.add(future)
         future.add_done_callback(self._ended)
-        self._tasks.put((future, lambda: function(*arguments)))
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            self._open.add(future)
+            # Within the lock: behind the threads' end mark nobody would take it.
+            self._tasks.put((future, lambda: function(*arguments)))
         return future
 
     def check(self) -> None:
@@ -107,10 +117,13 @@ class RefineThreads:
             raise EngineError(f"a refinement has run for over {self._stuck_s:g} s")
 
     def close(self, wait_s: float) -> None:
-        """Cancel what waits; wait ``wait_s`` seconds at most for what runs. Idempotent."""
+        """Fail what waits with ``Overloaded``; wait ``wait_s`` seconds at most for what runs.
+        Idempotent."""
         with self._lock:
-            left = list(self._open)
-        running = [future for future in left if not future.cancel()]
+            self._closed = True
+        self._fail_waiting()
+        with self._lock:
+            running = list(self._open)
         for _ in self._threads:
             self._tasks.put(None)
         began = time.monotonic()
@@ -120,6 +133,15 @@ class RefineThreads:
             return
         for thread in self._threads:
             thread.join(max(0.0, began + wait_s - time.monotonic()))
+
+    def _fail_waiting(self) -> None:
+        # What is taken from the line here no thread takes.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = self._tasks.get_nowait()
+                if task is not None and task[0].set_running_or_notify_cancel():
+                    # Not cancelled: whoever waits for it would take that for his own.
+                    task[0].set_exception(_closed())
 
     def _ended(self, future: Future[Any]) -> None:
         with self._lock:

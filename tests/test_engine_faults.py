@@ -106,6 +106,29 @@ async def test_a_refinement_counts_until_its_thread_ends(ask, hang, switch):
         await asyncio.wait_for(engine.shutdown(), 30)
 
 
+async def test_a_refinement_that_waits_at_shutdown_is_cancelled_or_hangs(ask, hang, switch):
+    engine = await started()
+    stream = await engine.segment(**ask, stream=True)
+    assert [update async for update in stream]
+    hang()
+    asked = [asyncio.create_task(engine.segment(**ask)) for _ in range(3)]
+    try:
+        await until(lambda: HANGS.is_set() and engine.stats()["refining"] == 3)
+    finally:
+        await asyncio.wait_for(engine.shutdown(), 30)
+    # The third hangs in its thread, and is left to itself.
+    await until(lambda: sum(task.done() for task in asked) == 2)
+    for task in asked:
+        if task.done():
+            with pytest.raises(Overloaded, match="shut down"):
+                await task
+    with pytest.raises(Overloaded, match="shut down"):
+        await asyncio.wait_for(stream.result(), 10)
+    for task in asked:
+        task.cancel()
+    await asyncio.wait(asked)
+
+
 def test_seconds_that_are_none_are_refused():
     with pytest.raises(ConfigError, match="refiner_stuck_s"):
         RuntimeConfig(refiner_stuck_s=0)
