@@ -3,10 +3,11 @@ what the model makes of them kept for further questions."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -91,6 +92,9 @@ class Pictures:
         self._filling = 0
         """Pictures that worker threads prepare at the moment."""
         threads = min(CROP_THREADS, self._cores)
+        self._line: deque[Asking] = deque()
+        """Requests that no worker thread has taken up yet: not in the executor's queue, which
+        would hold those that are gone, and their images."""
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
     @property
@@ -99,8 +103,14 @@ class Pictures:
         return self._filling + 1 < self._cores
 
     def prepare(self, asking: Asking) -> None:
-        """Begin to find or make the picture of a request, in a worker thread."""
-        self._workers.submit(self._prepare, asking)
+        """Begin to find or make the picture of a request, in a worker thread. Within ``wake``."""
+        self._line.append(asking)
+        self._workers.submit(self._prepare_next)
+
+    def drop(self, asking: Asking) -> None:
+        """Forget a request that is gone; a picture that is begun is made. Within ``wake``."""
+        with contextlib.suppress(ValueError):  # a thread has it, or had
+            self._line.remove(asking)
 
     def keep(self, picture: Picture) -> None:
         """Remember an encoded picture's prefix, within the budget."""
@@ -121,8 +131,16 @@ class Pictures:
             self.kept_bytes = 0
 
     def close(self) -> None:
-        """Take no more work; what is under way ends by itself."""
+        """Take no more work; what is under way ends by itself. Idempotent."""
+        with self._wake:
+            self._line.clear()
         self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare_next(self) -> None:
+        with self._wake:
+            asking = self._line.popleft() if self._line else None
+        if asking is not None:
+            self._prepare(asking)
 
     def _prepare(self, asking: Asking) -> None:
         try:

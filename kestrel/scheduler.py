@@ -211,6 +211,7 @@ class Scheduler:
             self._waiting.clear()
             self._entering = []
             self._batch.rows = []
+        self._pictures.close()
         for job in left:
             failure = Overloaded("the engine is shutting down")
             self._fail(job, failure if self.failure is None else engine_error(self.failure))
@@ -256,6 +257,7 @@ class Scheduler:
                 self._drop(job)
             else:
                 self._waiting.remove(job)
+                self._pictures.drop(job)
 
     def _drop(self, job: Job) -> None:
         if job in self._entering:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from serving import encoded, picture
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
 from kestrel import InferenceEngine, RuntimeConfig, pictures, scheduler
-from kestrel.api import DeadlineExceeded, InvalidRequest, SegmentSettings
+from kestrel.api import DeadlineExceeded, InvalidRequest, SegmentSettings, validate_segment
 from kestrel.batch import Batch, Row
 from kestrel.engine import EngineError, EngineResult
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
@@ -227,6 +229,47 @@ async def test_a_slow_picture_keeps_others_waiting_or_starves(start, watch, monk
     done = [await task for task in asyncio.as_completed([pictured, *later])]
     assert done[0].request_id == (await pictured).request_id
     await running
+
+
+@pytest.mark.parametrize("how", ["plain", "stream", "generate"])
+async def test_a_late_request_leaves_its_picture_in_the_line(start, monkeypatch, how):
+    monkeypatch.setattr(pictures, "CROP_THREADS", 1)
+    engine = await start()
+    engine._scheduler._seconds = 0.0  # none is refused for its deadline
+    go_on, decode = threading.Event(), pictures.decode_image
+    decodes: list[int] = []
+
+    def slow(*image: Any, **smaller: int) -> np.ndarray:
+        decodes.append(1)
+        assert go_on.wait(60)
+        return decode(*image, **smaller)
+
+    monkeypatch.setattr(pictures, "decode_image", slow)
+    images: list[weakref.ref[np.ndarray]] = []
+
+    async def late(number: int) -> None:
+        image = np.full((30, 30, 3), number, np.uint8)
+        images.append(weakref.ref(image))
+        request = validate_segment(object="ball", image=image, max_context=engine.max_context)
+        with pytest.raises(DeadlineExceeded):
+            if how == "plain":
+                await engine.complete(request, timeout_s=0.2)
+            elif how == "stream":
+                await (await engine.stream(request, timeout_s=0.2)).outcome()
+            else:
+                await anext(engine.generate(request, timeout_s=0.2))
+
+    try:
+        await asyncio.gather(*(late(number) for number in range(20)))
+        await until(lambda: engine.stats()["waiting"] == 0)
+        gc.collect()
+        held = sum(image() is not None for image in images)
+        live = ask(engine, 4, image=picture(30, 30))
+    finally:
+        go_on.set()
+    assert (await live).metrics.output_tokens == 4
+    # The one that a thread had begun with.
+    assert held <= 1 and len(decodes) <= 2
 
 
 # One image, many questions
