@@ -27,6 +27,9 @@ CROP_THREADS = 4
 thread: rows that share a step need it less than their pictures do."""
 KEEP_PIXELS = 8_000_000
 """Larger pictures are not held for the refiner, which then decodes them again."""
+HELD_BYTES = 256 * 2**20
+"""Decoded pictures held for the refiner, bytes in all: eleven of the largest, ninety of a
+megapixel. Those past it are decoded again too."""
 
 
 class Picture:
@@ -86,6 +89,8 @@ class Pictures:
         self._budget = config.image_cache_bytes
         self._wake = wake
         self._live: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
+        self._held: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
+        """Pixels that are held for the refiner, by identity, for as long as anybody has them."""
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept_bytes = 0
         self._cores = _cores()
@@ -187,9 +192,8 @@ class Pictures:
             picture.crops, picture.tiling = overlap_crops(pixels, self._vision, extent)
             if picture.tiling == (1, 1):
                 picture.crops = picture.crops[:1]
-            whole = reduction == 1 and pixels.shape[0] * pixels.shape[1] <= KEEP_PIXELS
-            if self._keep_pixels and whole:
-                picture.pixels = pixels
+            if reduction == 1:
+                self._hold(picture, pixels, image)
             if self._encode is not None:
                 picture.prefix = self._encode(picture.crops, picture.tiling)
                 picture.crops = None
@@ -200,6 +204,18 @@ class Pictures:
             self._filling -= 1
             picture.prepared = True
             self._wake.notify()
+
+    def _hold(self, picture: Picture, pixels: np.ndarray, image: bytes | np.ndarray) -> None:
+        """Leave whole pixels to the refiner, within the budget."""
+        if not self._keep_pixels or pixels.shape[0] * pixels.shape[1] > KEEP_PIXELS:
+            return
+        with self._wake:
+            if pixels is not image:  # the caller's own array takes nothing more
+                held = sum(other.nbytes for other in self._held.values())
+                if held + pixels.nbytes > HELD_BYTES:
+                    return
+                self._held[id(pixels)] = pixels
+            picture.pixels = pixels
 
 
 def _cores() -> int:

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from engines import CONFIG, MODEL, SAMPLES, TOKENIZER, comparable, segment, until
 from serving import picture
 
+from kestrel import pictures
 from kestrel.api import (
     DeadlineExceeded,
     InvalidRequest,
@@ -250,6 +252,43 @@ async def test_a_request_that_is_cancelled_in_refinement_leaves_nothing_behind(e
     await until(lambda: engine.stats()["refining"] == 0)
     switch.behave = switch.guided
     assert segment(await engine.segment(**ask))["svg_path"]
+
+
+async def test_pictures_that_wait_decoded_for_the_refiner_outgrow_their_budget(
+    engine, ask, switch, monkeypatch
+):
+    made: list[weakref.ref[np.ndarray]] = []
+    decode, release = pictures.decode_image, threading.Event()
+
+    def watched(*image: Any, **smaller: int) -> np.ndarray:
+        pixels = decode(*image, **smaller)
+        made.append(weakref.ref(pixels))
+        return pixels
+
+    def slow(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        assert release.wait(60)
+        return switch.guided(image, mask)
+
+    def held() -> int:
+        return sum(pixels() is not None for pixels in made)
+
+    alone = comparable(await engine.segment(**ask))
+    monkeypatch.setattr(pictures, "decode_image", watched)
+    monkeypatch.setattr(pictures, "HELD_BYTES", int(2.5 * decode(ask["image"]).nbytes))
+    switch.behave = slow
+    for start in (0, 5):
+        # Bytes after a picture's end make it another one to the engine.
+        asked = [{**ask, "image": ask["image"] + bytes([start + n])} for n in range(5)]
+        tasks = [asyncio.create_task(engine.segment(**arguments)) for arguments in asked]
+        try:
+            await until(lambda: engine.stats()["refining"] == 5)
+            await until(lambda: held() <= 2)
+            assert held() == 2, "what was held before still counts"
+        finally:
+            release.set()
+        assert [comparable(result) for result in await asyncio.gather(*tasks)] == [alone] * 5
+        await until(lambda: held() == 0)
+        release.clear()
 
 
 async def test_a_rejected_refinement_is_logged_without_its_request(engine, ask, switch, caplog):
