@@ -17,7 +17,7 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph import plan
-from serve_graph.args import check
+from serve_graph.args import check, graph_of
 from serve_graph.environment import BEFORE_RAY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -33,25 +33,42 @@ SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
-    """A Serve config with its HTTP port replaced when ``port`` is given; LaunchError where the
-    graph would refuse it."""
-    config = yaml.safe_load(path.read_text())
+    """A Serve config with its HTTP port replaced when ``port`` is given; LaunchError where it
+    cannot be read, the graph would refuse it, or HTTP would not lead to the graph."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise LaunchError(f"{path} cannot be read as a YAML file: {reason}") from None
     if not isinstance(config, dict):
-        raise LaunchError(f"{path} is not a Serve config")
+        raise LaunchError(f"{path} is not a Serve config: it must be a mapping with applications")
     try:
         check(config)
+        prefix = graph_of(config).get("route_prefix", "/")
     except ValueError as error:
         raise LaunchError(f"{path}: {error}") from None
+    if not isinstance(prefix, str):
+        raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
+    # A key without a value is null in YAML.
+    http = config["http_options"] = config.get("http_options") or {}
+    if not isinstance(http, dict):
+        raise LaunchError(f"{path}: http_options must be a mapping, with host and port")
     if port is not None:
-        config.setdefault("http_options", {})["port"] = port
+        http["port"] = port
     return config
 
 
+def http_door(config: dict[str, Any]) -> tuple[str, int]:
+    """The address and the port on which a config has Serve listen for HTTP."""
+    http = config.get("http_options") or {}
+    return http.get("host", "127.0.0.1"), http.get("port", 8000)
+
+
 def service_url(config: dict[str, Any]) -> str:
-    """Where this machine reaches the HTTP door of a config."""
-    http = config.get("http_options", {})
-    host = http.get("host", "127.0.0.1")
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{http.get('port', 8000)}"
+    """Where this machine reaches the graph of a config over HTTP, without a slash at the end."""
+    host, port = http_door(config)
+    prefix = graph_of(config).get("route_prefix", "/").rstrip("/")
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}{prefix}"
 
 
 def sample_request(folder: Path) -> tuple[str, Path]:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
 from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
 
+IMPORT_PATH = "serve_graph.app:build"
+"""How a Serve config names the graph."""
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
 leave them idle for most of it, where answers take less."""
@@ -305,11 +307,24 @@ class GraphArgs(BaseModel):
         return self
 
 
+def graph_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The application of a Serve config that is this graph; ValueError where none or several
+    are."""
+    applications = config.get("applications") or []
+    found = [one for one in applications if one.get("import_path") == IMPORT_PATH]
+    if len(found) != 1:
+        raise ValueError(
+            f"applications: exactly one must have the import_path {IMPORT_PATH}, not {len(found)}"
+        )
+    graph: dict[str, Any] = found[0]
+    return graph
+
+
 def check(config: dict[str, Any]) -> None:
     """ValueError where the graph would refuse its part of a Serve config: said before Serve has
     written that config into its log."""
     for application in config.get("applications") or []:
-        if application.get("import_path") != "serve_graph.app:build":
+        if application.get("import_path") != IMPORT_PATH:
             continue
         args = GraphArgs.model_validate(application.get("args") or {})
         for deployment in application.get("deployments") or []:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from serve_graph.args import graph_of
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -85,9 +86,10 @@ def free_port() -> int:
 
 
 def draining(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the ingress told to refuse new requests."""
+    """``config`` with the graph's ingress told to refuse new requests; other applications stay as
+    they are. ValueError: see ``graph_of``."""
     config = copy.deepcopy(config)
-    (application,) = config["applications"]
+    application = graph_of(config)
     # A key without a value is null in YAML.
     deployments = application["deployments"] = application.get("deployments") or []
     if not any(one["name"] == "Ingress" for one in deployments):

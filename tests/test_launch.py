@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from serve_graph import __main__, launch
+from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster, free_port
 
@@ -81,6 +82,20 @@ def test_otherwise_there_is_a_token_that_only_the_user_can_read(
 # Its config
 
 
+def graph(**keys: Any) -> dict[str, Any]:
+    """The application of a Serve config that is the graph."""
+    return {"name": "segment", "import_path": "serve_graph.app:build", **keys}
+
+
+OTHER = {"name": "other", "route_prefix": "/other", "import_path": "mine:app"}
+
+
+def written(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def with_keys(where: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(__main__.LOCAL.read_text())
     (application,) = config["applications"]
@@ -96,19 +111,84 @@ def with_keys(where: str) -> dict[str, Any]:
 def test_a_key_in_the_clear_never_reaches_ray_s_log(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
-    path = tmp_path / "serve.yaml"
-    path.write_text(yaml.safe_dump(with_keys(where)))
+    path = written(tmp_path, with_keys(where))
     monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--config", str(path)])
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert "hash-key" in str(ended.value.code) and SECRET not in str(ended.value.code)
 
 
+@pytest.mark.parametrize("port", [None, 8080])
+def test_http_options_without_a_value_are_serve_s_defaults(
+    tmp_path: Path, port: int | None
+) -> None:
+    path = written(tmp_path, {"http_options": None, "applications": [graph()]})
+    config = __main__.read_config(path, port)
+    assert config["http_options"] == ({} if port is None else {"port": port})
+    assert __main__.service_url(config) == f"http://127.0.0.1:{port or 8000}"
+
+
+@pytest.mark.parametrize("prefix", ["/seg", "/a/b"])
+def test_the_service_is_where_the_graph_s_prefix_says(tmp_path: Path, prefix: str) -> None:
+    applications = [OTHER, graph(route_prefix=prefix)]
+    config = __main__.read_config(written(tmp_path, {"applications": applications}), 8080)
+    assert __main__.service_url(config) == f"http://127.0.0.1:8080{prefix}"
+
+
+UNSERVABLE = {
+    "no graph": ({"applications": [OTHER]}, "serve_graph.app:build"),
+    "no application": ({"applications": None}, "serve_graph.app:build"),
+    "two graphs": ({"applications": [graph(), graph(name="again")]}, "serve_graph.app:build"),
+    "no door": ({"applications": [graph(route_prefix=None)]}, "route_prefix"),
+    "options": ({"http_options": [8000], "applications": [graph()]}, "http_options"),
+}
+
+
+@pytest.mark.parametrize(("config", "named"), UNSERVABLE.values(), ids=UNSERVABLE)
+def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
+    tmp_path: Path, config: dict[str, Any], named: str
+) -> None:
+    path = written(tmp_path, config)
+    with pytest.raises(LaunchError, match=named) as refused:
+        __main__.read_config(path, None)
+    assert str(path) in str(refused.value)
+
+
 @pytest.mark.parametrize(
-    "written", [{}, {"user_config": None}, {"user_config": {"draining": False}}]
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"applications: [\n  - {name: a\n", "line 2"),
+        (b"applications: \xff", "utf-8"),
+        (b"- applications", "mapping"),
+    ],
+    ids=["missing", "broken", "binary", "list"],
 )
-def test_a_graph_is_told_to_drain_whatever_its_config_says(written: dict[str, Any]) -> None:
-    given = {"applications": [{"name": "graph", "deployments": [{"name": "Ingress", **written}]}]}
+def test_a_config_that_cannot_be_read_ends_up_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "serve.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    said = str(ended.value.code)
+    assert said.startswith(f"error: {path}") and reason in said and "\n" not in said
+
+
+def test_only_the_graph_is_drained() -> None:
+    config = {"applications": [OTHER, graph()]}
+    other, drained = launch.draining(config)["applications"]
+    assert other == OTHER
+    assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"user_config": None}, {"user_config": {"draining": False}}]
+)
+def test_a_graph_is_told_to_drain_whatever_its_config_says(settings: dict[str, Any]) -> None:
+    given = {"applications": [graph(deployments=[{"name": "Ingress", **settings}])]}
     before = copy.deepcopy(given)
     (application,) = launch.draining(given)["applications"]
     assert application["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
@@ -117,7 +197,7 @@ def test_a_graph_is_told_to_drain_whatever_its_config_says(written: dict[str, An
 
 @pytest.mark.parametrize("deployments", [None, [], [{"name": "Model"}]])
 def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: Any) -> None:
-    config = {"applications": [{"name": "segment", "deployments": deployments}]}
+    config = {"applications": [graph(deployments=deployments)]}
     (application,) = launch.draining(config)["applications"]
     *others, last = application["deployments"]
     assert others == (deployments or [])
