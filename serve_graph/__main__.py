@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import shlex
 import signal
@@ -21,7 +22,7 @@ from serve_graph.args import check, graph_of
 from serve_graph.environment import BEFORE_RAY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster, free_port, require_free
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = (
@@ -87,6 +88,8 @@ def up(options: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: at_once.set() if stop.is_set() else stop.set())
     config = read_config(options.config, options.port)
     url = service_url(config)
+    # Serve would not say so, and whoever listens there may answer in its place.
+    require_free(*http_door(config), "HTTP", "--port or http_options.port")
     began = time.monotonic()
     cluster = LocalCluster(
         num_cpus=options.num_cpus,
@@ -96,8 +99,10 @@ def up(options: argparse.Namespace) -> None:
         haproxy=options.haproxy,
         without_token=options.without_token,
     )
-    with cluster:
-        cluster.deploy(config)
+    with contextlib.ExitStack() as started:
+        cluster.start(stop=stop)
+        started.push(cluster)
+        cluster.deploy(config, stop=stop)
         cluster.wait_ready(f"{url}/healthz", stop=stop)
         if stop.is_set():
             return

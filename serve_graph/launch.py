@@ -7,6 +7,7 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import random
@@ -18,6 +19,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,6 +88,30 @@ def free_port() -> int:
     raise LaunchError(f"no TCP port from {_named(PORTS)} is free")
 
 
+def require_free(host: str, port: int, what: str, option: str) -> None:
+    """LaunchError where somebody listens on ``port``, 1 to 65535, of an address of this machine.
+
+    ``what`` is to listen there; ``option``: where another port is given.
+    """
+    if port not in range(1, 65536):
+        raise LaunchError(f"{option} must be a port from 1 to 65535, not {port!r}")
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                # Else connections count whose server has ended, for a minute.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        # Whoever listens in the end knows better what else may be wrong with an address.
+        if error.errno == errno.EADDRINUSE:
+            raise LaunchError(
+                f"{host}:{port}, for {what}, is taken (by a service that already runs?): stop "
+                f"what listens there, or give another port with {option}"
+            ) from None
+
+
 def draining(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the graph's ingress told to refuse new requests; other applications stay as
     they are. ValueError: see ``graph_of``."""
@@ -131,6 +158,9 @@ class LocalCluster:
                 **LOOPBACK,
                 # There is one machine: nobody could take over what draining waits for.
                 DRAIN_S: "0",
+                # How long Ray waits for the dashboard before it gives up, seconds: Ray's 60 are
+                # short on a busy machine, and ``start`` has a bound of its own.
+                "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
                 **(self._haproxy_variables() if haproxy else {}),
                 **(environment or {}),
             }
@@ -177,19 +207,35 @@ class LocalCluster:
     ) -> None:
         self.stop(keep_logs=isinstance(error, LaunchError))
 
-    def start(self, timeout_s: float = 180.0) -> None:
-        """Start Ray and wait for its dashboard; LaunchError when it does not come up."""
+    def start(self, timeout_s: float = 180.0, stop: threading.Event | None = None) -> None:
+        """Start Ray and wait until it is up; LaunchError when it does not come up in ``timeout_s``
+        seconds, or when the port of its dashboard or of Ray Client is taken.
+
+        Returns early when ``stop`` is set.
+        """
+        try:
+            require_free("127.0.0.1", self.dashboard_port, "Ray's dashboard", "--dashboard-port")
+            require_free("127.0.0.1", self.client_port, "Ray Client", "--client-port")
+        except LaunchError:
+            self.stop()
+            raise
         command = ["-m", "ray.scripts.scripts", "start", "--head", "--block"]
         command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs_port}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
+        # Without it Ray goes on where somebody has taken the port meanwhile.
+        command += ["--include-dashboard=true"]
         command += [f"--ray-client-server-port={self.client_port}"]
         command += [f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false"]
         command += [f"--num-cpus={self._num_cpus}", f"--num-gpus={self._num_gpus}"]
         command += [f"--object-store-memory={self._object_store_bytes}", f"--temp-dir={self.dir}"]
         self.head = RayNode(command, self._environment(), self.log)
+        # Ray writes it when all of its processes are up. Until then somebody else may have the
+        # dashboard's port, and is asked nothing: what is asked there carries the token.
+        up = self.dir / "ray_current_cluster"
+        version = f"{self.dashboard}/api/version"
         try:
-            self._wait(f"{self.dashboard}/api/version", timeout_s, "the Ray dashboard")
+            self._wait(lambda: up.exists() and self._answers(version), timeout_s, "Ray", stop)
         except BaseException:
             self.stop(keep_logs=True)
             raise
@@ -261,17 +307,23 @@ class LocalCluster:
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
         return environment
 
-    def deploy(self, config: dict[str, Any], timeout_s: float = 180.0) -> None:
+    def deploy(
+        self,
+        config: dict[str, Any],
+        timeout_s: float = 180.0,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Hand a Serve config to the cluster, like ``serve deploy``; it becomes ready later.
 
-        Tried again while Serve itself is still starting. LaunchError when it refuses the config.
+        Tried again while Serve itself is still starting, up to ``timeout_s`` seconds. LaunchError
+        when it refuses the config. Returns early when ``stop`` is set.
         """
         url = f"{self.dashboard}/api/serve/applications/"
         body = json.dumps(config).encode()
         deadline = time.monotonic() + timeout_s
-        while True:
+        while not (stop and stop.is_set()):
             try:
-                self._call(url, method="PUT", body=body, timeout_s=timeout_s)
+                self._put(url, body, timeout_s, stop)
                 return
             except urllib.error.HTTPError as error:
                 if error.code < 500 or time.monotonic() > deadline:
@@ -286,11 +338,12 @@ class LocalCluster:
     def wait_ready(
         self, url: str, timeout_s: float = 300.0, stop: threading.Event | None = None
     ) -> None:
-        """Wait until ``url`` (a ``/healthz``) answers 200; LaunchError with the reason otherwise.
+        """Wait until Serve says that all applications run and ``url`` (a ``/healthz``) answers 200;
+        LaunchError with the reason otherwise.
 
         Returns early when ``stop`` is set.
         """
-        self._wait(url, timeout_s, "the application", stop)
+        self._wait(lambda: self._serves(url), timeout_s, "the application", stop)
 
     def drain(
         self,
@@ -305,7 +358,7 @@ class LocalCluster:
         With several ingress replicas, those that ``url`` does not lead to are not asked.
         """
         deadline = time.monotonic() + timeout_s
-        self.deploy(draining(config), timeout_s)
+        self.deploy(draining(config), timeout_s, stop)
         while time.monotonic() < deadline and not (stop and stop.is_set()):
             try:
                 self._call(f"{url}/healthz")
@@ -342,39 +395,64 @@ class LocalCluster:
         self, url: str, *, method: str = "GET", body: bytes | None = None, timeout_s: float = 5.0
     ) -> bytes:
         request = urllib.request.Request(url, data=body, method=method)
-        secret = token(self.variables)
-        if secret and url.startswith(self.dashboard):
-            request.add_header("Authorization", f"Bearer {secret}")
+        if url.startswith(f"{self.dashboard}/"):
+            # When Ray is gone, somebody else may have its port.
+            self.check()
+            secret = token(self.variables)
+            if secret:
+                request.add_header("Authorization", f"Bearer {secret}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             content: bytes = response.read()
         return content
 
-    def _wait(
-        self, url: str, timeout_s: float, what: str, stop: threading.Event | None = None
-    ) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not (stop and stop.is_set()):
-            try:
-                self._call(url)
+    def _put(self, url: str, body: bytes, timeout_s: float, stop: threading.Event | None) -> None:
+        """Returns early when ``stop`` is set; the request is then left to end with Ray."""
+        pool = futures.ThreadPoolExecutor(1)
+        put = pool.submit(self._call, url, method="PUT", body=body, timeout_s=timeout_s)
+        pool.shutdown(wait=False)
+        while not put.done():
+            if stop and stop.is_set():
                 return
-            except (OSError, ValueError):
-                pass
-            self.check()
-            failed = self._failed_deployment()
-            if failed:
-                raise LaunchError(f"{what} failed to start: {failed}")
-            if time.monotonic() > deadline:
-                raise LaunchError(f"{what} did not start in {timeout_s:g} s\n{self._last_words()}")
-            time.sleep(0.2)
+            futures.wait([put], 0.2)
+        put.result()
 
-    def _failed_deployment(self) -> str:
+    def _answers(self, url: str) -> bool:
+        try:
+            self._call(url)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _serves(self, url: str) -> bool:
+        """LaunchError where an application cannot be deployed."""
         try:
             applications = self.status()["applications"].values()
         except (OSError, ValueError, KeyError):
-            return ""
-        return "; ".join(app["message"] for app in applications if app["status"] == "DEPLOY_FAILED")
+            return False
+        failed = [app["message"] for app in applications if app["status"] == "DEPLOY_FAILED"]
+        if failed:
+            raise LaunchError(f"the application failed to start: {'; '.join(failed)}")
+        # Asked too, as somebody else's service may answer at ``url``.
+        running = [app["status"] == "RUNNING" for app in applications]
+        return bool(running) and all(running) and self._answers(url)
+
+    def _wait(
+        self,
+        ready: Callable[[], bool],
+        timeout_s: float,
+        what: str,
+        stop: threading.Event | None = None,
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not (stop and stop.is_set()):
+            if ready():
+                return
+            self.check()
+            if time.monotonic() > deadline:
+                raise LaunchError(f"{what} did not start in {timeout_s:g} s\n{self._last_words()}")
+            time.sleep(0.2)
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

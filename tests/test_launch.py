@@ -1,11 +1,16 @@
-"""What is decided before Ray starts: its token, its environment, and how a graph is drained."""
+"""What is decided before Ray starts: its token, config, ports and environment, and how a graph is
+drained."""
 
 from __future__ import annotations
 
 import copy
 import os
 import signal
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from serve_graph import __main__, launch
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster, free_port
+from serve_graph.node import RayNode
 
 SECRET = "a-plain-key-of-a-client-0001"
 
@@ -31,7 +37,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def start(*_: Any, **__: Any) -> None:
         pytest.fail("Ray would have been started")
 
-    monkeypatch.setattr(LocalCluster, "start", start)
+    monkeypatch.setattr(launch, "RayNode", start)
 
 
 # Ray's token
@@ -217,7 +223,8 @@ def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LocalCluster, "stop", note("stop"))
     # Asked every two seconds whether Ray is there: the signal comes between.
     monkeypatch.setattr(LocalCluster, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    monkeypatch.setattr("sys.argv", ["serve_graph", "up"])
+    ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", *ports])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         __main__.main()
@@ -225,6 +232,96 @@ def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyP
         for number, handler in before.items():
             signal.signal(number, handler)
     assert done == ["start", "deploy", "wait", "drain", "stop"]
+
+
+# Its ports
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody else listens."""
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("option", ["--port", "--dashboard-port", "--client-port"])
+def test_up_names_the_option_of_a_port_that_somebody_else_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: int, option: str
+) -> None:
+    ports = {name: free_port() for name in ("--port", "--dashboard-port", "--client-port")}
+    given = [f"{name}={port}" for name, port in {**ports, option: taken}.items()]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", *given])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert f":{taken}" in str(ended.value.code) and option in str(ended.value.code)
+    assert not list(tmp_path.glob("segment-ray-*"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_is_taken_for_every_address_that_covers_it(taken: int, host: str) -> None:
+    with pytest.raises(LaunchError, match=f"{taken}.*--port"):
+        launch.require_free(host, taken, "HTTP", "--port")
+
+
+@pytest.mark.parametrize("port", [0, 65536, "8000", None])
+def test_what_is_no_port_is_refused_by_its_option(port: Any) -> None:
+    with pytest.raises(LaunchError, match=r"--port.*1 to 65535"):
+        launch.require_free("127.0.0.1", port, "HTTP", "--port")
+
+
+def test_a_port_whose_server_has_just_ended_is_free() -> None:
+    """The system keeps its closed connections for a minute, as after a restart."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as client:
+            server.accept()[0].close()
+            client.recv(1)
+    launch.require_free(*address, "HTTP", "--port")
+
+
+def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> None:
+    told: list[str | None] = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(self.headers.get("Authorization"))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # Port 2345 and port 23456.
+        cluster = LocalCluster(dashboard_port=server.server_port // 10)
+        cluster._call(f"http://127.0.0.1:{server.server_port}/healthz")
+        server.shutdown()
+    assert told == [None]
+
+
+def test_a_dashboard_without_ray_is_asked_nothing(taken: int) -> None:
+    """Ray has ended, and somebody else may have its port."""
+    cluster = LocalCluster(dashboard_port=taken)
+    with pytest.raises(LaunchError, match="Ray ended"):
+        cluster.status()
+    with pytest.raises(LaunchError, match="Ray ended"):
+        cluster.deploy({}, timeout_s=5)
+
+
+# Being told to stop
+
+
+def test_a_deployment_that_hangs_is_left_when_told_to_stop(
+    taken: int,
+) -> None:
+    cluster = LocalCluster(dashboard_port=taken)
+    cluster.head = RayNode(["-c", "import time; time.sleep(300)"], {**os.environ}, cluster.log)
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    began = time.monotonic()
+    try:
+        cluster.deploy({"applications": [graph()]}, timeout_s=120, stop=stop)
+    finally:
+        cluster.stop()
+    assert 1 <= time.monotonic() - began < 60
 
 
 # Its environment
@@ -244,11 +341,12 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     printed = dict(line.removeprefix("export ").split("=") for line in lines)
     own = LocalCluster(haproxy=haproxy).variables
     # What only a cluster of one machine has: loopback, its token, and nobody to drain for; and
-    # files and ports of HAProxy that are its own.
+    # files and ports of HAProxy that are its own; and a dashboard that it waits for.
     local = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_M", "RAY_SERVE_FALLBACK_")
     kept = (BINARY_PATH, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
     own = {k: v for k, v in own.items() if not k.startswith(local) or k in kept}
     there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
+    there |= {"RAY_DASHBOARD_STARTUP_TIMEOUT_S"}
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
     assert printed == {name: value for name, value in own.items() if name not in there}
