@@ -196,6 +196,12 @@ def test_turdsize_drops_specks():
     assert bitmap_to_path(mask, turdsize=9)[0].count("Z") == 1
 
 
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("turdsize", [2**31 - 1, 2**31, 2**40])
+def test_a_turdsize_over_an_int_of_c_still_drops_everything(tracer, turdsize):
+    assert bitmap_to_path(disc(), turdsize=turdsize, tracer=tracer) is None
+
+
 def test_alphamax_zero_keeps_every_corner():
     assert "C" not in bitmap_to_path(ring(), alphamax=0.0)[0]
     assert "C" in bitmap_to_path(ring(), alphamax=1.0)[0]
@@ -318,20 +324,86 @@ def test_details_that_half_the_size_would_lose_are_kept():
     assert mask_iou(mask, rasterize_relative(d, bbox, 2100, 2100)) >= 0.99
 
 
+def ellipse(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    axes = (width // 2, height // 3)
+    return cv2.ellipse(mask, (width // 2, height // 2), axes, 0, 0, 360, 1, -1)
+
+
 @pytest.mark.parametrize("size", [(2500, 2500), (2501, 2499), (2049, 40)])
 def test_masks_traced_at_half_their_size_come_back(size):
-    mask = cv2.ellipse(
-        np.zeros(size, np.uint8),
-        (size[1] // 2, size[0] // 2),
-        (size[1] // 2, size[0] // 3),
-        0,
-        0,
-        360,
-        1,
-        -1,
-    )
+    mask = ellipse(*size)
     d, bbox = bitmap_to_path(mask)
     assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= 0.99
+
+
+@pytest.mark.parametrize("most", [None, 16])
+@pytest.mark.parametrize("size", [(150, 150_000), (150_000, 150)])
+def test_a_long_mask_is_not_traced_at_a_size_that_takes_minutes(monkeypatch, size, most):
+    load, sides = trace.load_tracer, []
+
+    def noted(name):
+        def traced(crop, *options):
+            sides.append(max(crop.shape))
+            return load(name)(crop, *options)
+
+        return traced
+
+    monkeypatch.setattr(trace, "load_tracer", noted)
+    mask = ellipse(*size)
+    d, bbox = bitmap_to_path(mask, max_vertices=most)
+    assert max(sides) <= trace.LONGEST
+    assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= 0.9
+
+
+def sine(length: int) -> np.ndarray:
+    """A wire of one pixel: every smooth trace is off it by a pixel."""
+    x = np.arange(length)
+    points = np.stack([x, length / 6 * (1 + np.sin(20 * x / length))], 1).astype(np.int32)
+    return cv2.polylines(np.zeros((length // 3 + 2, length), np.uint8), [points], False, 1)
+
+
+def rings(side: int) -> np.ndarray:
+    mask = np.zeros((side, side), np.uint8)
+    for radius in range(4, side // 2 - 2, 4):
+        cv2.circle(mask, (side // 2, side // 2), radius, 1, 1)
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "least"),
+    [
+        # No trace within the budget is faithful; the first is at 0.58.
+        (sine(1500), {"max_vertices": 4096}, 0.9),
+        (rings(200), {"max_vertices": 3000}, 0.85),
+        # The faithful trace is too long to be written; the first is at 0.61.
+        (sine(400), {"limits": Limits(max_path_chars=4000)}, 0.84),
+        (sine(400), {"limits": Limits(max_path_commands=1000)}, 0.84),
+    ],
+    ids=["wire", "rings", "characters", "commands"],
+)
+def test_a_worse_trace_is_not_taken_where_a_better_one_is_within_the_budget(mask, options, least):
+    height, width = mask.shape
+    d, bbox = bitmap_to_path(mask, **options)
+    assert mask_iou(mask, rasterize_relative(d, bbox, width, height)) >= least
+
+
+def test_the_sharpest_trace_is_not_thrown_away_for_being_less_than_faithful():
+    """Of so few pixels each counts, and Potrace drops the one that stands alone."""
+    mask = np.zeros((7, 2), np.uint8)
+    mask[(0, 1, 1, 2, 3, 6), (1, 0, 1, 1, 1, 1)] = 1
+    d, bbox = bitmap_to_path(mask)
+    assert mask_iou(mask, rasterize_relative(d, bbox, 2, 7)) > 0.8
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(max_path_commands=3), Limits(max_path_chars=8)],
+    ids=["commands", "characters"],
+)
+@pytest.mark.parametrize("mask", [disc(), disc()[140:141, 180:181]], ids=["disc", "pixel"])
+def test_limits_that_even_one_pixel_breaks_end_without_a_path(mask, limits):
+    assert bitmap_to_path(mask, turdsize=0, limits=limits) is None
 
 
 def islands(count: int) -> np.ndarray:

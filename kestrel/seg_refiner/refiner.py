@@ -233,7 +233,11 @@ class SegmentRefiner:
         with _stage("trace", "trace_failed", timings, missing="trace_failed"):
             traced = self._trace(refined)
         if traced is None:
-            raise _Stopped("trace_failed", "the refined mask holds only specks")
+            raise _Stopped(
+                "trace_failed",
+                "the refined mask holds only specks, or no outline of it is short enough: raise "
+                "limits.max_path_chars and max_path_commands",
+            )
         result.refined_svg_path, result.refined_bbox = traced
 
     def _refined_less(

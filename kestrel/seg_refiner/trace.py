@@ -31,6 +31,13 @@ HALVED_FROM = 2048
 """Masks whose box has a side of this many pixels are traced at half their size first: what
 Potrace takes grows with the square of a straight edge."""
 
+LONGEST = 16_384
+"""No trace is of a crop with a longer side; longer masks are halved until theirs is not. A native
+call cannot be cancelled. One of this length took 0.3 s for the worst of smooth edges, 1.5 s for a
+ragged one, 4 s where every other pixel of the edge is missing; at 1,000,000 it is minutes. Twice
+the size of masks up to half this length is still traced, and the whole of a 12,000 x 8,000
+photograph."""
+
 
 def bitmap_to_path(
     mask: np.ndarray,
@@ -56,13 +63,16 @@ def bitmap_to_path(
     path again, to see whether it gives the mask back.
 
     Gives SVG path data in 0..1 relative to the box of the mask, and that box normalised to the
-    image; None when there is nothing to trace (no pixel, or specks within ``turdsize`` only).
-    Holes run against their outlines: the path means the same under both fill rules.
+    image; None when there is nothing to trace (no pixel, or specks within ``turdsize`` only),
+    or where even the outline of one pixel would break ``limits``. Holes run against their
+    outlines: the path means the same under both fill rules.
 
     Rounding a corner costs about a pixel: nothing for a large object, a tenth of a small one.
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
-    if need be every step of the outline. Where it would have too many vertices or be too long, the
-    mask is halved until it is not.
+    if need be every step of the outline; where none of these does, the smoothest is given of those
+    about as good as the best. Where all have too many vertices or are too long, the mask is halved
+    until its path is not. Masks with a side over ``LONGEST`` are halved first: their paths may be
+    some pixels off.
 
     Raises ``TracerMissing`` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
     that is not 2-D.
@@ -80,11 +90,9 @@ def bitmap_to_path(
         crop = (crop != 0).view(np.uint8)
     tracing = _Tracing(load_tracer(tracer), turdsize, opttolerance)
     most = math.inf if max_vertices is None else max_vertices
-    path = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax, most)
-    if path is not None and _vertices(path) > most:
-        path = _within_budget(tracing, crop, alphamax, most)
-    if path is None:
-        return None
+    paths = _faithful(tracing, load_rasterizer(rasterizer), crop, alphamax, most)
+    if paths and _vertices(paths[0]) > most:
+        paths = _within_budget(tracing, crop, alphamax, most)
     height, width = crop.shape
     if decimals is None:
         decimals = max(1, math.ceil(math.log10(max(width, height) / QUANTUM / 2)))
@@ -95,13 +103,15 @@ def bitmap_to_path(
         "x_max": x1 / image_width,
         "y_max": y1 / image_height,
     }
-    while True:
-        written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
-        if limits is None or (excess := _excess(path, written, limits)) <= 1:
-            return written, bbox
-        path = _within_budget(tracing, crop, alphamax, _vertices(path) / excess)
-        if path is None:
-            return None
+    while paths:
+        for path in paths:
+            written = path_to_string(transform(path, 1 / width, 1 / height), decimals)
+            if limits is None or (excess := _excess(path, written, limits)) <= 1:
+                return written, bbox
+        shorter = _within_budget(tracing, crop, alphamax, _vertices(path) / excess)
+        # The outline of one pixel gets no shorter.
+        paths = [found for found in shorter if _vertices(found) < _vertices(path)]
+    return None
 
 
 @dataclass(frozen=True)
@@ -123,48 +133,63 @@ class _Tracing:
 
 def _faithful(
     tracing: _Tracing, paint: Painter, crop: np.ndarray, alphamax: float, most: float
-) -> Path | None:
-    """The smoothest of some traces that gives the crop back; the first if none does with at most
-    so many vertices."""
+) -> list[Path]:
+    """Traces from the smoothest to the first that gives the crop back, those with at most so many
+    vertices, best first; the smoothest alone where it has more, none where nothing is traced."""
     height, width = crop.shape
-    first = None
+    found: list[tuple[float, Path]] = []
     for zoomed, scale, corners in _attempts(crop, alphamax):
         path = tracing(zoomed, scale, corners, (width, height))
         if path is None:
-            return first
+            break
         if _vertices(path) > most:
-            return first or path
-        first = first or path
-        # A halved mask's outline is itself up to a pixel from the mask's.
-        farthest = (FARTHEST + tracing.opttolerance) / scale + (scale < 1)
-        if _surely_faithful(path, crop, farthest):
-            return path
-        if mask_iou(crop, paint(path, width, height)) >= FAITHFUL_IOU:
-            return path
-    return first
+            found = found or [(0.0, path)]
+            break
+        # Each halving moves the outline by up to a pixel of what it halves.
+        farthest = (FARTHEST + tracing.opttolerance) / scale + max(0.0, 1 / scale - 1)
+        sure = _surely_faithful(path, crop, farthest)
+        found.append((1.0 if sure else mask_iou(crop, paint(path, width, height)), path))
+        if found[-1][0] >= FAITHFUL_IOU:
+            break
+    enough = max((iou for iou, _ in found), default=0.0)
+    if enough < FAITHFUL_IOU:
+        # What no trace gives back, as specks within turdsize, is no reason for a jagged one.
+        enough -= 1 - FAITHFUL_IOU
+    # Sorting keeps the order of equals, the smoother before the sharper.
+    return [path for _, path in sorted(found, key=lambda pair: -min(pair[0], enough))]
 
 
 def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, float, float]]:
     """Crop, its scale and ``alphamax`` of traces from the smoothest to the sharpest."""
+    crop, scale = _traceable(crop)
     if max(crop.shape) >= HALVED_FROM:
-        yield _halved(crop), 0.5, alphamax
+        yield _halved(crop), scale / 2, alphamax
     for corners in (alphamax, alphamax / 2, 0.0):
-        yield crop, 1.0, corners
-    yield crop.repeat(2, axis=0).repeat(2, axis=1), 2.0, 0.0
+        yield crop, scale, corners
+    if 2 * max(crop.shape) <= LONGEST:
+        yield crop.repeat(2, axis=0).repeat(2, axis=1), 2 * scale, 0.0
 
 
-def _within_budget(
-    tracing: _Tracing, crop: np.ndarray, alphamax: float, most: float
-) -> Path | None:
-    """The trace of the largest of crop, half crop, quarter crop, ... with so few vertices."""
+def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: float) -> list[Path]:
+    """The trace of the largest of crop, half crop, quarter crop, ... with so few vertices, or that
+    of one pixel; none where nothing is traced."""
     height, width = crop.shape
-    scale = 1.0
+    crop, scale = _traceable(crop)
     while True:
         path = tracing(crop, scale, alphamax, (width, height))
-        # One pixel that is left is a shape of few vertices.
-        if path is None or _vertices(path) <= most or crop.size == 1:
-            return path
+        if path is None:
+            return []
+        if _vertices(path) <= most or crop.size == 1:
+            return [path]
         crop, scale = _halved(crop), scale / 2
+
+
+def _traceable(crop: np.ndarray) -> tuple[np.ndarray, float]:
+    """The crop, halved until no side is over ``LONGEST``, and its scale."""
+    scale = 1.0
+    while max(crop.shape) > LONGEST:
+        crop, scale = _halved(crop), scale / 2
+    return crop, scale
 
 
 def _halved(crop: np.ndarray) -> np.ndarray:

@@ -107,6 +107,7 @@ class _State(ctypes.Structure):
     )
 
 
+_INT_MAX = 2**31 - 1  # of C's int
 _CORNER = 2  # POTRACE_CORNER; the other tag is a curve
 _WORD = np.dtype(ctypes.c_ulong)
 _NAMES = ("libpotrace.so.0", "libpotrace.so", "libpotrace.0.dylib", "libpotrace.dylib")
@@ -137,7 +138,8 @@ def _libpotrace() -> Tracer:
         if not param:
             raise MemoryError("Potrace could not allocate its parameters")
         try:
-            param.contents.turdsize = turdsize
+            # ctypes would keep the low bits; Potrace counts no area as more than this.
+            param.contents.turdsize = min(turdsize, _INT_MAX)
             param.contents.alphamax = alphamax
             param.contents.opttolerance = opttolerance
             state = library.potrace_trace(param, ctypes.byref(bitmap))
@@ -245,7 +247,9 @@ def _trace_module(
 ) -> list[Command]:
     # potracer traces what is False in a boolean array; pypotrace what is non-zero.
     bitmap = module.Bitmap(crop == 0 if pure else crop.astype(np.uint32))
-    traced = bitmap.trace(turdsize=turdsize, alphamax=alphamax, opttolerance=opttolerance)
+    traced = bitmap.trace(
+        turdsize=min(turdsize, _INT_MAX), alphamax=alphamax, opttolerance=opttolerance
+    )
     commands: list[Command] = []
     for curve in traced:
         commands.append(("M", _xy(curve.start_point)))
