@@ -279,6 +279,15 @@ def image_bytes(value: Any) -> bytes:
         raise InvalidRequest(f"{name} is not valid base64", name) from error
 
 
+def _whole(digits: str) -> int | float:
+    """An integer of JSON; the infinity where Python refuses its thousands of digits, as it reads
+    1e999, so that the field that holds it is named."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object from a request body; NaN and Infinity are no JSON."""
 
@@ -286,7 +295,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not JSON: {constant} is not a JSON number")
 
     try:
-        payload = json.loads(body, parse_constant=refuse)
+        payload = json.loads(body, parse_constant=refuse, parse_int=_whole)
     except InvalidRequest:
         raise
     except (ValueError, RecursionError) as error:
@@ -394,9 +403,10 @@ def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
     value = headers.get(name.lower())
     if value is None:
         return longest_s
-    if not value.isascii() or not value.isdigit() or int(value[:12]) < 1:
+    digits = value.lstrip("0")
+    if not digits.isascii() or not digits.isdigit():
         raise InvalidRequest(f"{name} must be a positive whole number of milliseconds", name)
-    return min(longest_s, int(value[:12]) / 1e3)
+    return min(longest_s, int(digits[:12]) / 1e3)
 
 
 def timeout_of_call(value: Any, longest_s: float) -> float:

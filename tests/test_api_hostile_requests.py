@@ -138,8 +138,15 @@ def test_deep_nesting_is_a_refusal_and_not_a_crash(body: bytes) -> None:
     assert refused(body).status == 400
 
 
-def test_number_with_thousands_of_digits_is_a_refusal() -> None:
-    assert refused(b'{"object": "dog", "x": ' + b"9" * 10_000 + b"}").status == 400
+@pytest.mark.parametrize("sign", [b"", b"-"])
+@pytest.mark.parametrize("setting", ["temperature", "top_p", "max_tokens"])
+def test_number_with_thousands_of_digits_is_a_refusal_that_names_its_field(setting, sign) -> None:
+    number = sign + b"9" * 10_000
+    body = b'{"object": "dog", "settings": {"%s": %s}}' % (setting.encode(), number)
+    error = refused(body)
+    assert (error.status, error.field) == (400, f"settings.{setting}")
+    # It is JSON, and fields that are not known are ignored.
+    assert parse(b'{"object": "dog", "x": %s}' % number).object == "dog"
 
 
 @pytest.mark.parametrize("noun", ["", " \t\n", "a\0b", "\ud800", "x" * 257, 5, None, ["dog"]])
@@ -227,7 +234,7 @@ def test_errors_survive_the_way_between_processes(error: RequestError) -> None:
     )
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", " ", "1e3", "²", "abc"])
+@pytest.mark.parametrize("value", ["0", "0" * 20, "-1", "1.5", "", " ", "1e3", "²", "abc"])
 def test_deadline_header_that_is_no_positive_number_is_refused(value: str) -> None:
     with pytest.raises(InvalidRequest):
         timeout_from_headers({"x-request-timeout-ms": value}, 60.0)
@@ -237,6 +244,11 @@ def test_deadline_header_shortens_and_never_lengthens() -> None:
     assert timeout_from_headers({}, 60.0) == 60.0
     assert timeout_from_headers({"x-request-timeout-ms": "1500"}, 60.0) == 1.5
     assert timeout_from_headers({"x-request-timeout-ms": "9" * 4000}, 60.0) == 60.0
+
+
+@pytest.mark.parametrize("zeros", [1, 12, 5000])
+def test_deadline_header_may_begin_with_zeros(zeros: int) -> None:
+    assert timeout_from_headers({"x-request-timeout-ms": "0" * zeros + "250"}, 60.0) == 0.25
 
 
 @pytest.mark.parametrize(
