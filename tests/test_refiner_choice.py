@@ -156,10 +156,31 @@ def test_a_request_names_no_place_that_is_not_loaded():
 
 
 @pytest.mark.parametrize(
-    "place", ["no_such_module:build", "math:no_such_function", "math:pi", ":build", "m:"]
+    "place", ["no_such_module:build", "math:no_such_function", "math:pi", ":build", "m:", ".x:y"]
 )
 def test_a_place_without_a_backend_is_refused_when_the_refiner_is_built(place):
     with pytest.raises(ConfigError, match="is not there"):
+        SegmentRefiner(RefinerConfig(selectable=(place,)))
+
+
+def fails(config: RefinerConfig):
+    raise KeyError("no such weight")
+
+
+def builds_nothing(config: RefinerConfig) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("os:getcwd", "takes no arguments"),
+        (f"{__name__}:fails", "KeyError: 'no such weight'"),
+        (f"{__name__}:builds_nothing", "NoneType"),
+    ],
+)
+def test_a_place_whose_function_builds_no_backend_is_refused_by_its_name(place, said):
+    with pytest.raises(ConfigError, match=f"refiner '{place}' .*{said}"):
         SegmentRefiner(RefinerConfig(selectable=(place,)))
 
 

@@ -103,7 +103,7 @@ def find_backend(name: str) -> Callable[[RefinerConfig], Refine]:
     """The function that builds the backend of that name.
 
     Raises :class:`ConfigError` for a name that is not registered, listing those that are, and for
-    a place where there is no function.
+    a place where there is no function or whose module does not load.
     """
     module, colon, function = name.partition(":")
     if not colon:
@@ -116,10 +116,37 @@ def find_backend(name: str) -> Callable[[RefinerConfig], Refine]:
         return BACKENDS[name]
     try:
         build: Callable[[RefinerConfig], Refine] = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"refiner {name!r} is not there: {error}") from error
+    except Exception as error:  # the user's own module
+        raise ConfigError(f"refiner {name!r} does not load: {_line(error)}") from error
     if not callable(build):
         raise ConfigError(
             f"refiner {name!r} is not there: {function} is no function but {type(build).__name__}"
         )
     return build
+
+
+def build_backend(name: str, config: RefinerConfig) -> Refine:
+    """The backend of that name.
+
+    Raises :class:`ConfigError` as :func:`find_backend` does, and for a function of the user's own
+    that fails or gives nothing to call, ImportError for a library that is missing, and whatever
+    else a registered function raises.
+    """
+    build = find_backend(name)
+    if ":" not in name:
+        return build(config)
+    try:
+        refine = build(config)
+    except (ConfigError, ImportError):
+        raise
+    except Exception as error:  # as any function may be named
+        raise ConfigError(f"refiner {name!r} fails: {_line(error)}") from error
+    if not callable(refine):
+        raise ConfigError(f"refiner {name!r} must give a function, not {type(refine).__name__}")
+    return refine
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

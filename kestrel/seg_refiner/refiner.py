@@ -17,7 +17,7 @@ import numpy as np
 
 from kestrel.config import ConfigError, Limits, RefinerConfig
 from kestrel.seg_refiner import png, raster, trace
-from kestrel.seg_refiner.backends import Reduced, Refine, find_backend
+from kestrel.seg_refiner.backends import Reduced, Refine, build_backend, find_backend
 from kestrel.seg_refiner.box import PixelBox, grown_box, joined_box, mask_box, mask_iou, reduced_box
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.svg import parse_path, place_path
@@ -281,7 +281,7 @@ class SegmentRefiner:
     def _backend(self, name: str) -> Refine:
         with self._lock:
             if name not in self._backends:
-                self._backends[name] = find_backend(name)(self.config)
+                self._backends[name] = build_backend(name, self.config)
             return self._backends[name]
 
     def _trace(self, mask: np.ndarray) -> tuple[str, Bbox] | None:
