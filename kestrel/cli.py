@@ -189,6 +189,8 @@ def _write(
     from kestrel.overlay import decode_mask, overlay
 
     answer: dict[str, Any] = segment_response(model, refined, return_base64=True)
+    # First: no picture to look at is to keep the answer from being written.
+    (folder / "response.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
     masks = {}
     for kind in ("coarse", "refined"):
         target = folder / f"{kind}.png"
@@ -204,9 +206,10 @@ def _write(
         decode(request.image, config.limits), masks.get("coarse"), masks.get("refined")
     )
     # OpenCV's own file writer fails silently; bytes are written here instead.
-    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    done, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise InputError(f"{folder / 'overlay.png'} cannot be encoded; the other files are written")
     (folder / "overlay.png").write_bytes(png.tobytes())
-    (folder / "response.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
 
 
 # serve

@@ -16,6 +16,9 @@ COARSE_RGB = (255, 140, 0)
 REFINED_RGB = (0, 200, 255)
 FILL = 0.25
 """Share of the mask's colour inside the outline."""
+LARGEST_SIDE = 16_384
+"""Pixels that an overlay's sides have at most. It is to be looked at: viewers refuse much larger
+pictures, and libpng those of over 1,000,000 pixels a side."""
 
 
 def decode_mask(mask_base64: str) -> BoolArray:
@@ -34,28 +37,51 @@ def overlay(
     """Picture, coarse mask and refined mask side by side, each under a caption.
 
     ``image``: uint8 [H, W, 3] RGB. Masks: [H, W], non-zero inside; None says so in its caption.
-    Gives uint8 [H + c, 3 W + 2 g, 3] RGB, c and g the caption's height and the gap. ValueError
+    Gives uint8 [H + c, 3 W + 2 g, 3] RGB, c and g the caption's height and the gap; where a side of
+    that would be over ``LARGEST_SIDE``, H and W are the image's shrunk until none is. ValueError
     for a mask that is not the image's size.
     """
-    panels = [
-        _captioned(image, "image"),
-        _captioned(_masked(image, coarse, COARSE_RGB), _caption("coarse", coarse)),
-        _captioned(_masked(image, refined, REFINED_RGB), _caption("refined", refined)),
-    ]
+    masks = [_inside(mask, image) for mask in (coarse, refined)]
+    height, width = image.shape[:2]
+    # The gaps take a 32nd of a panel, or 4 pixels; the caption at most 56.
+    shrink = max((3 + 1 / 32) * width / (LARGEST_SIDE - 4), height / (LARGEST_SIDE - 56))
+    if shrink > 1:
+        size = (max(1, int(width / shrink)), max(1, int(height / shrink)))
+        image = _shrunk(image, size)
+        # Whatever a pixel holds of a mask shows: thin objects are not to be lost.
+        masks = [
+            None if mask is None else _shrunk(mask.astype(np.uint8) * 255, size) > 0
+            for mask in masks
+        ]
+    panels = [_captioned(image, "image")]
+    for name, mask, rgb in zip(
+        ("coarse", "refined"), masks, (COARSE_RGB, REFINED_RGB), strict=True
+    ):
+        panels.append(_captioned(_masked(image, mask, rgb), _caption(name, mask)))
     gap = np.full((panels[0].shape[0], max(2, image.shape[1] // 64), 3), 255, np.uint8)
     return np.hstack([panels[0], gap, panels[1], gap, panels[2]])
+
+
+def _inside(mask: npt.ArrayLike | None, image: UInt8Array) -> BoolArray | None:
+    if mask is None:
+        return None
+    inside = np.asarray(mask) != 0
+    if inside.shape != image.shape[:2]:
+        raise ValueError(f"mask is {inside.shape}, the image {image.shape[:2]}")
+    return inside
+
+
+def _shrunk(picture: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _caption(name: str, mask: npt.ArrayLike | None) -> str:
     return name if mask is not None else f"{name}: none"
 
 
-def _masked(image: UInt8Array, mask: npt.ArrayLike | None, rgb: Sequence[int]) -> UInt8Array:
-    if mask is None:
+def _masked(image: UInt8Array, inside: BoolArray | None, rgb: Sequence[int]) -> UInt8Array:
+    if inside is None:
         return image
-    inside = np.asarray(mask) != 0
-    if inside.shape != image.shape[:2]:
-        raise ValueError(f"mask is {inside.shape}, the image {image.shape[:2]}")
     drawn = image.copy()
     drawn[inside] = (image[inside] * (1 - FILL) + np.array(rgb) * FILL).astype(np.uint8)
     outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)

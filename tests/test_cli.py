@@ -22,6 +22,7 @@ from serving import encoded, picture, until
 from kestrel import __version__
 from kestrel.cli import main
 from kestrel.config import SHIPPED_MODELS, RuntimeConfig
+from kestrel.overlay import LARGEST_SIDE, overlay
 from kestrel.seg_refiner import raster
 from kestrel.server.connection import protocol
 from kestrel.server.sending import GRACE_S
@@ -141,6 +142,38 @@ def test_a_file_that_cannot_be_written_is_one_line(photo, tmp_path) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("kestrel: ") and "overlay.png" in done.stderr
+    assert json.loads((tmp_path / "response.json").read_text())["path"] is not None
+
+
+def test_a_picture_too_wide_for_three_in_a_png_still_gets_its_answer(photo, tmp_path) -> None:
+    wide = tmp_path / "wide.png"
+    wide.write_bytes(encoded(Image.new("RGB", (350_000, 2)), "PNG"))
+    assert main(["segment", str(wide), photo[1], "-o", str(tmp_path), "--device", "cpu"]) == 0
+    assert "path" in json.loads((tmp_path / "response.json").read_text())
+    with Image.open(tmp_path / "overlay.png") as image:
+        assert 3 * 5000 < image.width <= LARGEST_SIDE
+
+
+@pytest.mark.parametrize(
+    ("size", "at_most"),
+    [((5400, 40), None), ((6000, 4000), LARGEST_SIDE), ((40, 20_000), LARGEST_SIDE)],
+)
+def test_an_overlay_is_shrunk_only_where_a_side_would_be_too_long(size, at_most) -> None:
+    width, height = size
+    mask = np.zeros((height, width), bool)
+    mask[height // 2] = mask[:, width // 2] = True  # lines that shrinking might lose
+    drawn = overlay(np.full((height, width, 3), 255, np.uint8), mask, None)
+    if at_most is None:
+        assert drawn.shape[1] >= 3 * width and drawn.shape[0] > height
+    else:
+        assert 0.95 * at_most < max(drawn.shape) <= at_most
+    panels = np.array_split(drawn[80:], 3, axis=1)
+    assert [bool((panel < 200).any()) for panel in panels] == [False, True, False]
+
+
+def test_a_mask_of_another_size_is_refused_also_where_the_picture_is_shrunk() -> None:
+    with pytest.raises(ValueError, match="mask is"):
+        overlay(np.zeros((10, 9000, 3), np.uint8), np.zeros((20, 18_000), bool), None)
 
 
 # Mistakes
@@ -176,6 +209,10 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{png}", "dog", "--spatial-ref", "0.9,0.1,0.1,0.9"], "ordered"),
         (["{png}", "dog", *["--spatial-ref", "0.5,0.5"] * 17], "at most 16"),
         (["{png}", "dog", "--refiner", "magic"], "boundary"),
+        (["{png}", "dog", "--refiner", ".x:y"], "'.x:y' is not there"),
+        (["{png}", "dog", "--refiner", "no_refiner:build"], "SyntaxError"),
+        (["{png}", "dog", "--refiner", "os:getcwd"], "refiner 'os:getcwd'"),
+        (["{png}", "dog", "--refiner", "builtins:repr"], "refiner 'builtins:repr'"),
         (["{png}", "dog", "--device", "abacus"], "device must be"),
         (["{png}", "dog", "--model-path", "{folder}/no-model"], "no-model"),
         (["{png}", "dog", "--model-path", "{folder}"], "{folder}"),
@@ -184,8 +221,10 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_mistake_is_one_line_and_the_status_of_bad_input(
-    png_file, tmp_path, capsys, arguments, said
+    png_file, tmp_path, monkeypatch, capsys, arguments, said
 ) -> None:
+    (tmp_path / "no_refiner.py").write_text("def build(config:")
+    monkeypatch.syspath_prepend(tmp_path)
     places = {"png": png_file, "folder": tmp_path / "in", "text": tmp_path / "notes.txt",
               "empty": tmp_path / "empty.png"}  # fmt: skip
     places["folder"].mkdir()
