@@ -1,7 +1,8 @@
 """Encoded bytes or an array to an RGB array, within limits.
 
 While a picture is decoded, it takes at its peak, result included, at most so many bytes per pixel:
-JPEG 8, progressive JPEG 13, PNG 8, WebP 17. ``benchmarks/decode_memory.py`` measures that.
+JPEG 8, progressive JPEG 13, PNG 8 (up to 28 where it is a few pixels wide or high), WebP 17.
+``benchmarks/decode_memory.py`` measures that.
 Pictures over ``LARGE_PIXELS`` are decoded one at a time in a process.
 
 JPEG can be decoded to a half, a quarter or an eighth of its sides in less time and memory: each

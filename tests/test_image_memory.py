@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks.decode_memory import ALLOWED, KINDS, measure
+from benchmarks.decode_memory import ALLOWED, ALLOWED_LATER, KINDS, _in_a_process, measure
 from kestrel import image as image_module
 from kestrel.image import decode, probe
 
@@ -23,6 +25,51 @@ ORIENTATION = 0x0112
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_file_takes_more_than_is_stated(kind: str) -> None:
     assert measure(kind, (3000, 2000)) <= ALLOWED[KINDS[kind][0]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size", [(1, 8_000_000), (8_000_000, 1)])
+def test_a_png_of_one_row_or_column_takes_no_more_than_is_stated(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    files = []
+    for name, asked in (("small", (40, 40)), ("large", size)):
+        files.append(str(tmp_path / name))
+        Image.new("RGB", asked).save(files[-1], "PNG")
+    assert _in_a_process("--decode", *files) <= 17
+
+
+ONE_LINE = """
+import sys
+import numpy as np
+from benchmarks.decode_memory import resident
+from kestrel.moondream.config import MOONDREAM_3
+from kestrel.moondream.crops import overlap_crops
+from kestrel.ops import lanczos
+
+if sys.argv[1] == "pillow":
+    lanczos._passes = lambda: None
+shape = tuple(map(int, sys.argv[2:]))
+overlap_crops(np.zeros((400, 300, 3), np.uint8), MOONDREAM_3.vision)
+pixels = np.full((*shape, 3), 7, np.uint8)
+before = resident("VmRSS")
+overlap_crops(pixels, MOONDREAM_3.vision)
+print(3 + (resident("VmHWM") - before) / (shape[0] * shape[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("by", "allowed"), [("compiled", ALLOWED_LATER["crops"]), ("pillow", 3 + 12 + 12)]
+)
+@pytest.mark.parametrize("shape", [(3_000_000, 1), (1, 4_000_000), (500_000, 6)])
+def test_a_long_thin_picture_takes_no_more_to_crop_than_another(
+    shape: tuple[int, int], by: str, allowed: float
+) -> None:
+    # Pillow holds 4 bytes of a pixel and 8 of a row, of what it reads and of what it makes.
+    command = [sys.executable, "-c", ONE_LINE, by, *map(str, shape)]
+    taken = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(taken.stdout) <= allowed
 
 
 def encoded(mode: str, format: str, orientation: int = 1) -> bytes:

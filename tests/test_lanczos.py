@@ -49,6 +49,37 @@ def test_bands_and_stretches_do_not_show(compiled) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [(40_000, 2), (3, 40_000), (1, 1), (700, 900)])
+def test_few_output_pixels_at_once_are_the_same(compiled, monkeypatch, size) -> None:
+    image = noise(*size)
+    whole = lanczos.resized(image, 126, 266)
+    by_pillow = lanczos.resized_by_pillow(image, 126, 266)
+    monkeypatch.setattr(lanczos, "WEIGHTS", 5000)
+    assert len(lanczos._spans(40_000, 126)) > 50
+    np.testing.assert_array_equal(lanczos.resized(image, 126, 266), whole)
+    # Pillow takes the limits of a part in 32 bits.
+    parts = lanczos.resized_by_pillow(image, 126, 266).astype(int)
+    assert abs(parts - by_pillow).max() <= 1
+    np.testing.assert_array_equal(whole, by_pillow)
+
+
+def test_a_picture_too_tall_to_be_widened_first_is_shrunk_first(compiled) -> None:
+    rows = lanczos.WIDENED // 742 + 1
+    image = np.repeat(noise(rows // 10 + 1, 9), 10, 0)[:rows]
+    shrunk = Image.fromarray(image).resize((9, 126), Image.Resampling.LANCZOS)
+    expected = shrunk.resize((742, 126), Image.Resampling.LANCZOS)
+    for resize in (lanczos.resized, lanczos.resized_by_pillow):
+        np.testing.assert_array_equal(resize(image, 126, 742), np.array(expected))
+
+
+def test_a_picture_that_can_be_widened_first_is(compiled) -> None:
+    image = noise(lanczos.WIDENED // 742, 9)
+    widened = Image.fromarray(image).resize((742, len(image)), Image.Resampling.LANCZOS)
+    expected = widened.resize((742, 126), Image.Resampling.LANCZOS)
+    for resize in (lanczos.resized, lanczos.resized_by_pillow):
+        np.testing.assert_array_equal(resize(image, 126, 742), np.array(expected))
+
+
 def test_a_wide_picture_is_what_one_call_of_pillow_gives(compiled) -> None:
     image = noise(120, 400)
     once = Image.fromarray(image).resize((126, 126), Image.Resampling.LANCZOS)

@@ -4,8 +4,9 @@ Crops of large pictures are what a model replica's CPU spends most on before the
 anything to do. Pillow goes from pixel to pixel along a row; here a row's pixels become rows (a
 transposed copy), so that the processor's vectors take many of them at once. The arithmetic is
 Pillow's: weights in whole 2**-22ths, sums of 32 bits, 8 bits between the two passes; rows are
-always shrunk first, as Pillow did when the published models were made (since 13 it begins with the
-columns of tall pictures, and their pixels come out a little different).
+resized first, as Pillow did when the published models were made (since 13 it begins with the
+columns of tall pictures, and their pixels come out a little different). Only a picture that would
+be far too large in between, many rows of few pixels, is begun with its columns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -25,6 +26,8 @@ from kestrel.ops.jit import compiled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Weights = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
+
 log = logging.getLogger(__name__)
 
 BITS = 22
@@ -35,6 +38,11 @@ BAND = 128
 """Rows that are transposed at once: they stay in the cache."""
 STRETCH = 1024
 """Values that are summed up at once: their sums stay in the first cache."""
+WIDENED = 2**23
+"""Pixels at most that a tall picture has once its rows were made longer, at 3 bytes each."""
+WEIGHTS = 2**18
+"""Weights that are held at once, about, at 4 bytes each: one for each of millions of rows would
+take several times the memory of a picture that is a pixel wide."""
 
 
 def resized(
@@ -53,22 +61,63 @@ def resized(
     passes = _passes()
     if passes is None:
         return resized_by_pillow(image, height, width, (tall, wide))
-    weights, weighted = passes
-    if columns != width:
-        across = weights(columns, wide, width)
-        narrow = np.empty((rows, width, 3), np.uint8)
-        for y in range(0, rows, BAND):
-            band = cv2.transpose(image[y : y + BAND])
-            out = np.empty((width, band.shape[1], 3), np.uint8)
-            weighted(band.reshape(columns, -1), *across, out.reshape(width, -1))
-            narrow[y : y + BAND] = cv2.transpose(out)
-        image = narrow
-    if rows != height:
-        out = np.empty((height, width, 3), np.uint8)
-        lines = np.ascontiguousarray(image).reshape(rows, -1)
-        weighted(lines, *weights(rows, tall, height), out.reshape(height, -1))
-        image = out
+    steps = [(_across, wide, width, columns), (_down, tall, height, rows)]
+    if _columns_first(image, height, width):
+        steps.reverse()
+    for step, length, out, size in steps:
+        if out != size:
+            image = step(image, length, out, *passes)
     return np.array(image) if (rows, columns) == (height, width) else image
+
+
+def _columns_first(image: NDArray[np.uint8], height: int, width: int) -> bool:
+    rows, columns = image.shape[:2]
+    return columns < width and rows > height and rows * width > WIDENED
+
+
+def _spans(extent: float, out: int) -> list[tuple[int, int]]:
+    """Output pixels in runs, start and stop, whose weights are held at once: mostly one run."""
+    some = max(1, int(WEIGHTS / (2 * SUPPORT * max(extent / out, 1.0))))
+    return [(start, min(start + some, out)) for start in range(0, out, some)]
+
+
+def _across(
+    image: NDArray[np.uint8],
+    extent: float,
+    width: int,
+    weights: Callable[..., Weights],
+    weighted: Callable[..., None],
+) -> NDArray[np.uint8]:
+    """Rows resized, in bands of them; where they are so long that their weights are not held at
+    once, there are few bands for which to make them again."""
+    rows, columns = image.shape[:2]
+    kept = lru_cache(maxsize=1)(partial(weights, columns, extent, width))
+    resized = np.empty((rows, width, 3), np.uint8)
+    for y in range(0, rows, BAND):
+        band = cv2.transpose(image[y : y + BAND])
+        out = np.empty((width, band.shape[1], 3), np.uint8)
+        for start, stop in _spans(extent, width):
+            some = out[start:stop].reshape(stop - start, -1)
+            weighted(band.reshape(columns, -1), *kept(start, stop), some)
+        resized[y : y + BAND] = cv2.transpose(out)
+    return resized
+
+
+def _down(
+    image: NDArray[np.uint8],
+    extent: float,
+    height: int,
+    weights: Callable[..., Weights],
+    weighted: Callable[..., None],
+) -> NDArray[np.uint8]:
+    """Columns resized."""
+    rows, columns = image.shape[:2]
+    lines = np.ascontiguousarray(image).reshape(rows, -1)
+    out = np.empty((height, columns, 3), np.uint8)
+    for start, stop in _spans(extent, height):
+        some = out[start:stop].reshape(stop - start, -1)
+        weighted(lines, *weights(rows, extent, height, start, stop), some)
+    return out
 
 
 def resized_by_pillow(
@@ -77,12 +126,31 @@ def resized_by_pillow(
     width: int,
     extent: tuple[float, float] | None = None,
 ) -> NDArray[np.uint8]:
-    """The same, and what ``resized`` is measured by."""
+    """The same, and what ``resized`` is measured by; to the last bit where one run of weights is
+    held."""
     rows, columns = image.shape[:2]
     tall, wide = extent or (rows, columns)
-    kind = Image.Resampling.LANCZOS
-    picture = Image.fromarray(image).resize((width, rows), kind, box=(0, 0, wide, rows))
-    return np.array(picture.resize((width, height), kind, box=(0, 0, width, tall)))
+    steps = [(0, wide, width), (1, tall, height)]
+    if _columns_first(image, height, width):
+        steps.reverse()
+    for axis, length, out in steps:
+        image = _pass_by_pillow(image, axis, length, out)
+    return image
+
+
+def _pass_by_pillow(
+    image: NDArray[np.uint8], axis: int, extent: float, out: int
+) -> NDArray[np.uint8]:
+    """Rows (axis 0) or columns (1) resized."""
+    picture = Image.fromarray(image)
+    parts = []
+    for start, stop in _spans(extent, out):
+        size, box = list(picture.size), [0.0, 0.0, *picture.size]
+        size[axis] = stop - start
+        box[axis] = extent * start / out
+        box[axis + 2] = extent if stop == out else extent * stop / out
+        parts.append(picture.resize(tuple(size), Image.Resampling.LANCZOS, box=tuple(box)))
+    return np.concatenate([np.asarray(part) for part in parts], axis=1 - axis)
 
 
 @cache
@@ -91,7 +159,7 @@ def _passes() -> tuple[Callable[..., Any], Callable[..., None]] | None:
     try:
         matrix, first = "uint8[:, ::1]", "int64[::1]"
         signature = f"void({matrix}, {first}, {first}, int32[:, ::1], {matrix})"
-        weights = compiled("(int64, float64, int64)", _weights)
+        weights = compiled("(int64, float64, int64, int64, int64)", _weights)
         weighted = compiled(signature, _weighted)
     except Exception as error:  # not installed, or not for this Python, NumPy or processor
         log.warning(
@@ -103,18 +171,19 @@ def _passes() -> tuple[Callable[..., Any], Callable[..., None]] | None:
     return weights, weighted
 
 
-def _weights(size, extent, out):
-    """Of each of ``out`` pixels of a line of ``size``, of which ``extent`` counts: the first pixel
-    that it takes, how many, and their weights int32 [out, most]."""
+def _weights(size, extent, out, start, stop):
+    """Of pixels ``start`` to ``stop`` of the ``out`` that a line of ``size`` becomes, of which
+    ``extent`` counts: the first pixel that each takes, how many, and their weights int32
+    [stop - start, most]."""
     scale = extent / out
     stretch = max(scale, 1.0)
     reach = SUPPORT * stretch
-    first = np.empty(out, np.int64)
-    count = np.empty(out, np.int64)
-    weights = np.zeros((out, 2 * math.ceil(reach) + 1), np.int32)
+    first = np.empty(stop - start, np.int64)
+    count = np.empty(stop - start, np.int64)
+    weights = np.zeros((stop - start, 2 * math.ceil(reach) + 1), np.int32)
     line = np.empty(weights.shape[1])
-    for i in range(out):
-        middle = (i + 0.5) * scale
+    for i in range(stop - start):
+        middle = (start + i + 0.5) * scale
         low = max(0, int(middle - reach + 0.5))
         first[i], count[i] = low, min(size, int(middle + reach + 0.5)) - low
         total = 0.0
