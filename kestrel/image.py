@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
+from kestrel.image_parts import check_parts
 
 UInt8Array = npt.NDArray[np.uint8]
 PixelBox = tuple[int, int, int, int]
@@ -64,6 +65,7 @@ class ImageHeader:
 
 
 def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
+    check_parts(data, name)
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warning below its error would only be noise.
@@ -96,16 +98,25 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
     """
     with _open(data, limits or Limits(), name) as image:
         width, height = image.size
-        try:
-            # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
-            orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        except Exception:  # a broken EXIF block is no reason to refuse the picture
-            orientation = 1
+        orientation = _orientation(image)
         if orientation in _SWAPS_SIDES:
             width, height = height, width
         kind = str(image.format)
         reduction = _largest_reduction(width, height, orientation) if kind == "JPEG" else 1
         return ImageHeader(width, height, kind, reduction)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 without one, or where the block is broken, which is no reason to refuse
+    the picture."""
+    try:
+        # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
+        found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises many types
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _largest_reduction(width: int, height: int, orientation: int) -> int:
@@ -168,7 +179,7 @@ def decode(
                     width, height = picture.size
                     picture.draft(None, (width // reduction, height // reduction))
                 picture.load()
-                orientation = picture.getexif().get(_ORIENTATION, 1)
+                orientation = _orientation(picture)
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise many types for broken data
@@ -186,10 +197,7 @@ def plain_jpeg(
     with _open(image, limits or Limits(), name) as picture:
         if not _is_whole_jpeg(image, picture) or "progressive" in picture.info:
             return None
-        try:
-            return picture.size, picture.getexif().get(_ORIENTATION, 1)
-        except Exception:  # decoding judges what is wrong with it
-            return None
+        return picture.size, _orientation(picture)
 
 
 def stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:
@@ -257,7 +265,7 @@ def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8
     for top in range(0, height, rows):  # it copies what it converts in place
         band = pixels[top : top + rows]
         cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
-    return np.ascontiguousarray(turned(pixels, opened.getexif().get(_ORIENTATION, 1)))
+    return np.ascontiguousarray(turned(pixels, _orientation(opened)))
 
 
 def turned(pixels: UInt8Array, orientation: int) -> UInt8Array:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import time
+import zlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,8 @@ from PIL import Image
 
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
-from kestrel.image import decode, probe
+from kestrel.image import decode, plain_jpeg, probe
+from kestrel.image_parts import MOST_PARTS
 
 ORIENTATION = 0x0112
 
@@ -137,3 +141,130 @@ def test_turned_array_becomes_contiguous() -> None:
     turned = np.asarray(picture()).transpose(1, 0, 2)
     pixels = decode(turned)
     assert pixels.flags.c_contiguous and np.array_equal(pixels, turned)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block", [bytes(32), b"II*\0\xff\xff\xff\xff", b"", b"II*\0\x08\0\0\0\x01\0"]
+)
+def test_a_broken_exif_block_is_no_reason_to_refuse_the_picture(format: str, block: bytes) -> None:
+    # With a resolution in JFIF's own segment Pillow does not look at EXIF before it is asked.
+    options = {"dpi": (72, 72)} if format == "JPEG" else {"lossless": True}
+    content = encoded(picture(), format, exif=b"Exif\0\0" + block, **options)
+    assert probe(content).width == 30
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.array_equal(decode(content), expected)
+    if format == "JPEG":
+        assert plain_jpeg(content) == ((30, 20), 1)
+        assert decode(content, reduction=4).shape == (5, 8, 3)
+        # Not as a JPEG ends: Pillow decodes it.
+        assert np.array_equal(decode(content + b"\0"), expected)
+
+
+def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def segment(code: int, data: bytes = b"") -> bytes:
+    return struct.pack(">BBH", 0xFF, code, len(data) + 2) + data
+
+
+def with_parts(format: str, parts: bytes, at: int | None = None) -> bytes:
+    """A picture with these before its pixels: after the header of a PNG, after a JPEG's start."""
+    content = file_of(format)
+    at = (33 if format == "PNG" else 2) if at is None else at
+    return content[:at] + parts + content[at:]
+
+
+PHOTOSHOP = segment(0xED, b"Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 5000)
+FRAME = segment(0xC0, bytes.fromhex("08 0014 001e 03 012200 021101 031101") + bytes(60_000))
+TABLES = segment(0xDB, bytes(65 * 1000))
+EXIF = segment(0xE1, b"Exif\0\0" + bytes(60_000))
+SMALL_EXIF = segment(0xE1, b"Exif\0\0")
+PROFILE = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**6), 9))
+MANY = 2 * MOST_PARTS
+
+
+@pytest.mark.parametrize(
+    ("format", "parts"),
+    [
+        ("PNG", png_chunk(b"abCd") * MANY),
+        ("PNG", png_chunk(b"tEXt", b"a\0b") * MANY),
+        ("PNG", PROFILE * 100),
+        ("JPEG", segment(0xFE) * MANY),
+        ("JPEG", segment(0xE5) * MANY),
+        ("JPEG", b"\xff\xd0" * MANY),
+        ("JPEG", b"\xff" * 100 * MANY),
+        ("JPEG", segment(0xFE) + bytes(100 * MANY)),
+        ("JPEG", b"\xff\0" * MANY),
+        ("JPEG", PHOTOSHOP * 2),
+        ("JPEG", FRAME * 2),
+        ("JPEG", TABLES * 2),
+        ("JPEG", EXIF * 100),
+        ("JPEG", EXIF * 40 + SMALL_EXIF * 500),
+    ],
+)
+def test_a_file_of_many_parts_is_refused_before_they_are_read(format: str, parts: bytes) -> None:
+    content = with_parts(format, parts)
+    with pytest.raises(InvalidRequest, match=f"over {MOST_PARTS} chunks.*metadata") as caught:
+        probe(content, name="image_url")
+    assert caught.value.field == "image_url"
+
+
+@pytest.mark.parametrize("part", [b"abCd", b"IDAT", b"fdAT"])
+def test_parts_after_the_first_pixels_count_too(part: bytes) -> None:
+    content = file_of("PNG")
+    with pytest.raises(InvalidRequest, match="chunks"):
+        decode(content[:-12] + png_chunk(part) * (20 * MANY) + content[-12:])
+
+
+@pytest.mark.parametrize(
+    ("format", "part"),
+    [
+        ("PNG", png_chunk(b"abCd")),
+        ("PNG", PROFILE),
+        ("JPEG", segment(0xFE)),
+        ("JPEG", b"\xff"),
+        ("JPEG", segment(0xFE) + bytes(100_000)),
+        ("JPEG", PHOTOSHOP),
+        ("JPEG", SMALL_EXIF),
+    ],
+)
+def test_a_header_without_end_keeps_nobody_waiting(format: str, part: bytes) -> None:
+    content = with_parts(format, part * (24_000_000 // len(part)))
+    start = time.thread_time()
+    with pytest.raises(InvalidRequest, match="chunks"):
+        probe(content)
+    assert time.thread_time() - start < 0.2
+
+
+def test_metadata_of_real_files_is_accepted() -> None:
+    icc = b"".join(
+        segment(0xE2, b"ICC_PROFILE\0" + bytes((i, 255)) + bytes(65_000)) for i in range(1, 256)
+    )
+    xmp = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bytes(60_000))
+    more_xmp = segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(65_000)) * 100
+    resources = b"8BIM\x04\x04\0\0\0\0\0\x08" + bytes(8)
+    photoshop = segment(0xED, b"Photoshop 3.0\0" + resources * 100)
+    filled = b"\xff" * 5000
+    for parts in (icc, xmp + more_xmp, photoshop, EXIF * 16, segment(0xFE, b"a") * 500, filled):
+        content = with_parts("JPEG", parts)
+        assert probe(content).width == 30 and decode(content).shape == (20, 30, 3)
+    text = b"".join(png_chunk(b"tEXt", b"key%d\0value" % i) for i in range(2000))
+    packed = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1000))) * 200
+    for parts in (text, packed, PROFILE, png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x/>")):
+        for at in (None, -12):
+            content = with_parts("PNG", parts, at)
+            assert probe(content).width == 30 and decode(content).shape == (20, 30, 3)
+
+
+def test_pixels_in_many_chunks_are_accepted() -> None:
+    content = file_of("PNG")
+    size = struct.unpack(">I", content[33:37])[0]
+    pixels = content[41 : 41 + size]
+    rows = b"".join(png_chunk(b"IDAT", pixels[i : i + 1]) for i in range(size))
+    empty = png_chunk(b"IDAT") * (8 * MOST_PARTS)
+    large = png_chunk(b"abCd", bytes(5000)) * 10
+    assert np.array_equal(
+        decode(content[:33] + large + rows + empty + content[-12:]), decode(content)
+    )
