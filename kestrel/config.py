@@ -17,6 +17,10 @@ KERNELS_INSTALL = "pip install -c constraints.txt '.[kestrel-kernels]'"
 """What ``RuntimeConfig.kestrel_kernels`` takes."""
 
 
+LONGEST_TIMEOUT_S = 86_400.0
+"""Largest ``request_timeout_s``, a day: locks and sockets cannot wait for any number of seconds."""
+
+
 class ConfigError(ValueError):
     """A configuration value breaks its rule; the message names the key and the rule."""
 
@@ -30,18 +34,24 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _positive(value: object) -> bool:
+def _in_range(value: object, low: float, high: float = math.inf) -> bool:
+    """Whether it is a finite number, no less than ``low`` and no more than ``high``."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
         and math.isfinite(value)
-        and value > 0
+        and low <= value <= high
     )
+
+
+def _positive(value: object) -> bool:
+    return _in_range(value, 0) and value != 0
 
 
 def _check_device(device: object) -> None:
     known = isinstance(device, str) and (
-        device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and device[5:].isdigit())
+        device in ("auto", "cpu", "cuda")
+        or (device.startswith("cuda:") and device[5:].isdigit() and device.isascii())
     )
     _check(known, "device", "must be auto, cpu, cuda or cuda:N", device)
 
@@ -191,18 +201,15 @@ class RefinerConfig:
             "must be an integer of at least 0",
             self.turdsize,
         )
-        _check(
-            0 <= self.alphamax <= 4 / 3 + 1e-4, "alphamax", "must be in 0..1.3334", self.alphamax
-        )
-        _check(
-            self.opttolerance >= 0 and math.isfinite(self.opttolerance),
-            "opttolerance",
-            "must be at least 0",
-            self.opttolerance,
-        )
+        for key, high, rule in (
+            ("alphamax", 4 / 3 + 1e-4, "must be a number in 0..1.3334"),
+            ("opttolerance", math.inf, "must be a number of at least 0"),
+            ("min_agreement", 1, "must be a number in 0..1"),
+        ):
+            value = getattr(self, key)
+            _check(_in_range(value, 0, high), key, rule, value)
         _check(_positive(self.guided_radius), "guided_radius", "must be over 0", self.guided_radius)
         _check(_positive(self.guided_eps), "guided_eps", "must be over 0", self.guided_eps)
-        _check(0 <= self.min_agreement <= 1, "min_agreement", "must be in 0..1", self.min_agreement)
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,11 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """One engine: the model, where it runs, how much it takes on at once."""
+    """One engine: the model, where it runs, how much it takes on at once.
+
+    ``source``, ``refiner`` and ``limits`` may be mappings of their keys. ``ConfigError`` names the
+    key whose value breaks its rule.
+    """
 
     model: str = "nano"
     """Name under which the model is served (the ``model`` field of a request). A mapping of
@@ -303,7 +314,8 @@ class RuntimeConfig:
     max_held_bytes: int = 512 * 2**20
     """Bytes of the bodies of those requests; more are refused with 503."""
     request_timeout_s: float = 60.0
-    """Deadline of a request from arrival, seconds; then its work is cancelled (504)."""
+    """Deadline of a request from arrival, seconds, over 0 and at most ``LONGEST_TIMEOUT_S``; then
+    its work is cancelled (504)."""
     torch_threads: int | None = None
     """Intra-op CPU threads of the model; None: one for a small model on a CPU, else torch's own
     choice. With one, pictures are encoded by other threads beside the steps that decode."""
@@ -322,6 +334,10 @@ class RuntimeConfig:
     ``kestrel.api_keys.parse_keys`` takes them; keys in the clear are hashed here."""
 
     def __post_init__(self) -> None:
+        for key, kind in (("source", ModelSource), ("refiner", RefinerConfig), ("limits", Limits)):
+            part = getattr(self, key)
+            if not isinstance(part, kind) and (part is not None or key == "limits"):
+                object.__setattr__(self, key, from_mapping(kind, part, key))
         self._resolve_source()
         try:
             object.__setattr__(self, "api_keys", parse_keys(self.api_keys))
@@ -371,9 +387,9 @@ class RuntimeConfig:
             self.image_cache_bytes,
         )
         _check(
-            _positive(self.request_timeout_s),
+            _positive(self.request_timeout_s) and self.request_timeout_s <= LONGEST_TIMEOUT_S,
             "request_timeout_s",
-            "must be over 0 seconds",
+            f"must be over 0 and at most {LONGEST_TIMEOUT_S:.0f} seconds",
             self.request_timeout_s,
         )
         _check(
@@ -445,7 +461,7 @@ def from_mapping(cls: type, values: dict[str, Any], where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping, not {type(values).__name__}")
     known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
         raise ConfigError(
             f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from types import ModuleType
 
-from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig, from_mapping
 
 
 class Verdict(Enum):
@@ -132,6 +132,18 @@ class Wanted:
     """Whether it is a Serve config: Ray is needed."""
 
 
+def _http_address(options: object) -> tuple[str, int]:
+    """Host and port of ``http_options``; raises ``ConfigError``."""
+    if not isinstance(options, dict):
+        raise ConfigError(f"http_options must be a mapping, not {options!r}")
+    host, port = options.get("host", Wanted.http[0]), options.get("port", Wanted.http[1])
+    if not isinstance(host, str):
+        raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
+        raise ConfigError(f"http_options.port must be an integer in 0..65535, not {port!r}")
+    return host, port
+
+
 def read_config(file: Path | None) -> Wanted:
     """A Serve config, or a YAML file with ``runtime`` and ``refiner`` at its top; the defaults
     without one. Raises ``ConfigError``."""
@@ -153,14 +165,12 @@ def read_config(file: Path | None) -> Wanted:
         args = None
     if not isinstance(args, dict):
         raise ConfigError(f"{file}: no mapping with runtime and refiner")
-    runtime = dict(args.get("runtime") or {})
-    if isinstance(runtime.get("limits"), dict):
-        runtime["limits"] = from_mapping(Limits, runtime["limits"], "limits")
-    refiner = from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner")
-    http = (values.get("http_options") or {}) if applications else {}
+    runtime = args.get("runtime") or {}
+    if isinstance(runtime, dict):
+        runtime = {**runtime, "refiner": None}
     return Wanted(
-        from_mapping(RuntimeConfig, {**runtime, "refiner": None}, "runtime"),
-        refiner,
-        (str(http.get("host", "127.0.0.1")), int(http.get("port", 8000))),
+        from_mapping(RuntimeConfig, runtime, "runtime"),
+        from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner"),
+        _http_address(values.get("http_options") or {}) if applications else Wanted.http,
         graph=bool(applications),
     )

@@ -7,6 +7,7 @@ loads as it is.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -129,16 +130,18 @@ class MoondreamConfig:
         Unknown sections and keys of other consumers are ignored, as published files carry some;
         a known key with a size that cannot work raises ``ConfigError``.
         """
-        text = dict(values.get("text") or {})
-        if isinstance(text.get("moe"), dict):
-            text["moe"] = _pick(MoeConfig, text["moe"])
-        prompt = dict(values.get("prompt") or {})
-        if "segment_prefix" in prompt:
+        text, vision, region, prompt = (
+            dict(_section(values.get(name) or {}, name))
+            for name in ("text", "vision", "region", "prompt")
+        )
+        if text.get("moe") is not None:
+            text["moe"] = _pick(MoeConfig, _section(text["moe"], "text.moe", " or null"))
+        if isinstance(prompt.get("segment_prefix"), list):
             prompt["segment_prefix"] = tuple(prompt["segment_prefix"])
         config = cls(
             text=_pick(TextConfig, text),
-            vision=_pick(VisionConfig, values.get("vision") or {}),
-            region=_pick(RegionConfig, values.get("region") or {}),
+            vision=_pick(VisionConfig, vision),
+            region=_pick(RegionConfig, region),
             prompt=_pick(PromptConfig, prompt),
             name=str(values.get("name", "moondream")),
         )
@@ -154,8 +157,16 @@ class MoondreamConfig:
         return asdict(self)
 
     def check(self) -> None:
-        """Raise ``ConfigError`` where sizes contradict each other."""
+        """Raise ``ConfigError``, which names the field, where a size cannot work or two of them
+        contradict each other."""
         text, vision, region = self.text, self.vision, self.region
+        parts: list[tuple[str, Any]] = [
+            ("text", text), ("vision", vision), ("region", region), ("prompt", self.prompt),
+            *([("text.moe", text.moe)] if text.moe is not None else []),
+        ]  # fmt: skip
+        for where, part in parts:
+            for f in fields(part):
+                _check_value(f"{where}.{f.name}", str(f.type), getattr(part, f.name))
         rules = [
             (text.dim % text.n_heads == 0, "text.dim must be a multiple of text.n_heads"),
             (text.head_dim % 4 == 0, "text.dim / text.n_heads must be a multiple of 4"),
@@ -185,6 +196,25 @@ class MoondreamConfig:
                 region.decoder_arch in ("mlp", "linear"),
                 "region.decoder_arch must be mlp or linear",
             ),
+            (
+                region.decoder_arch == "linear" or region.inner_dim > 0,
+                "region.inner_dim must be at least 1 where region.decoder_arch is mlp",
+            ),
+            (region.coord_feat_dim % 2 == 0, "region.coord_feat_dim must be even"),
+            (region.size_feat_dim % 2 == 0, "region.size_feat_dim must be even"),
+            (
+                region.size_out_dim % 2 == 0 and region.size_out_dim >= 4,
+                "region.size_out_dim must be an even number of at least 4",
+            ),
+            (vision.in_channels == 3, "vision.in_channels must be 3: pictures are RGB"),
+            (
+                vision.max_crops == 0 or 2 * vision.overlap_margin < vision.grid,
+                "vision.overlap_margin must be under half of a crop's patches along one side",
+            ),
+            (
+                text.moe is None or text.moe.experts_per_token <= text.moe.num_experts,
+                "text.moe.experts_per_token must be at most text.moe.num_experts",
+            ),
         ]
         for ok, rule in rules:
             if not ok:
@@ -207,6 +237,40 @@ def sections(path: Path) -> dict[str, Any] | None:
         if isinstance(part, dict) and "text" in part:
             return part
     return None
+
+
+_MAY_BE_0 = (
+    "vision.max_crops",
+    "vision.overlap_margin",
+    "region.inner_dim",
+    "text.moe.start_layer",
+    *(f"prompt.{name}_id" for name in ("bos", "eos", "answer", "coord", "size", "first_path")),
+)
+
+
+def _check_value(key: str, kind: str, value: Any) -> None:
+    """``ConfigError`` where a field's value is not of the kind that its annotation says."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    ok, rule = True, ""
+    if kind == "int":
+        least = 0 if key in _MAY_BE_0 else 1
+        ok, rule = is_int and value >= least, f"an integer of at least {least}"
+    elif kind == "float":
+        ok = (is_int or isinstance(value, float)) and 0 < value < math.inf
+        rule = "a number over 0"
+    elif kind == "bool":
+        ok, rule = isinstance(value, bool), "true or false"
+    elif kind == "tuple[int, ...]":
+        ok = isinstance(value, tuple) and all(type(v) is int and v >= 0 for v in value)
+        rule = "a list of token ids"
+    if not ok:
+        raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+def _section(values: Any, name: str, more: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} must be an object{more}, not {values!r}")
+    return values
 
 
 def _pick(cls: type, values: dict[str, Any]) -> Any:

@@ -143,13 +143,13 @@ def _pass_by_pillow(
 ) -> NDArray[np.uint8]:
     """Rows (axis 0) or columns (1) resized."""
     picture = Image.fromarray(image)
+    width, height = picture.size
     parts = []
     for start, stop in _spans(extent, out):
-        size, box = list(picture.size), [0.0, 0.0, *picture.size]
-        size[axis] = stop - start
-        box[axis] = extent * start / out
-        box[axis + 2] = extent if stop == out else extent * stop / out
-        parts.append(picture.resize(tuple(size), Image.Resampling.LANCZOS, box=tuple(box)))
+        low, high = extent * start / out, extent if stop == out else extent * stop / out
+        size = (stop - start, height) if axis == 0 else (width, stop - start)
+        box = (low, 0, high, height) if axis == 0 else (0, low, width, high)
+        parts.append(picture.resize(size, Image.Resampling.LANCZOS, box=box))
     return np.concatenate([np.asarray(part) for part in parts], axis=1 - axis)
 
 
