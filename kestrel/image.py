@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
-from kestrel.image_parts import check_parts
+from kestrel.image_parts import check_parts, late_exif
 
 UInt8Array = npt.NDArray[np.uint8]
 PixelBox = tuple[int, int, int, int]
@@ -98,7 +98,7 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
     """
     with _open(data, limits or Limits(), name) as image:
         width, height = image.size
-        orientation = _orientation(image)
+        orientation = _orientation(image, data)
         if orientation in _SWAPS_SIDES:
             width, height = height, width
         kind = str(image.format)
@@ -106,12 +106,18 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
         return ImageHeader(width, height, kind, reduction)
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(picture: Image.Image, data: bytes) -> int:
     """EXIF's, 1 to 8; 1 without one, or where the block is broken, which is no reason to refuse
-    the picture."""
+    the picture. To be asked before the pixels are decoded, which may find more."""
+    late = late_exif(data)
     try:
-        # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
-        found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+        if late is None:
+            # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
+            exif = Image.Image.getexif(picture)
+        else:
+            exif = Image.Exif()
+            exif.load(late)
+        found = exif.get(_ORIENTATION, 1)
     except MemoryError:
         raise
     except Exception:  # Pillow raises many types
@@ -178,8 +184,8 @@ def decode(
                 if reduction > 1:
                     width, height = picture.size
                     picture.draft(None, (width // reduction, height // reduction))
+                orientation = _orientation(picture, image)
                 picture.load()
-                orientation = _orientation(picture)
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise many types for broken data
@@ -197,7 +203,7 @@ def plain_jpeg(
     with _open(image, limits or Limits(), name) as picture:
         if not _is_whole_jpeg(image, picture) or "progressive" in picture.info:
             return None
-        return picture.size, _orientation(picture)
+        return picture.size, _orientation(picture, image)
 
 
 def stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:
@@ -265,7 +271,7 @@ def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8
     for top in range(0, height, rows):  # it copies what it converts in place
         band = pixels[top : top + rows]
         cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
-    return np.ascontiguousarray(turned(pixels, _orientation(opened)))
+    return np.ascontiguousarray(turned(pixels, _orientation(opened, content)))
 
 
 def turned(pixels: UInt8Array, orientation: int) -> UInt8Array:

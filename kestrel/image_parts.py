@@ -1,4 +1,5 @@
-"""How many parts a picture's file has, counted before Pillow reads them one by one in Python.
+"""The parts of a picture's file: how many there are, counted before Pillow reads them one by one in
+Python, and what stands behind the pixels.
 
 A file may consist of nothing but empty chunks or markers: a few megabytes of them take seconds, in
 which the process that checks a request does nothing else. libwebp reads a WebP's by itself, fast.
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
 from kestrel.errors import InvalidRequest
 
+PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PARTS = 4096
 """Parts at most, about a microsecond of Pillow's time each; files of cameras and editors have up to
 some hundreds."""
@@ -38,7 +41,7 @@ def check_parts(data: bytes, name: str) -> None:
     parts = 0.0
     if data.startswith(b"\xff\xd8\xff"):
         parts = _jpeg_parts(data)
-    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+    elif data.startswith(PNG):
         parts = _png_parts(data)
     if parts > MOST_PARTS:
         raise InvalidRequest(
@@ -48,17 +51,37 @@ def check_parts(data: bytes, name: str) -> None:
         )
 
 
-def _png_parts(data: bytes) -> float:
-    parts, at = 0.0, 8
-    while parts <= MOST_PARTS and at + 8 <= len(data):
+def late_exif(data: bytes) -> bytes | None:
+    """The EXIF block of a PNG that has it behind its pixels, where it may be too; else None. For a
+    file that ``check_parts`` has passed."""
+    pixels = False
+    for kind, start, size in _png_chunks(data):
+        pixels = pixels or kind == b"IDAT"
+        if kind == b"eXIf":
+            return data[start : start + size] if pixels else None
+    return None
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and size of each chunk before the end mark; none of another kind of file."""
+    at = 8
+    while data.startswith(PNG) and at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
         if kind == b"IEND":
             break
+        yield kind, at + 8, size
+        at += 12 + size
+
+
+def _png_parts(data: bytes) -> float:
+    parts = 0.0
+    for kind, _, size in _png_chunks(data):
         if kind in (b"IDAT", b"fdAT"):
             parts += 0 if size >= _LARGE else _IN_PASSING
         else:
             parts += _PROFILE if kind == b"iCCP" else 1
-        at += 12 + size
+        if parts > MOST_PARTS:
+            break
     return parts
 
 

@@ -165,6 +165,29 @@ def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_behind_the_pixels_turns_header_and_pixels_alike(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    before = encoded(picture(), "PNG", exif=exif)
+    plain = file_of("PNG")
+    chunk = png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    behind = plain[:-12] + chunk + plain[-12:]
+    assert probe(behind) == probe(before)
+    assert np.array_equal(decode(behind), decode(before))
+
+
+def test_metadata_behind_the_pixels_parts_header_and_pixels() -> None:
+    """XMP may tell an orientation too."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+    text = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    for broken in (text, png_chunk(b"eXIf", b"no TIFF header"), png_chunk(b"eXIf")):
+        whole = file_of("PNG")
+        whole = whole[:-12] + broken + whole[-12:]
+        header, pixels = probe(whole), decode(whole)
+        assert (header.height, header.width) == pixels.shape[:2] == (20, 30)
+
+
 def segment(code: int, data: bytes = b"") -> bytes:
     return struct.pack(">BBH", 0xFF, code, len(data) + 2) + data
 
