@@ -6,6 +6,7 @@ Nothing here imports torch, Ray or OpenCV, so that any process can read a config
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def _in_range(value: object, low: float, high: float = math.inf) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value <= high
+        # Neither NaN nor infinity, nor an integer that is larger than any float.
+        and low <= value <= min(high, sys.float_info.max)
     )
 
 

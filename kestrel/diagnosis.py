@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.serve_config import HTTP, graph_of, http_address
 
 
 class Verdict(Enum):
@@ -127,21 +128,9 @@ class Wanted:
 
     runtime: RuntimeConfig
     refiner: RefinerConfig | None
-    http: tuple[str, int] = ("127.0.0.1", 8000)
+    http: tuple[str, int] = HTTP
     graph: bool = False
     """Whether it is a Serve config: Ray is needed."""
-
-
-def _http_address(options: object) -> tuple[str, int]:
-    """Host and port of ``http_options``; raises ``ConfigError``."""
-    if not isinstance(options, dict):
-        raise ConfigError(f"http_options must be a mapping, not {options!r}")
-    host, port = options.get("host", Wanted.http[0]), options.get("port", Wanted.http[1])
-    if not isinstance(host, str):
-        raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
-        raise ConfigError(f"http_options.port must be an integer in 0..65535, not {port!r}")
-    return host, port
 
 
 def read_config(file: Path | None) -> Wanted:
@@ -158,11 +147,9 @@ def read_config(file: Path | None) -> Wanted:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
-    applications = values.get("applications") if isinstance(values, dict) else None
-    try:
-        args = values if applications is None else applications[0]["args"]
-    except (LookupError, TypeError):
-        args = None
+    args, served = values, isinstance(values, dict) and "applications" in values
+    if served:
+        args = graph_of(values).get("args")
     if not isinstance(args, dict):
         raise ConfigError(f"{file}: no mapping with runtime and refiner")
     runtime = args.get("runtime") or {}
@@ -171,6 +158,6 @@ def read_config(file: Path | None) -> Wanted:
     return Wanted(
         from_mapping(RuntimeConfig, runtime, "runtime"),
         from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner"),
-        _http_address(values.get("http_options") or {}) if applications else Wanted.http,
-        graph=bool(applications),
+        http_address(values) if served else HTTP,
+        graph=served,
     )

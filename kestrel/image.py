@@ -110,14 +110,13 @@ def _orientation(picture: Image.Image, data: bytes) -> int:
     """EXIF's, 1 to 8; 1 without one, or where the block is broken, which is no reason to refuse
     the picture. To be asked before the pixels are decoded, which may find more."""
     late = late_exif(data)
+    if late is not None:
+        picture.info["exif"] = b"Exif\0\0" + late
     try:
-        if late is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is broken in it
             # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
-            exif = Image.Image.getexif(picture)
-        else:
-            exif = Image.Exif()
-            exif.load(late)
-        found = exif.get(_ORIENTATION, 1)
+            found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except MemoryError:
         raise
     except Exception:  # Pillow raises many types

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from kestrel.config import SHIPPED_MODELS
+from kestrel.serve_config import graph_of, http_address
 from serve_graph import plan
-from serve_graph.args import check, graph_of
+from serve_graph.args import check
 from serve_graph.environment import BEFORE_RAY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -52,22 +53,18 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
         raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
     # A key without a value is null in YAML.
     http = config["http_options"] = config.get("http_options") or {}
-    if not isinstance(http, dict):
-        raise LaunchError(f"{path}: http_options must be a mapping, with host and port")
-    if port is not None:
+    if port is not None and isinstance(http, dict):
         http["port"] = port
+    try:
+        http_address(config)
+    except ValueError as error:
+        raise LaunchError(f"{path}: {error}") from None
     return config
-
-
-def http_door(config: dict[str, Any]) -> tuple[str, int]:
-    """The address and the port on which a config has Serve listen for HTTP."""
-    http = config.get("http_options") or {}
-    return http.get("host", "127.0.0.1"), http.get("port", 8000)
 
 
 def service_url(config: dict[str, Any]) -> str:
     """Where this machine reaches the graph of a config over HTTP, without a slash at the end."""
-    host, port = http_door(config)
+    host, port = http_address(config)
     prefix = graph_of(config).get("route_prefix", "/").rstrip("/")
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}{prefix}"
 
@@ -89,7 +86,7 @@ def up(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.port)
     url = service_url(config)
     # Serve would not say so, and whoever listens there may answer in its place.
-    require_free(*http_door(config), "HTTP", "--port or http_options.port")
+    require_free(*http_address(config), "HTTP", "--port or http_options.port")
     began = time.monotonic()
     cluster = LocalCluster(
         num_cpus=options.num_cpus,

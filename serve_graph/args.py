@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
 from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.serve_config import applications_of, deployments_of, is_graph
 
-IMPORT_PATH = "serve_graph.app:build"
-"""How a Serve config names the graph."""
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
 leave them idle for most of it, where answers take less."""
@@ -190,6 +189,8 @@ def refiner_settings(args: RefinerConfig, user_config: dict[str, Any]) -> Refine
     What requests may choose from stays loaded: the ingress offers what ``args.refiner`` names, and
     does not hear of this. Raises ConfigError, which names the key, for one that does not fit.
     """
+    if not isinstance(user_config, dict):
+        raise ConfigError(f"user_config must be a mapping, not {user_config!r}")
     if "selectable" in user_config:
         raise ConfigError(
             "user_config.selectable: the ingress offers what args.refiner.selectable names; "
@@ -211,6 +212,13 @@ def _known_backends(config: RefinerConfig) -> None:
     for name in config.loaded:
         if ":" not in name:
             find_backend(name)
+
+
+def _gpu_for(config: RefinerConfig, pool: Pool) -> None:
+    """ValueError where a backend is to run on a GPU of which its replicas get none."""
+    uses = any(name in ("seghead", "hq-sam") or ":" in name for name in config.loaded)
+    if uses and config.device.startswith("cuda") and not pool.num_gpus:
+        raise ValueError("refiner.device is cuda, so refiner_pool.num_gpus must be over 0")
 
 
 ELSEWHERE = {
@@ -302,34 +310,20 @@ class GraphArgs(BaseModel):
                 raise ValueError(f"{name}.min_replicas must be at least 1: only refiners can wait")
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
-        if self.refiner.device.startswith("cuda") and not self.refiner_pool.num_gpus:
-            raise ValueError("refiner.device is cuda, so refiner_pool.num_gpus must be over 0")
+        _gpu_for(self.refiner, self.refiner_pool)
         return self
-
-
-def graph_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The application of a Serve config that is this graph; ValueError where none or several
-    are."""
-    applications = config.get("applications") or []
-    found = [one for one in applications if one.get("import_path") == IMPORT_PATH]
-    if len(found) != 1:
-        raise ValueError(
-            f"applications: exactly one must have the import_path {IMPORT_PATH}, not {len(found)}"
-        )
-    graph: dict[str, Any] = found[0]
-    return graph
 
 
 def check(config: dict[str, Any]) -> None:
     """ValueError where the graph would refuse its part of a Serve config: said before Serve has
     written that config into its log."""
-    for application in config.get("applications") or []:
-        if application.get("import_path") != IMPORT_PATH:
-            continue
+    for application in filter(is_graph, applications_of(config)):
         args = GraphArgs.model_validate(application.get("args") or {})
-        for deployment in application.get("deployments") or []:
+        for deployment in deployments_of(application):
             settings = deployment.get("user_config") or {}
             if deployment.get("name") == "Ingress":
                 IngressSettings.model_validate(settings)
             if deployment.get("name") == "Refiner":
-                _known_backends(refiner_settings(args.refiner, settings))
+                refiner = refiner_settings(args.refiner, settings)
+                _known_backends(refiner)
+                _gpu_for(refiner, args.refiner_pool)

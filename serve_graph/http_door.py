@@ -6,10 +6,10 @@ import asyncio
 import base64
 import contextlib
 import json
+import threading
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import httpx
 
@@ -30,9 +30,9 @@ class HttpDoor:
         }
         self._options = options
         self._client = httpx.Client(**options)
-        self._async_clients: WeakKeyDictionary[AbstractEventLoop, httpx.AsyncClient]
-        self._async_clients = WeakKeyDictionary()
-        """By event loop: connections belong to the loop that opened them and end with it."""
+        self._lock = threading.Lock()
+        self._async_clients: dict[AbstractEventLoop, httpx.AsyncClient] = {}
+        """By event loop: connections belong to the loop that opened them."""
 
     def call(self, fields: dict[str, Any]) -> dict[str, Any]:
         with _plain_errors():
@@ -74,9 +74,13 @@ class HttpDoor:
 
     def _aclient(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
-        client = self._async_clients.get(loop)
-        if client is None:
-            client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
+        with self._lock:
+            client = self._async_clients.get(loop)
+            if client is None:
+                # Nothing can be awaited in a loop that has ended: its sockets close as they go.
+                for ended in [other for other in self._async_clients if other.is_closed()]:
+                    del self._async_clients[ended]
+                client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
         return client
 
     def close(self) -> None:
@@ -84,7 +88,8 @@ class HttpDoor:
 
     async def aclose(self) -> None:
         self._client.close()
-        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        with self._lock:
+            client = self._async_clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from serve_graph.args import graph_of
+from kestrel.serve_config import graph_of
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -343,7 +343,7 @@ class LocalCluster:
 
         Returns early when ``stop`` is set.
         """
-        self._wait(lambda: self._serves(url), timeout_s, "the application", stop)
+        self._wait(lambda: self._serves(url), timeout_s, "the application", stop, self._not_running)
 
     def drain(
         self,
@@ -444,6 +444,7 @@ class LocalCluster:
         timeout_s: float,
         what: str,
         stop: threading.Event | None = None,
+        state: Callable[[], str] = str,
     ) -> None:
         deadline = time.monotonic() + timeout_s
         while not (stop and stop.is_set()):
@@ -451,8 +452,22 @@ class LocalCluster:
                 return
             self.check()
             if time.monotonic() > deadline:
-                raise LaunchError(f"{what} did not start in {timeout_s:g} s\n{self._last_words()}")
+                raise LaunchError(
+                    f"{what} did not start in {timeout_s:g} s{state()}\n{self._last_words()}"
+                )
             time.sleep(0.2)
+
+    def _not_running(self) -> str:
+        """What Serve says of the applications that do not run; empty where all do."""
+        try:
+            applications = self.status()["applications"].items()
+        except (OSError, ValueError, KeyError):
+            return "; Serve does not answer"
+        return "".join(
+            f"\n{name} is {app['status']}: {app['message'] or 'no reason given'}"
+            for name, app in applications
+            if app["status"] != "RUNNING"
+        )
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

@@ -265,6 +265,9 @@ def measure_to_file(options: argparse.Namespace) -> None:
         raise PlanError("--image needs --object")
     try:
         content = image.read_bytes()
+    except OSError as error:
+        raise PlanError(f"--image cannot be read: {error}") from error
+    try:
         levels = asyncio.run(
             measure(
                 options.measure,
@@ -274,8 +277,6 @@ def measure_to_file(options: argparse.Namespace) -> None:
                 api_key=options.api_key,
             )
         )
-    except OSError as error:
-        raise PlanError(f"--image cannot be read: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise PlanError(
             f"--measure {options.measure}: {error or type(error).__name__}; is the graph there?"

@@ -19,6 +19,9 @@ MOST_MODELS, MOST_REFINERS = 1_000, 20_000
 """The largest pools that a plan may have."""
 FEWEST_REQUESTS = 300
 """Requests that a trial sees, or its p99 would be that of a few."""
+LONGEST_S = 1e5
+"""Simulated time of a trial at most, seconds: a load of less than three requests in a quarter of an
+hour is planned from fewer of them."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def run(options: argparse.Namespace) -> None:
     aim = Aim(
         rps=options.rps,
         p99_s=options.p99,
-        seconds=max(options.seconds, FEWEST_REQUESTS / options.rps),
+        seconds=max(options.seconds, min(LONGEST_S, FEWEST_REQUESTS / options.rps)),
         warmup_s=max(5.0, 3 * float(profile.slot_s[-1])),
         refined_share=options.refined_share,
         lost_models=options.lose_models,

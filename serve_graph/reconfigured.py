@@ -22,9 +22,9 @@ def former_settings_stay(*, serving: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        metrics.level(metrics.FORMER_SETTINGS, 1)
         if not serving:
             raise
+        metrics.level(metrics.FORMER_SETTINGS, 1)
         logger.error("user_config is refused, the former settings stay: %s", error)
     else:
         metrics.level(metrics.FORMER_SETTINGS, 0)

@@ -36,8 +36,9 @@ class RefinerDeployment:
         # Requests and replicas run beside each other; threads of a library would only compete.
         one_thread_each()
         self._built, self._limits = config, limits
-        self._current, self._serving = config, False
-        self._refiner = SegmentRefiner(config, limits=limits)
+        # What Serve gives first is mostly an empty user_config: nothing is built anew for it.
+        self._current, self._serving = refiner_settings(config, {}), False
+        self._refiner = SegmentRefiner(self._current, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
         self._room = threads

@@ -221,6 +221,8 @@ def test_a_client_breaks_in_a_second_event_loop(address: str) -> None:
     client = SegmentClient(address)
     answers = [asyncio.run(client.asegment(object="well", image=picture())) for _ in range(3)]
     assert {answer["path"] for answer in answers} == {answers[0]["path"]}
+    # Those of loops that have ended are not kept.
+    assert len(client._door._async_clients) == 1  # type: ignore[attr-defined]
 
     async def streamed() -> list[Any]:
         return [event async for event in client.astream(object="well", image=picture())]

@@ -86,6 +86,24 @@ def test_a_part_that_is_a_mapping_stays_one() -> None:
 SERVE = "applications:\n- args: {runtime: {}}\n"
 
 
+def test_the_doctor_looks_at_whatever_application_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "applications:\n"
+        "- {name: other, import_path: 'other:app', args: {runtime: 3}}\n"
+        "- {name: segment, import_path: 'serve_graph.app:build', args: {runtime: {max_queue: 7}}}\n"
+    )
+    assert read_config(file).runtime.max_queue == 7
+
+
+def test_an_integer_larger_than_any_float_is_a_number_out_of_range() -> None:
+    for key in ("request_timeout_s", "refiner_stuck_s"):
+        with pytest.raises(ConfigError, match=key):
+            RuntimeConfig(**{key: 10**400})
+    with pytest.raises(ConfigError, match="guided_radius"):
+        RefinerConfig(guided_radius=10**400)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

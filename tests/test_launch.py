@@ -141,12 +141,30 @@ def test_the_service_is_where_the_graph_s_prefix_says(tmp_path: Path, prefix: st
     assert __main__.service_url(config) == f"http://127.0.0.1:8080{prefix}"
 
 
+@pytest.mark.parametrize("path", ["serve_graph.app.build", "their.app:around_build"])
+def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) -> None:
+    applications = [graph(import_path=path, route_prefix="/seg")]
+    config = __main__.read_config(written(tmp_path, {"applications": applications}), 8080)
+    assert __main__.service_url(config) == "http://127.0.0.1:8080/seg"
+    (drained,) = launch.draining(config)["applications"]
+    assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
+
+
 UNSERVABLE = {
-    "no graph": ({"applications": [OTHER]}, "serve_graph.app:build"),
+    "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
     "no application": ({"applications": None}, "serve_graph.app:build"),
     "two graphs": ({"applications": [graph(), graph(name="again")]}, "serve_graph.app:build"),
     "no door": ({"applications": [graph(route_prefix=None)]}, "route_prefix"),
     "options": ({"http_options": [8000], "applications": [graph()]}, "http_options"),
+    "host": ({"http_options": {"host": 1}, "applications": [graph()]}, "http_options.host"),
+    "label": ({"http_options": {"host": 64 * "a"}, "applications": [graph()]}, "http_options.host"),
+    "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
+    "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
+    "mapping": ({"applications": {"a": 1}}, "applications must be a list of mappings"),
+    "deployments": (
+        {"applications": [graph(deployments=["Refiner"])]},
+        "deployments must be a list of mappings",
+    ),
 }
 
 

@@ -14,6 +14,8 @@ pytest.importorskip("ray.serve")
 from serving import picture
 
 from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig
+from kestrel.seg_refiner.backends import BACKENDS
+from kestrel.seg_refiner.result import REASONS
 from serve_graph import metrics
 from serve_graph.args import GraphArgs, check, refiner_settings
 from serve_graph.reconfigured import former_settings_stay
@@ -54,6 +56,8 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         ({"turdsiez": 1}, "turdsiez"),
         ({"turdsize": -1}, "turdsize"),
         ({"refiner": "boundry"}, "'boundry' is not known; known refiners are boundary, guided"),
+        ({"refiner": "seghead", "device": "cuda"}, r"refiner_pool\.num_gpus must be over 0"),
+        ([1], "user_config must be a mapping"),
         ({"selectable": []}, r"user_config\.selectable: the ingress offers what args\.refiner"),
     ],
 )
@@ -76,7 +80,10 @@ def test_refiner_settings_that_fit_are_refused() -> None:
     [
         ({"refiner": {"refiner": "boundry"}}, "'boundry' is not known"),
         ({"refiner": {"selectable": ["none", "gudied"]}}, "'gudied' is not known"),
-        ({"refiner": {"device": "cuda"}}, r"refiner_pool\.num_gpus must be over 0"),
+        (
+            {"refiner": {"refiner": "seghead", "device": "cuda"}},
+            r"refiner_pool\.num_gpus must be over 0",
+        ),
     ],
 )
 def test_args_of_a_refiner_that_cannot_start_are_deployed(args: dict[str, Any], error: str) -> None:
@@ -85,7 +92,9 @@ def test_args_of_a_refiner_that_cannot_start_are_deployed(args: dict[str, Any], 
 
 
 def test_a_refiner_on_a_gpu_is_refused_its_gpu() -> None:
-    GraphArgs.model_validate({"refiner": {"device": "cuda"}, "refiner_pool": {"num_gpus": 0.5}})
+    on_gpu = {"refiner": "seghead", "device": "cuda"}
+    GraphArgs.model_validate({"refiner": on_gpu, "refiner_pool": {"num_gpus": 0.5}})
+    GraphArgs.model_validate({"refiner": {"device": "cuda"}})  # none of its backends uses one
 
 
 def test_another_default_takes_away_what_requests_may_choose() -> None:
@@ -106,9 +115,25 @@ def test_a_refiner_loses_what_the_ingress_offers() -> None:
         replica = RefinerDeployment(args, Limits(), 1, 30.0)
         await replica.reconfigure({"refiner": "none"})
         for name in (None, *RuntimeConfig(refiner=args).refiners):
-            assert await ask(replica, name) != "fault"
+            assert await ask(replica, name) in REASONS
 
     asyncio.run(run())
+
+
+def test_a_replica_that_starts_loads_its_backends_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setitem(
+        BACKENDS, "counted", lambda config: built.append(config) or (lambda image, mask: mask)
+    )
+
+    async def run() -> None:
+        args = RefinerConfig(refiner="counted", selectable=("none",))
+        replica = RefinerDeployment(args, Limits(), 1, 30.0)
+        await replica.reconfigure({})
+        await replica.reconfigure({})
+
+    asyncio.run(run())
+    assert len(built) == 1
 
 
 def test_a_refiner_that_serves_stops_for_settings_that_do_not_fit(
@@ -136,15 +161,16 @@ def test_a_refiner_starts_with_settings_that_do_not_fit(levels: dict[str, float]
             await replica.reconfigure({"turdsiez": 1})
 
     asyncio.run(run())
-    assert levels["segment_former_settings_replicas"] == 1
+    assert not levels
 
 
 def test_settings_of_who_serves_hurt_it(levels: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="no"), former_settings_stay(serving=False):
+        raise ValueError("no")
+    assert not levels
     with former_settings_stay(serving=True):
         raise ValueError("no")
     assert levels == {"segment_former_settings_replicas": 1}
-    with pytest.raises(ValueError, match="no"), former_settings_stay(serving=False):
-        raise ValueError("no")
     with former_settings_stay(serving=True):
         pass
     assert levels == {"segment_former_settings_replicas": 0}

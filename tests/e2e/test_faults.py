@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -228,6 +229,12 @@ def test_the_http_door_comes_back_and_only_its_own_connections_break(
     assert all(not sent.redials or sent.at + sent.seconds > killed_at[0] for sent in traffic.sent)
 
 
+def told(graph: Graph, words: str) -> set[str]:
+    """The deployments in whose replicas' logs these words are."""
+    logs = Path(graph.cluster.dir).glob("session_2*/logs/serve/replica_*.log")
+    return {file.name.split("_")[2] for file in logs if words in file.read_text(errors="replace")}
+
+
 def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expected]) -> None:
     before = {title: set(graph.pids(title)) for title in (MODEL, REFINER)}
     config = copy.deepcopy(graph.config)
@@ -253,7 +260,7 @@ def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expe
         for deployment in config["applications"][0]["deployments"]:
             deployment["user_config"] = {"refine_timout_s": 30}
         graph.deploy(config)
-        time.sleep(3.0)
+        assert wait_for(lambda: told(graph, "former settings stay") == {"Ingress", "Refiner"})
         assert changed()
     finally:
         graph.deploy(graph.config)
