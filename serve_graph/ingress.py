@@ -25,7 +25,7 @@ from serve_graph import metrics
 from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
 from serve_graph.hedge import Hedge
-from serve_graph.reconfigured import former_settings_stay
+from serve_graph.reconfigured import FormerSettings
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -51,12 +51,12 @@ class IngressDeployment:
     ) -> None:
         metrics.log_with_serve()
         self._backend = GraphBackend(config, refine_timeout_s, hedge, model, refiner)
+        self._former = FormerSettings()
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
         self._tasks.append(asyncio.create_task(self._count_replicas()))
         self._tasks.append(asyncio.create_task(self._watch()))
         self._replicas = 1
-        self._serving = False
 
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
@@ -74,6 +74,7 @@ class IngressDeployment:
     async def _watch(self) -> None:
         """Export what both doors hold, once a second."""
         while True:
+            self._former.export()
             metrics.level(metrics.HELD_REQUESTS, self._backend.room.requests)
             metrics.level(metrics.HELD_BYTES, self._backend.room.bytes)
             await asyncio.sleep(1.0)
@@ -93,11 +94,10 @@ class IngressDeployment:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this with the deployment's ``user_config`` (``IngressSettings``)."""
-        with former_settings_stay(serving=self._serving):
+        with self._former.stay():
             settings = IngressSettings.model_validate(user_config)
             self._backend.change(settings.refine_timeout_s, settings.api_keys)
             self._backend.draining = settings.draining
-        self._serving = True
 
     async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer

@@ -11,20 +11,33 @@ from serve_graph import metrics
 logger = logging.getLogger("ray.serve")
 
 
-@contextmanager
-def former_settings_stay(*, serving: bool) -> Iterator[None]:
-    """Around what takes a ``user_config``: its error is logged and told as a metric, and a replica
-    that is ``serving`` goes on as before.
+class FormerSettings:
+    """What a replica goes on with where its new settings do not fit.
 
     Serve stops a replica whose settings raise, and would stop all of a pool for one typing error.
-    One that only starts does raise: the deployment says why it has no more replicas.
     """
-    try:
-        yield
-    except Exception as error:
-        if not serving:
-            raise
-        metrics.level(metrics.FORMER_SETTINGS, 1)
-        logger.error("user_config is refused, the former settings stay: %s", error)
-    else:
-        metrics.level(metrics.FORMER_SETTINGS, 0)
+
+    def __init__(self) -> None:
+        self._serving = self._refused = False
+
+    @contextmanager
+    def stay(self) -> Iterator[None]:
+        """Around what takes a ``user_config``: once one has been taken, the error of another is
+        logged and told as a metric, and the replica goes on as before.
+
+        The first does raise: the deployment says why it has no more replicas.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self._serving:
+                raise
+            self._refused = True
+            logger.error("user_config is refused, the former settings stay: %s", error)
+        else:
+            self._serving, self._refused = True, False
+        self.export()
+
+    def export(self) -> None:
+        """To be called every few seconds: Ray forgets a gauge that is not set again."""
+        metrics.level(metrics.FORMER_SETTINGS, float(self._refused))

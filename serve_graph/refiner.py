@@ -13,7 +13,7 @@ from kestrel import api
 from kestrel.busy import Busy
 from serve_graph import metrics, tracing
 from serve_graph.args import refiner_settings
-from serve_graph.reconfigured import former_settings_stay
+from serve_graph.reconfigured import FormerSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ class RefinerDeployment:
         one_thread_each()
         self._built, self._limits = config, limits
         # What Serve gives first is mostly an empty user_config: nothing is built anew for it.
-        self._current, self._serving = refiner_settings(config, {}), False
+        self._current, self._former = refiner_settings(config, {}), FormerSettings()
         self._refiner = SegmentRefiner(self._current, limits=limits)
         self._refiner.self_check()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
@@ -50,9 +50,8 @@ class RefinerDeployment:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this with the deployment's ``user_config``: keys of ``RefinerConfig`` that
         replace those of ``args.refiner``. What is being refined ends as it began."""
-        with former_settings_stay(serving=self._serving):
+        with self._former.stay():
             await self._change(user_config)
-        self._serving = True
 
     async def _change(self, user_config: dict[str, Any]) -> None:
         from kestrel.seg_refiner import SegmentRefiner
@@ -125,6 +124,9 @@ class RefinerDeployment:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises: a thread that hangs never comes back."""
+        # Called every few seconds, within which Ray forgets gauges.
+        self._former.export()
+        self._held(0)
         if self._busy.longest_s() > self._stuck_s:
             raise RuntimeError(f"a refinement has run for over {self._stuck_s:g} s")
 

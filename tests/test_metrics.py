@@ -37,6 +37,7 @@ from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
 from serve_graph.ingress import IngressDeployment
+from serve_graph.reconfigured import FormerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
@@ -238,12 +239,17 @@ async def test_the_first_queue_to_fill_is_exported(monkeypatch):
     room = Room(RuntimeConfig())
     ingress = IngressDeployment.__new__(IngressDeployment)
     ingress._backend = SimpleNamespace(room=room)  # type: ignore[assignment]
+    ingress._former = FormerSettings()
     with room.enter(), room.enter() as place:
         place.hold(1000)
         watching = asyncio.create_task(ingress._watch())
         await asyncio.sleep(0)
         watching.cancel()
-    assert levels == {"segment_ingress_held_requests": 2, "segment_ingress_held_bytes": 1000}
+    assert levels == {
+        "segment_ingress_held_requests": 2,
+        "segment_ingress_held_bytes": 1000,
+        "segment_former_settings_replicas": 0,
+    }
 
 
 def test_a_metric_without_one_of_its_tags_is_a_fault_and_not_a_lost_number():

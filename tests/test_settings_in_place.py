@@ -18,7 +18,7 @@ from kestrel.seg_refiner.backends import BACKENDS
 from kestrel.seg_refiner.result import REASONS
 from serve_graph import metrics
 from serve_graph.args import GraphArgs, check, refiner_settings
-from serve_graph.reconfigured import former_settings_stay
+from serve_graph.reconfigured import FormerSettings
 from serve_graph.refiner import RefinerDeployment
 
 BUILD = "serve_graph.app:build"
@@ -165,12 +165,33 @@ def test_a_refiner_starts_with_settings_that_do_not_fit(levels: dict[str, float]
 
 
 def test_settings_of_who_serves_hurt_it(levels: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="no"), former_settings_stay(serving=False):
+    former = FormerSettings()
+    with pytest.raises(ValueError, match="no"), former.stay():
         raise ValueError("no")
     assert not levels
-    with former_settings_stay(serving=True):
+    with former.stay():
+        pass
+    assert levels.pop("segment_former_settings_replicas") == 0
+    with former.stay():
         raise ValueError("no")
-    assert levels == {"segment_former_settings_replicas": 1}
-    with former_settings_stay(serving=True):
+    assert levels.pop("segment_former_settings_replicas") == 1
+    former.export()  # as Ray forgets what is not set again
+    assert levels.pop("segment_former_settings_replicas") == 1
+    with former.stay():
         pass
     assert levels == {"segment_former_settings_replicas": 0}
+
+
+def test_the_gauges_of_an_idle_refiner_are_forgotten(levels: dict[str, float]) -> None:
+    async def run() -> None:
+        replica = RefinerDeployment(RefinerConfig(refiner="none"), Limits(), 1, 30.0)
+        await replica.reconfigure({})
+        levels.clear()
+        await replica.check_health()
+
+    asyncio.run(run())
+    assert levels == {
+        "segment_former_settings_replicas": 0,
+        "segment_refiner_running_requests": 0,
+        "segment_refiner_waiting_requests": 0,
+    }
