@@ -54,7 +54,8 @@ def check_parts(data: bytes, name: str) -> None:
 def late_exif(data: bytes) -> bytes | None:
     """The EXIF block of a PNG that has it behind its pixels, where it may be too; else None. For a
     file that ``check_parts`` has passed."""
-    if b"eXIf" not in data:  # mostly, and found out faster than by going through the chunks
+    # Mostly there is none, which is found out faster than by going through the chunks.
+    if not data.startswith(PNG) or b"eXIf" not in data:
         return None
     pixels = False
     for kind, start, size in _png_chunks(data):
@@ -65,8 +66,8 @@ def late_exif(data: bytes) -> bytes | None:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and size of each chunk before the end mark; none of another kind of file."""
-    at = 8 if data.startswith(PNG) else len(data)
+    """Kind, start and size of each chunk of a PNG before the end mark."""
+    at = len(PNG)
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
         if kind == b"IEND":

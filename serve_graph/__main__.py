@@ -44,21 +44,18 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
         raise LaunchError(f"{path} cannot be read as a YAML file: {reason}") from None
     if not isinstance(config, dict):
         raise LaunchError(f"{path} is not a Serve config: it must be a mapping with applications")
-    try:
-        check(config)
-        prefix = graph_of(config).get("route_prefix", "/")
-    except ValueError as error:
-        raise LaunchError(f"{path}: {error}") from None
-    if not isinstance(prefix, str):
-        raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
     # A key without a value is null in YAML.
     http = config["http_options"] = config.get("http_options") or {}
     if port is not None and isinstance(http, dict):
         http["port"] = port
     try:
+        check(config)
         http_address(config)
+        prefix = graph_of(config).get("route_prefix", "/")
     except ValueError as error:
         raise LaunchError(f"{path}: {error}") from None
+    if not isinstance(prefix, str):
+        raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
     return config
 
 

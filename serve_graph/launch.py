@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kestrel.serve_config import graph_of
+from kestrel.serve_config import deployments_of, graph_of
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -117,8 +117,7 @@ def draining(config: dict[str, Any]) -> dict[str, Any]:
     they are. ValueError: see ``graph_of``."""
     config = copy.deepcopy(config)
     application = graph_of(config)
-    # A key without a value is null in YAML.
-    deployments = application["deployments"] = application.get("deployments") or []
+    deployments = application["deployments"] = deployments_of(application)
     if not any(one["name"] == "Ingress" for one in deployments):
         deployments.append({"name": "Ingress"})
     for one in deployments:

@@ -150,10 +150,9 @@ class Run:
         self.model.to(args.device)
         self.losses = Losses(self.model, self.questions.noun_ids, self.questions.level_ids)
         self.heads = self.losses.heads()
-        self.heads_alone = HEADS_ALONE if args.warm is not None else 0
+        self.heads_alone = HEADS_ALONE if args.warm is not None and args.heads is None else 0
         if args.heads is not None:
             self._set_heads(load_file(args.heads))
-            self.heads_alone = 0
         self.optimisers = optimisers(
             self.model, self.heads.values(), args.peak, adamw_alone=args.adamw
         )

@@ -94,12 +94,8 @@ def _across(
     kept = lru_cache(maxsize=1)(partial(weights, columns, extent, width))
     resized = np.empty((rows, width, 3), np.uint8)
     for y in range(0, rows, BAND):
-        band = cv2.transpose(image[y : y + BAND])
-        out = np.empty((width, band.shape[1], 3), np.uint8)
-        for start, stop in _spans(extent, width):
-            some = out[start:stop].reshape(stop - start, -1)
-            weighted(band.reshape(columns, -1), *kept(start, stop), some)
-        resized[y : y + BAND] = cv2.transpose(out)
+        band = np.asarray(cv2.transpose(image[y : y + BAND]), np.uint8)
+        resized[y : y + BAND] = cv2.transpose(_summed(band, extent, width, kept, weighted))
     return resized
 
 
@@ -111,13 +107,24 @@ def _down(
     weighted: Callable[..., None],
 ) -> NDArray[np.uint8]:
     """Columns resized."""
-    rows, columns = image.shape[:2]
-    lines = np.ascontiguousarray(image).reshape(rows, -1)
-    out = np.empty((height, columns, 3), np.uint8)
-    for start, stop in _spans(extent, height):
-        some = out[start:stop].reshape(stop - start, -1)
-        weighted(lines, *weights(rows, extent, height, start, stop), some)
-    return out
+    of_lines = partial(weights, len(image), extent, height)
+    return _summed(np.ascontiguousarray(image), extent, height, of_lines, weighted)
+
+
+def _summed(
+    lines: NDArray[np.uint8],
+    extent: float,
+    out: int,
+    weights: Callable[[int, int], Weights],
+    weighted: Callable[..., None],
+) -> NDArray[np.uint8]:
+    """Lines [N, n, 3] as [out, n, 3], each a weighted sum of some; ``weights`` of those from one
+    number to another."""
+    sums = np.empty((out, *lines.shape[1:]), np.uint8)
+    for start, stop in _spans(extent, out):
+        some = sums[start:stop].reshape(stop - start, -1)
+        weighted(lines.reshape(len(lines), -1), *weights(start, stop), some)
+    return sums
 
 
 def resized_by_pillow(
