@@ -139,6 +139,7 @@ MOE = {"num_experts": 4, "experts_per_token": 100}
         ("text", "n_layers", 0, r"text\.n_layers must be"),
         ("text", "n_layers", True, r"text\.n_layers must be"),
         ("text", "rope_theta", 0, r"text\.rope_theta must be a number over 0"),
+        pytest.param("text", "rope_theta", 10**400, r"text\.rope_theta must be", id="huge"),
         ("text", "tau_attn", 1, r"text\.tau_attn must be true or false"),
         ("text", "moe", MOE, r"text\.moe\.experts_per_token must be at most .*num_experts"),
         ("text", "moe", {"num_experts": 0}, r"text\.moe\.num_experts must be"),

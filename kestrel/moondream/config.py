@@ -7,7 +7,7 @@ loads as it is.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ def _check_value(key: str, kind: str, value: Any) -> None:
         least = 0 if key in _MAY_BE_0 else 1
         ok, rule = is_int and value >= least, f"an integer of at least {least}"
     elif kind == "float":
-        ok = (is_int or isinstance(value, float)) and 0 < value < math.inf
+        # No infinity, nor an integer that is larger than any float.
+        ok = (is_int or isinstance(value, float)) and 0 < value <= sys.float_info.max
         rule = "a number over 0"
     elif kind == "bool":
         ok, rule = isinstance(value, bool), "true or false"
