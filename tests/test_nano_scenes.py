@@ -43,6 +43,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         import assets
         import grounds
         import nano_checkpoint
+        import nano_looks
         import nano_questions
         import nano_start
         import nano_training
@@ -73,8 +74,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {
             module.__name__: module
             for module in (
-                *(assets, grounds, nano_checkpoint, nano_questions, nano_start, nano_training),
-                *(outlines, scene_store, scenes, words),
+                *(assets, grounds, nano_checkpoint, nano_looks, nano_questions, nano_start),
+                *(nano_training, outlines, scene_store, scenes, words),
             )
         }
         scenes._packs.cache_clear()
@@ -233,6 +234,66 @@ def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
     assert (found - share).abs().max() <= 0.5 and (found - share).abs().mean() < 0.01
 
 
+def test_a_look_fetches_the_vertex_on_the_average_and_the_edge_where_the_object_touches_it(tools):
+    nano_looks, grid = tools["nano_looks"], 16
+    turn = torch.arange(24) * (2 * torch.pi / 24)
+    outline = torch.stack([0.45 + 0.2 * turn.sin(), 0.55 - 0.3 * turn.cos()], 1)[None]
+    box = torch.tensor([[0.45, 0.55, 0.4, 0.6]])
+    middles = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(middles, middles, indexing="ij")
+    inside = ((x - 0.45) / 0.2) ** 2 + ((y - 0.55) / 0.3) ** 2 <= 1
+    where = nano_looks.looks(box, outline, inside.float().view(1, -1))[0]
+    assert where.shape == (28, grid * grid)
+    assert torch.allclose(where.sum(-1), torch.ones(28), atol=1e-5)
+    places = torch.stack([x, y], -1).view(-1, 2)
+    found = where @ places
+    assert (found[4:] - outline[0]).abs().max() < 0.1 / grid
+    # Left, top, right, bottom: where the ellipse comes near, in patches whose middle it covers.
+    edges = torch.tensor([[0.25, 0.55], [0.45, 0.25], [0.65, 0.55], [0.45, 0.85]])
+    assert (found[:4] - edges).abs().max() < 1 / grid
+    marks = nano_looks.patch_marks(
+        box[:, None].expand(-1, grid * grid, -1), outline[:, None].expand(-1, grid * grid, -1, -1)
+    )[0]
+    assert marks.shape == (grid * grid, 28) and marks.min() >= 0 and marks.max() <= 1
+    assert torch.equal(marks[:, 4:].argmax(0), where[4:].argmax(-1))
+
+
+@pytest.mark.parametrize("boxes_only", [False, True], ids=["paths", "boxes"])
+def test_heads_that_look_where_the_answer_is_have_no_loss(tools, made, boxes_only):
+    nano_looks, heads = tools["nano_looks"], (1, 0)
+    batch = next(iter(maker_of(tools, made, boxes_only=boxes_only)))
+    b, q, s = batch.tokens.shape
+    p = 16 * 16 + 1
+    # Every position is a direction of its own: a query that sums up the log of what is wanted,
+    # position by position, gives just these scores.
+    keys = torch.eye(p + s)[None, None].expand(b, 2, -1, -1)
+    keys = torch.cat([keys[:, :, :p], *[keys[:, :, p:]] * q], 2)
+    queries = torch.full((b, 2, q, s, p + s), -40.0)
+    is_coord = batch.target == 5
+    starts = (is_coord & ~torch.nn.functional.pad(is_coord, (1, 0))[..., :-1]).nonzero()
+    assert len(starts) > 1
+    for scene, question, start in starts.tolist():
+        numbers = 0
+        for place in range(start, start + 3):
+            mark = place - start
+            for head, shown in zip(heads, ((0, 2), (1, 3), (2, 3))[mark], strict=True):
+                queries[scene, head, question, place, 1:p] = batch.looks[
+                    scene, question, shown
+                ].log()
+        for place in range(start + 3, s):
+            if int(batch.target[scene, question, place]) not in made[1].level_ids:
+                continue
+            shown = 4 + numbers // 2
+            queries[scene, :, question, place, 1:p] = batch.looks[scene, question, shown].log()
+            numbers += 1
+        assert numbers == (0 if boxes_only else 48)
+    fed = torch.cat([torch.zeros(b, 2, p, p + s), queries.flatten(2, 3)], 2)
+    asked = tuple(starts.T)
+    assert nano_looks.look_loss(fed, keys, heads, asked, batch.looks) < 1e-3
+    assert nano_looks.look_loss(fed, keys, (0, 1), asked, batch.looks) > (1 if boxes_only else 0.05)
+    assert nano_looks.look_loss(fed * 0, keys, heads, asked, batch.looks) > 1
+
+
 def test_a_store_teaches_a_step(tools, made):
     store, questions = made
     assert (store.arrays["nouns"][:, 0] >= 0).all() and store.arrays["outlines"].isfinite().all()
@@ -242,7 +303,7 @@ def test_a_store_teaches_a_step(tools, made):
     patches = tools["nano_start"].picture_patches(store.arrays["images"].numpy(), 14)
     tools["nano_start"].initialise(model, numbers, patches)
     losses = tools["nano_training"].Losses(model, questions.noun_ids, questions.level_ids)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-4)
     batch = next(iter(maker_of(tools, made)))
     totals = []
     for _ in range(4):

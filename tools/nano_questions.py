@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nano_looks import MARKS, looks, patch_marks, patch_places
 from nano_training import IGNORE, LEVELS, QUANTUM, Batch
 from scene_store import CELLS, GRID, OBJECTS, VERTICES, Scenes
 from tokenizers import Tokenizer
@@ -98,6 +99,8 @@ class _Asked:
     """float [.., 4]: (cx, cy, w, h) of the answer."""
     outline: Tensor
     """float [.., 24, 2]: the answer's vertices in 0..1 of the image."""
+    share: Tensor
+    """float [.., 256]: how much of each patch shows the answer."""
 
 
 class BatchMaker:
@@ -175,10 +178,11 @@ class BatchMaker:
         labels = self._patch_labels(nouns, shares, boxes, outlines)
         images = self._recoloured(images).permute(0, 3, 1, 2).contiguous()
         if self.questions:
-            asked = self._lay_out(self._ask(nouns, boxes, outlines, points))
+            asked = self._ask(nouns, boxes, outlines, points, shares)
+            laid = (*self._lay_out(asked), looks(asked.box, asked.outline, asked.share))
         else:
-            asked = self._nothing_asked(len(rows))
-        return Batch(images, *asked, *labels)
+            laid = self._nothing_asked(len(rows))
+        return Batch(images, *laid, *labels)
 
     def _chance(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.random, device=self.device)
@@ -198,8 +202,8 @@ class BatchMaker:
     def _patch_labels(
         self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
     ) -> tuple[Tensor, ...]:
-        """Shares [B, 256, nouns + 1], boxes [B, 256, 4], outlines [B, 256, 48] and cells
-        [B, 256, 49] of ``Batch``, float32."""
+        """Shares [B, 256, nouns + 1], boxes [B, 256, 4], outlines [B, 256, 48], cells [B, 256, 49],
+        marks [B, 256, 28] and places [B, 256, 2] of ``Batch``, float32."""
         count = len(self.asker.nouns)
         there = nouns >= 0
         part = shares / 255.0 * there[..., None]
@@ -209,18 +213,20 @@ class BatchMaker:
         shown[..., -1] = (1 - shown[..., :-1].sum(-1)).clamp(0, 1)
         shown = shown / shown.sum(-1, keepdim=True)
         most, slot = part.max(1)
-        of_object = _rows(boxes, slot)
-        of_object = of_object.where(most[..., None] > 0.5, torch.nan)
+        its_box, its_outline = _rows(boxes, slot), _rows(outlines.flatten(2), slot)
+        of_object = its_box.where(most[..., None] > 0.5, torch.nan)
         centre, size = boxes[:, :, None, :2], boxes[:, :, None, 2:].clamp(min=1e-6)
         relative = ((outlines - centre + size / 2) / size).flatten(2)
         shapes = _rows(relative, slot) * (most[..., None] > 0.5)
-        covered = covered_cells(
-            _rows(outlines.flatten(2), slot).unflatten(-1, (-1, 2)), self.samples
-        )
+        its_outline = its_outline.unflatten(-1, (-1, 2))
+        covered = covered_cells(its_outline, self.samples)
         cells = covered.where(most[..., None] >= LEAST_SHARE / 255, torch.nan)
-        return shown, of_object, shapes, cells
+        marks, places = patch_marks(its_box, its_outline), patch_places(its_box)
+        return shown, of_object, shapes, cells, marks, places
 
-    def _ask(self, nouns: Tensor, boxes: Tensor, outlines: Tensor, points: Tensor) -> _Asked:
+    def _ask(
+        self, nouns: Tensor, boxes: Tensor, outlines: Tensor, points: Tensor, shares: Tensor
+    ) -> _Asked:
         """Present nouns by turns, ambiguous ones with a ref, some absent ones."""
         b, q = len(nouns), self.questions
         there = nouns >= 0
@@ -255,6 +261,7 @@ class BatchMaker:
             ref,
             box,
             outline.unflatten(-1, (-1, 2)),
+            _rows(shares, slot) / 255,
         )
 
     def _lay_out(self, asked: _Asked) -> tuple[Tensor, ...]:
@@ -317,7 +324,8 @@ class BatchMaker:
     def _nothing_asked(self, scenes: int) -> tuple[Tensor, ...]:
         none = torch.zeros(scenes, 0, 0, dtype=torch.long, device=self.device)
         pair = torch.zeros(scenes, 0, 0, 2, device=self.device)
-        return none, none.to(torch.uint8), pair, none, pair
+        nowhere = torch.zeros(scenes, 0, MARKS, GRID * GRID, device=self.device)
+        return none, none.to(torch.uint8), pair, none, pair, nowhere
 
     def _path(self, outline: Tensor, box: Tensor) -> Tensor:
         """Polygons [B, Q, 24, 2] in 0..1 of the image and boxes [B, Q, 4] -> ids [B, Q, 51]."""

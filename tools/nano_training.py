@@ -7,10 +7,12 @@ prefix and, causally, the question's own tokens, exactly as a request does when 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from nano_looks import LOOK_HEADS, MARKS, look_loss
 from scene_store import CELLS, VERTICES
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ OUTLINE_BLOCK = 3
 read the same: the attention of this block or a later one fetches the outline for a vertex, and the
 MLP of a block after that picks what belongs to it."""
 
+VERTEX_BLOCK = 5
+"""Text block that reads the vertex that comes next: those of ``LOOK_HEADS`` before it found it."""
+
 
 @dataclass
 class Batch:
@@ -38,11 +43,14 @@ class Batch:
     ``images`` uint8 [B, 3, 224, 224]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
+    ``looks`` float [B, Q, 28, 256] where to look for the edges and vertices of what is asked for;
     ``patches`` float [B, 256, nouns + 1] share of each patch that shows each noun, background last;
     ``boxes`` float [B, 256, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
     the picture, NaN where it shows none; ``outlines`` float [B, 256, 48] the 24 vertices (x, y) of
     that object's outline, in sides of its box; ``cells`` float [B, 256, 49] share of each of the
-    patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one.
+    patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one;
+    ``marks`` float [B, 256, 28] how near the patch is to the edges and vertices of that object;
+    ``places`` float [B, 256, 2] where the patch lies in that object's box, in its sides.
     """
 
     images: Tensor
@@ -51,17 +59,34 @@ class Batch:
     value: Tensor
     target: Tensor
     target_value: Tensor
+    looks: Tensor
     patches: Tensor
     boxes: Tensor
     outlines: Tensor
     cells: Tensor
+    marks: Tensor
+    places: Tensor
 
 
-def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states of the questions after the last block, and those ``OUTLINE_BLOCK`` reads.
+@dataclass
+class Decoded:
+    """What the decoder makes of questions.
 
-    ``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; each gives [B, Q, S, dim].
+    ``hidden`` [B, Q, S, dim] after the last block; by the block's number ``read`` [B, Q, S, dim],
+    what ``OUTLINE_BLOCK`` and ``VERTEX_BLOCK`` read, and ``attending``, queries and keys
+    [B, H, P + Q · S, D].
     """
+
+    hidden: Tensor
+    read: dict[int, Tensor]
+    attending: dict[int, tuple[Tensor, Tensor]]
+
+
+def decoder_pass(
+    model: Moondream, prefix: Tensor, asked: Tensor, told: Collection[int] = LOOK_HEADS
+) -> Decoded:
+    """``prefix`` [B, P, dim] BOS and image, ``asked`` [B, Q, S, dim]; ``told`` are the blocks of
+    which queries and keys are given."""
     text = model.text
     p = prefix.shape[1]
     _, q, s, _ = asked.shape
@@ -70,16 +95,21 @@ def decoder_pass(model: Moondream, prefix: Tensor, asked: Tensor) -> tuple[Tenso
         [torch.arange(p, device=x.device), torch.arange(p, p + s, device=x.device).repeat(q)],
     )
     table, logs = text.rotary[positions], text.log_positions[positions]
-    earlier = x
+    read, attending = {}, {}
     for number, block in enumerate(text.blocks):
-        if number == OUTLINE_BLOCK:
-            earlier = x
-        x = block_pass(block, x, table, logs, p, q)
-    return x[:, p:].unflatten(1, (q, s)), earlier[:, p:].unflatten(1, (q, s))
+        if number in (OUTLINE_BLOCK, VERTEX_BLOCK):
+            read[number] = x[:, p:].unflatten(1, (q, s))
+        x, *queries_keys = block_pass(block, x, table, logs, p, q, number in told)
+        if queries_keys:
+            attending[number] = (queries_keys[0], queries_keys[1])
+    return Decoded(x[:, p:].unflatten(1, (q, s)), read, attending)
 
 
-def block_pass(block: Block, x: Tensor, table: Tensor, logs: Tensor, p: int, q: int) -> Tensor:
-    """One block over a prefix of ``p`` positions and ``q`` questions, [B, P + Q · S, dim]."""
+def block_pass(
+    block: Block, x: Tensor, table: Tensor, logs: Tensor, p: int, q: int, told: bool = False
+) -> tuple[Tensor, ...]:
+    """One block over a prefix of ``p`` positions and ``q`` questions, [B, P + Q · S, dim]; if
+    ``told``, its scaled queries and its keys too, [B, H, P + Q · S, D]."""
     s = (x.shape[1] - p) // q
     normed = block.ln(x)
     qs, ks, vs = block.attn.project(normed, table, logs)
@@ -101,7 +131,8 @@ def block_pass(block: Block, x: Tensor, table: Tensor, logs: Tensor, p: int, q: 
     heard = prefix_part.to(vs.dtype) @ vs[:, :, :p]
     own = (self_part.to(vs.dtype) @ mine_v).flatten(2, 3)
     heard = torch.cat([heard[:, :, :p], heard[:, :, p:] + own], dim=2) / total
-    return x + block.attn.merge(heard.to(vs.dtype)) + block.mlp(normed)
+    x = x + block.attn.merge(heard.to(vs.dtype)) + block.mlp(normed)
+    return (x, qs, ks) if told else (x,)
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:
@@ -130,6 +161,9 @@ class Losses:
         self.box_weight = 2.0
         self.outline_weight = 2.0
         self.place_weight = 0.1
+        self.mark_weight = 2.0
+        self.vertex_weight = 2.0
+        self.look_weight = 0.3
         self.region_weight = 0.5
         dim = model.config.text.dim
         self.background = nn.Parameter((torch.randn(dim) * 0.02).to(device))
@@ -141,6 +175,9 @@ class Losses:
         self.place_head = nn.Linear(dim, 2 * VERTICES).to(device)
         vision = model.config.vision
         self.cell_head = nn.Linear(vision.enc_dim, CELLS * CELLS).to(device)
+        self.mark_head = nn.Linear(dim, MARKS).to(device)
+        self.patch_place_head = nn.Linear(dim, 2).to(device)
+        self.vertex_head = nn.Linear(dim, 2).to(device)
 
     def heads(self) -> dict[str, nn.Parameter]:
         """Parameters of the auxiliary losses by name, not part of the model."""
@@ -150,6 +187,12 @@ class Losses:
             for name, layer in layers.items()
             for which, parameter in layer.named_parameters()
         }
+
+    def set_heads(self, known: dict[str, Tensor]) -> None:
+        """Take these parameters; one that is not known is 0, so that it says nothing yet."""
+        with torch.no_grad():
+            for name, head in self.heads().items():
+                head.copy_(known[name]) if name in known else head.zero_()
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures uint8 [B, 3, 224, 224] -> what the decoder reads, [B, 256, dim], and what
@@ -166,18 +209,8 @@ class Losses:
         """Total loss and its parts, each a number."""
         model, config = self.model, self.model.config
         image, early = self.encode_image(batch.images)
-        bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
-        prefix = torch.cat([bos, image], dim=1)
-        asked = F.embedding(batch.tokens, model.text.wte)
-        is_coord, is_size = batch.kind == 1, batch.kind == 2
-        # Rounded to bfloat16, the angles of the fastest waves would be off by half a radian.
-        with torch.autocast(asked.device.type, enabled=False):
-            coords = model.encode_coord(batch.value[is_coord][:, 0])
-            sizes = model.encode_size(batch.value[is_size])
-        asked = asked.clone()
-        asked[is_coord] = coords.to(asked.dtype)
-        asked[is_size] = sizes.to(asked.dtype)
-        hidden, earlier = decoder_pass(model, prefix, asked)
+        decoded = self.decoded(image, batch)
+        hidden = decoded.hidden
         wanted = batch.target != IGNORE
         picked, target = hidden[wanted], batch.target[wanted]
         values = batch.target_value[wanted]
@@ -193,11 +226,18 @@ class Losses:
         size_bins = model.region.size_bin(values[size_rows])
         size = _soft_cross_entropy(size_logits, soft_bins(size_bins, 1024, 6.0))
         dense, dense_parts = self.dense_losses(image, early, batch)
-        answer = self._answer_loss(hidden, batch)
-        outline, place = self._outline_losses(earlier, batch)
+        starts = self.starts(batch)
+        answer = self._answer_loss(hidden, batch, starts)
+        outline, place, vertex = self._outline_losses(decoded.read, batch)
+        looked = [
+            look_loss(*decoded.attending[block], heads, starts, batch.looks)
+            for block, heads in LOOK_HEADS.items()
+        ]
+        look = torch.stack(looked).mean()
         total = tokens + self.region_weight * (coord + size) + dense
         total = total + self.box_weight * answer + self.outline_weight * outline
-        total = total + self.place_weight * place
+        total = total + self.place_weight * place + self.look_weight * look
+        total = total + self.vertex_weight * vertex
         parts = {
             "tokens": tokens,
             "coord": coord,
@@ -205,38 +245,60 @@ class Losses:
             "answer": answer,
             "outline": outline,
             "place": place,
+            "look": look,
+            "vertex": vertex,
         }
         return total, dense_parts | {name: part.detach() for name, part in parts.items()}
 
-    def _answer_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def decoded(self, image: Tensor, batch: Batch, told: Collection[int] = LOOK_HEADS) -> Decoded:
+        """What the decoder makes of a batch whose pictures are encoded, [B, 256, dim]."""
+        model, config = self.model, self.model.config
+        bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
+        prefix = torch.cat([bos, image], dim=1)
+        asked = F.embedding(batch.tokens, model.text.wte)
+        is_coord, is_size = batch.kind == 1, batch.kind == 2
+        # Rounded to bfloat16, the angles of the fastest waves would be off by half a radian.
+        with torch.autocast(asked.device.type, enabled=False):
+            coords = model.encode_coord(batch.value[is_coord][:, 0])
+            sizes = model.encode_size(batch.value[is_size])
+        asked = asked.clone()
+        asked[is_coord] = coords.to(asked.dtype)
+        asked[is_size] = sizes.to(asked.dtype)
+        return decoder_pass(model, prefix, asked, told)
+
+    def starts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Scene, question and position of each token that asks for what is there: int64 [n]."""
+        is_coord = batch.target == self.model.config.prompt.coord_id
+        return (is_coord & ~F.pad(is_coord, (1, 0))[..., :-1]).nonzero(as_tuple=True)
+
+    def _answer_loss(self, hidden: Tensor, batch: Batch, starts: tuple[Tensor, ...]) -> Tensor:
         """The whole box, regressed at the noun and where the answer starts.
 
         The noun meets the patches in one step of attention, the answer's start needs two: help at
         both places finds the object long before the bins of the coordinates do.
         """
-        special = self.model.config.prompt
-        is_coord = batch.target == special.coord_id
-        first = is_coord & ~F.pad(is_coord, (1, 0))[..., :-1]
-        b, q, s = first.nonzero(as_tuple=True)
+        b, q, s = starts
         value = batch.target_value
         box = torch.cat([value[b, q, s, :1], value[b, q, s + 1, :1], value[b, q, s + 2]], dim=-1)
         heard = torch.cat([hidden[b, q, s - 1], hidden[b, q, s]])
         guess = self.answer_head(heard).float()
         return F.smooth_l1_loss(guess, torch.cat([box, box]), beta=0.05)
 
-    def _outline_losses(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _outline_losses(self, read: dict[int, Tensor], batch: Batch) -> tuple[Tensor, ...]:
         """The whole outline, regressed where the box has been read and the path starts; and, at
-        each number of the path, which of them comes next, as classes.
+        each number of the path, which of them comes next, as classes, and the vertex it is of.
 
-        ``hidden`` is what ``OUTLINE_BLOCK`` reads: the blocks from there on fetch the vertices, to
-        be copied one after the other as the path is written, and know which one it is.
+        ``OUTLINE_BLOCK`` is to read the first two: the blocks from there on fetch the vertices, one
+        after the other as the path is written, and know which one it is. ``VERTEX_BLOCK`` is to
+        read the vertex.
         """
+        hidden = read[OUTLINE_BLOCK]
         following = F.pad(batch.target, (0, 1), value=IGNORE)[..., 1:]
         # The size of a box that refers to an object is not followed by an outline.
         start = (batch.kind == 2) & (self.level_of[following.clamp(min=0)] >= 0)
         b, q, s = start.nonzero(as_tuple=True)
         if not len(b):
-            return hidden.sum() * 0, hidden.sum() * 0
+            return (hidden.sum() * 0,) * 3
         # M x y L x y x y ...: the first vertex two positions on, the others from five on.
         first = torch.arange(2, device=s.device)
         rest = torch.arange(2 * VERTICES - 2, device=s.device) + 3
@@ -247,11 +309,22 @@ class Losses:
         wanted = levels * (QUANTUM / 960)
         at_numbers = hidden[b[:, None], q[:, None], places]
         number = self.place_head(F.layer_norm(at_numbers, heard.shape[-1:])).float()
+        found = read[VERTEX_BLOCK][b[:, None], q[:, None], places]
+        vertex = self.vertex_head(F.layer_norm(found, heard.shape[-1:])).float()
+        pairs = wanted.unflatten(1, (VERTICES, 2)).repeat_interleave(2, 1)
         order = torch.arange(2 * VERTICES, device=s.device).expand(len(b), -1)
         return (
             F.smooth_l1_loss(guess, wanted, beta=0.05),
             F.cross_entropy(number.flatten(0, 1), order.flatten()),
+            F.smooth_l1_loss(vertex, pairs, beta=0.05),
         )
+
+    def noun_scores(self, image: Tensor) -> Tensor:
+        """Pictures [B, 256, dim] -> logits of the noun that each patch shows, [B, 256, nouns + 1],
+        background last."""
+        nouns = self.model.text.wte[self.noun_ids]
+        classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
+        return F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
 
     def dense_losses(
         self, image: Tensor, early: Tensor, batch: Batch
@@ -262,8 +335,6 @@ class Losses:
         ``image`` float32 [B, patches, dim], the very vectors that the decoder reads; ``early``
         [B, patches, enc_dim], what ``SHAPE_BLOCK`` gives. The weighted sum, and its parts.
         """
-        nouns = self.model.text.wte[self.noun_ids]
-        classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)
         shown = ~batch.boxes[..., 0].isnan()
         # Cosines are scaled up tenfold and more: rounded to bfloat16 they would be steps.
         with torch.autocast(image.device.type, enabled=False):
@@ -271,18 +342,26 @@ class Losses:
             partly = ~batch.cells[..., 0].isnan()
             looked = F.layer_norm(early[partly].float(), early.shape[-1:])
             cells = F.binary_cross_entropy_with_logits(self.cell_head(looked), batch.cells[partly])
-            scores = F.normalize(image, dim=-1) @ classes.T * self.scale.clamp(1.0, 40.0)
+            scores = self.noun_scores(image)
             seen = image[shown]
             boxes = F.smooth_l1_loss(self.box_head(seen), batch.boxes[shown], beta=0.05)
             guess = self.outline_head(seen)
             shapes = F.smooth_l1_loss(guess, batch.outlines[shown], beta=0.05)
+            touching = F.layer_norm(image[partly], image.shape[-1:])
+            marks = F.binary_cross_entropy_with_logits(
+                self.mark_head(touching), batch.marks[partly]
+            )
+            guess = self.patch_place_head(touching)
+            patch_places = F.smooth_l1_loss(guess, batch.places[partly], beta=0.05)
             surprise = -(batch.patches * scores.log_softmax(-1)).sum(-1)
             # Most patches show background, which is soon learned: objects count four times.
             weight = 1 - 0.75 * batch.patches[..., -1]
             dense = (weight * surprise).sum() / weight.sum()
         total = self.dense_weight * dense + self.cell_weight * cells
         total = total + self.box_weight * boxes + self.outline_weight * shapes
+        total = total + self.mark_weight * marks + self.box_weight * patch_places
         parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
+        parts |= {"marks": marks, "patch_places": patch_places}
         return total, {name: part.detach() for name, part in parts.items()}
 
 

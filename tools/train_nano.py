@@ -53,6 +53,10 @@ LOSSES = (
     "shapes",
     "outline",
     "place",
+    "look",
+    "vertex",
+    "marks",
+    "patch_places",
 )
 FIGURES = ("iou", "box_iou", "right", "absent")
 FIELDS = ["minutes", "step", "phase", "scenes", "scenes_per_s", *LOSSES, "norm", *FIGURES]
@@ -152,7 +156,7 @@ class Run:
         self.heads = self.losses.heads()
         self.heads_alone = HEADS_ALONE if args.warm is not None and args.heads is None else 0
         if args.heads is not None:
-            self._set_heads(load_file(args.heads))
+            self.losses.set_heads(load_file(args.heads))
         self.optimisers = optimisers(
             self.model, self.heads.values(), args.peak, adamw_alone=args.adamw
         )
@@ -184,11 +188,6 @@ class Run:
                 b for n, b in blocks if f"{tower}.blocks.{n}.attn.proj.weight" not in known
             )
 
-    def _set_heads(self, known: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, head in self.heads.items():
-                head.copy_(known[name])
-
     @property
     def progress(self) -> float:
         """Share of the time budget that is spent."""
@@ -218,7 +217,7 @@ class Run:
         for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         self.average = saved["average"]
-        self._set_heads(saved["heads"])
+        self.losses.set_heads(saved["heads"])
         self.step, self.spent, self.best = saved["step"], saved["spent"], saved["best"]
         print(f"resumed at step {self.step}, {self.spent / 60:.1f} min spent", flush=True)
 
