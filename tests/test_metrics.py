@@ -107,6 +107,20 @@ async def test_probes_and_documents_are_not_counted_as_requests():
     assert watched.outcomes == []
 
 
+async def test_requests_below_a_prefix_are_counted_and_nothing_else_is():
+    # Serve leaves its route_prefix in the path and names it as root_path too, as httpx does here.
+    watched = Watched()
+    transport = httpx.ASGITransport(watched.app, root_path="/seg")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/seg") as client:
+        assert (await client.post("/v1/segment", json=ASK)).status_code == 200
+        await client.post("/v1/segment", json=ASK, headers={"X-Request-Id": "two words"})
+        watched.backend.script = [Overloaded("full")]
+        await client.post("/v1/segment", json=ASK)
+        await client.get("/v1/segment")
+        await client.post("/seg/v1/segment", json=ASK)
+    assert watched.outcomes == ["ok", "invalid", "overloaded"]
+
+
 async def test_a_stream_that_breaks_after_its_200_is_not_counted_as_ok():
     watched = Watched()
     watched.backend.script = [*WELL[:2], RuntimeError("lost")]

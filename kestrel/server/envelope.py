@@ -106,7 +106,9 @@ async def _hang_up(scope: Scope) -> None:
 
 
 def _segments(scope: Scope) -> bool:
-    return scope["method"] == "POST" and scope["path"] == "/v1/segment"
+    # Servers leave the prefix that they serve the application under (root_path) in the path.
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return scope["method"] == "POST" and path == "/v1/segment"
 
 
 def _refusal(error: RequestError, request_id: str) -> JsonAnswer:
