@@ -23,9 +23,10 @@ def docs_page(document: Schema) -> str:
     parts = [f"<h1>{html.escape(document['info']['title'])}</h1>"]
     parts.append(f"<p>{html.escape(document['info']['description'])} ")
     parts.append('The same as <a href="openapi.json">OpenAPI 3.1</a>.</p>')
+    root = document["servers"][0]["url"].rstrip("/")
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
+            parts.append(f"<h2><code>{method.upper()} {html.escape(root + path)}</code></h2>")
             parts.append(f"<p>{html.escape(operation['summary'])}.</p>")
             parts.append(_table(_operation_rows(operation)))
     parts.append("<h1>Types</h1>")

@@ -11,8 +11,11 @@ from kestrel.image import FORMATS
 Schema = dict[str, Any]
 
 
-def openapi_document(config: RuntimeConfig) -> Schema:
-    """The document for one server: its model name, limits and longest deadline are in it."""
+def openapi_document(config: RuntimeConfig, root_path: str = "") -> Schema:
+    """The document for one server: its model name, limits and longest deadline are in it.
+
+    ``root_path`` is the prefix of its paths, as ``/seg``.
+    """
     from kestrel import __version__
 
     return {
@@ -22,6 +25,8 @@ def openapi_document(config: RuntimeConfig) -> Schema:
             "version": __version__,
             "description": "An image and a noun in; an SVG path, its box and two masks out.",
         },
+        # Without it generated clients call the root of the host.
+        "servers": [{"url": root_path or "/"}],
         "paths": {
             "/v1/segment": {"post": _segment_operation(config)},
             "/v1/models": {"get": _models_operation(config)},

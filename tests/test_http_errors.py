@@ -246,6 +246,13 @@ async def test_an_unknown_route_is_a_json_404(client, path):
     refused(response, 404)
 
 
+async def test_an_unknown_route_below_a_prefix_is_told_where_the_others_are(backend):
+    transport = httpx.ASGITransport(build_app(backend), root_path="/seg")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        message = refused(await client.get("/seg/v1"), 404)
+    assert "POST /seg/v1/segment, see /seg/docs" in message
+
+
 @pytest.mark.parametrize(
     "route", ["GET /v1/segment", "DELETE /v1/segment", "POST /healthz", "PUT /v1/models"]
 )

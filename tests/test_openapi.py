@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+import pytest
 from scripted import ASK, ScriptedBackend
 from serving import served, sse_events
 
@@ -160,6 +161,19 @@ async def test_the_docs_page_loads_nothing_from_elsewhere(client):
         assert said in response.text
     for loader in ("<script", "<link", "<img", "src=", "//", "@import", "url("):
         assert loader not in response.text, loader
+
+
+@pytest.mark.parametrize(("prefix", "server"), [("", "/"), ("/seg", "/seg")])
+async def test_the_document_leads_to_its_own_server_below_a_prefix(backend, prefix, server):
+    transport = httpx.ASGITransport(build_app(backend), root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        document = (await client.get(f"{prefix}/openapi.json")).json()
+        assert document["servers"] == [{"url": server}]
+        (path,) = [path for path, methods in document["paths"].items() if "post" in methods]
+        base = httpx.URL("http://test/").join(document["servers"][0]["url"])
+        url = f"{str(base).rstrip('/')}{path}"
+        assert (await client.post(url, json=ASK)).status_code == 200
+        assert f"POST {prefix}/v1/segment<" in (await client.get(f"{prefix}/docs")).text
 
 
 def test_two_servers_do_not_share_their_document():

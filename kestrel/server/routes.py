@@ -180,10 +180,13 @@ class _Routes:
         return JsonAnswer({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        return JsonAnswer(openapi_document(self.backend.config))
+        return JsonAnswer(self._document(request))
 
     async def docs(self, request: Request) -> Response:
-        return HtmlAnswer(docs_page(openapi_document(self.backend.config)))
+        return HtmlAnswer(docs_page(self._document(request)))
+
+    def _document(self, request: Request) -> dict[str, Any]:
+        return openapi_document(self.backend.config, request.scope.get("root_path", ""))
 
 
 async def _first(events: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -237,8 +240,9 @@ async def _drain(chunks: AsyncGenerator[bytes, None], limit: int) -> None:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    root = request.scope.get("root_path", "")
     message = {
-        404: f"there is no {request.url.path[:128]} here; POST /v1/segment, see /docs",
+        404: f"there is no {request.url.path[:128]} here; POST {root}/v1/segment, see {root}/docs",
         405: f"{request.method[:16]} is not for {request.url.path[:128]}",
     }.get(error.status_code, error.detail)
     return JsonAnswer({"error": message}, error.status_code, error.headers)
