@@ -20,7 +20,7 @@ from kestrel.config import SHIPPED_MODELS
 from kestrel.serve_config import graph_of, http_address
 from serve_graph import plan
 from serve_graph.args import check
-from serve_graph.environment import BEFORE_RAY
+from serve_graph.environment import BEFORE_RAY, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.launch import LocalCluster, free_port, require_free
@@ -137,7 +137,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def env(options: argparse.Namespace) -> None:
     """Print the environment of the serving mode, for a shell that starts Ray on a node."""
-    variables = {**BEFORE_RAY, **(haproxy_variables() if options.haproxy else {})}
+    variables = {**BEFORE_RAY, **(haproxy_variables() if options.haproxy else SERVE_PROXY)}
     for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
 

@@ -27,6 +27,13 @@ HAPROXY = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 
+SERVE_PROXY = {
+    # Serve's Python proxy, where HAProxy is turned off. By default it asks the ingress replicas of
+    # its own node alone while they have room, so that one door would let through only their share
+    # of an API key's rate.
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+}
+
 PATIENCE = {
     # How long the HTTP door may take to start before Serve kills it, seconds: Ray's 5 are short
     # where all cores are taken, and Serve then refuses the config.
@@ -75,5 +82,5 @@ DRAIN = {
 }
 
 BEFORE_RAY = {**FAST_SERVE, **PATIENCE, **KEEP_MEMORY, **STEADY_CLIENT, **DRAIN}
-"""What every cluster has. ``HAPROXY`` comes on top but where it is turned off, ``LOOPBACK`` on one
-machine."""
+"""What every cluster has. ``HAPROXY`` comes on top, or ``SERVE_PROXY`` where it is turned off, and
+``LOOPBACK`` on one machine."""

@@ -63,7 +63,8 @@ class IngressDeployment:
 
         return build_app(
             self._backend,
-            # Serve spreads requests evenly, so that the shares add up to the rate of a key.
+            # Every door spreads requests evenly (see serve_graph.environment), so that the shares
+            # add up to the rate of a key.
             rates=RateLimits(share=lambda: 1 / self._replicas),
             room=self._backend.room,
             ended=partial(metrics.request_ended, "http"),

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from kestrel.serve_config import deployments_of, graph_of
-from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK
+from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.node import RayNode
@@ -160,7 +160,7 @@ class LocalCluster:
                 # How long Ray waits for the dashboard before it gives up, seconds: Ray's 60 are
                 # short on a busy machine, and ``start`` has a bound of its own.
                 "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
-                **(self._haproxy_variables() if haproxy else {}),
+                **(self._haproxy_variables() if haproxy else SERVE_PROXY),
                 **(environment or {}),
             }
             found = {**os.environ, **self.variables}

@@ -7,6 +7,8 @@ import copy
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -368,6 +370,17 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert float(printed.pop(drain)) > 30 and own.pop(drain) == "0"
     assert printed == {name: value for name, value in own.items() if name not in there}
+
+
+def test_serve_s_own_proxy_asks_ingress_replicas_of_every_node_alike() -> None:
+    """Each has its share of an API key's rate, and by default that proxy asks its own node's."""
+    name = "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"
+    environment = {**os.environ, **LocalCluster(haproxy=False).variables}
+    code = f"from ray.serve._private import constants; print(constants.{name})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False"]
 
 
 def test_a_port_is_given_twice() -> None:
