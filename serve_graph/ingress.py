@@ -20,6 +20,7 @@ from kestrel.answers import segment_response
 from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
+from kestrel.seg_refiner.result import REASONS
 from kestrel.server.room import Place
 from serve_graph import metrics
 from serve_graph.args import IngressSettings
@@ -37,6 +38,18 @@ logger = logging.getLogger("ray.serve")
 COUNT_PERIOD_S = 10.0
 """How often an ingress replica asks how many of them share the rates of the API keys, seconds."""
 
+COUNTED: tuple[tuple[metrics.Spec, dict[str, str]], ...] = (
+    *(
+        (metrics.REQUESTS, {"door": door, "outcome": outcome})
+        for door in ("http", "handle")
+        for outcome in metrics.OUTCOMES
+    ),
+    *((metrics.REFINEMENTS, {"reason": reason}) for reason in REASONS),
+    *((metrics.LOST_REPLICAS, {"half": half}) for half in ("model", "refiner")),
+    (metrics.HEDGED_REFINEMENTS, {}),
+)
+"""Every counter of an ingress replica with each value of its tags."""
+
 
 class IngressDeployment:
     """HTTP, and by handle the methods ``segment`` and ``stream``: one validation, one composing."""
@@ -50,6 +63,8 @@ class IngressDeployment:
         refiner: DeploymentHandle,
     ) -> None:
         metrics.log_with_serve()
+        for spec, tags in COUNTED:
+            metrics.begin(spec, **tags)
         self._backend = GraphBackend(config, refine_timeout_s, hedge, model, refiner)
         self._former = FormerSettings()
         # Kept, because asyncio itself holds its tasks weakly.

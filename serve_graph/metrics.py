@@ -27,11 +27,26 @@ class Spec:
     tags: tuple[str, ...] = ()
 
 
+OUTCOMES = (
+    "ok",
+    "invalid",
+    "unauthorized",
+    "unknown",
+    "too_large",
+    "too_long",
+    "rate_limited",
+    "overloaded",
+    "late",
+    "fault",
+    "left",
+    "broken_stream",
+)
+"""How a request may end: ``kestrel.api.outcome``, or an error event after the 200."""
+
 REQUESTS = Spec(
     "segment_requests_total",
     Counter,
-    "Requests that ended, by door (http, handle) and outcome (ok, invalid, unauthorized, unknown, "
-    "too_large, too_long, rate_limited, overloaded, late, fault, left, broken_stream).",
+    f"Requests that ended, by door (http, handle) and outcome ({', '.join(OUTCOMES)}).",
     ("door", "outcome"),
 )
 REQUEST_MS = Spec(
@@ -156,6 +171,14 @@ def count(spec: Spec, by: float = 1, **tags: str) -> None:
     """Add ``by``, where it is over 0, to a counter."""
     if by > 0:
         _metric(spec).inc(by, tags=tags)
+
+
+def begin(spec: Spec, **tags: str) -> None:
+    """Export a counter at 0, before it counts.
+
+    To Prometheus a series that appears at 40 has not increased: alarms would miss a first burst.
+    """
+    _metric(spec)._record(0, tags=tags)  # ``inc`` refuses 0
 
 
 def observe(spec: Spec, value: float, **tags: str) -> None:

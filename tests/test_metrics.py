@@ -36,7 +36,7 @@ from kestrel.config import RuntimeConfig
 from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
-from serve_graph.ingress import IngressDeployment
+from serve_graph.ingress import COUNTED, IngressDeployment
 from serve_graph.reconfigured import FormerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,9 @@ def test_every_status_of_the_contract_has_an_outcome_that_is_documented():
         return [kind, *(deeper for sub in kind.__subclasses__() for deeper in kinds(sub))]
 
     for kind in kinds(RequestError):
-        assert outcome(kind("x")) in metrics.REQUESTS.description, kind
+        assert outcome(kind("x")) in metrics.OUTCOMES, kind
+    assert {outcome(KeyError()), outcome(asyncio.CancelledError())} <= set(metrics.OUTCOMES)
+    assert all(f"`{one}`" in OPERATIONS.read_text() for one in metrics.OUTCOMES)
 
 
 # One request id
@@ -334,7 +336,7 @@ def test_dashboard_and_alarms_use_metrics_that_are_exported(expression, names_in
     for by in re.findall(r"by \(([^)]*)\)", expression):
         assert set(re.split(r",\s*", by)) <= tags | {"le", "deployment"}
     for value in re.findall(r'(?:outcome)=~?"([^"]*)"', expression):
-        assert all(part in metrics.REQUESTS.description for part in value.split("|"))
+        assert set(value.split("|")) <= set(metrics.OUTCOMES)
 
 
 def test_reasons_in_alarms_are_reasons_of_the_refiner():
@@ -343,6 +345,29 @@ def test_reasons_in_alarms_are_reasons_of_the_refiner():
     for expression in EXPRESSIONS:
         for value in re.findall(r'reason=~"([^"]*)"', expression):
             assert set(value.split("|")) <= set(REASONS)
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_what_an_alarm_counts_is_there_at_0_before_the_first_burst(rule):
+    """To Prometheus a series that appears at 40 has not increased."""
+    counted = re.findall(r"(?:rate|increase)\s*\(\s*(\w+)(?:{([^}]*)})?\[", rule["expr"])
+    assert len(counted) == len(re.findall(r"\b(?:rate|increase)\b", rule["expr"]))
+    for name, selector in counted:
+        there = [tags for spec, tags in COUNTED if spec is EXPORTED[name]]
+        assert there and all(set(tags) == set(EXPORTED[name].tags) for tags in there)
+        for tag, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
+            assert set(values.split("|")) <= {tags[tag] for tags in there}
+
+
+def test_every_series_that_an_ingress_replica_may_count_is_there_from_its_start():
+    from kestrel.seg_refiner.result import REASONS
+
+    there = {(spec.name, *tags.values()) for spec, tags in COUNTED}
+    doors = {(metrics.REQUESTS.name, d, o) for d in ("http", "handle") for o in metrics.OUTCOMES}
+    assert doors | {(metrics.REFINEMENTS.name, reason) for reason in REASONS} <= there
+    assert {(metrics.LOST_REPLICAS.name, half) for half in ("model", "refiner")} <= there
+    for spec, tags in COUNTED:
+        metrics.begin(spec, **tags)
 
 
 def test_every_metric_of_ours_is_on_the_dashboard():
