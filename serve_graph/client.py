@@ -116,7 +116,7 @@ class SegmentClient:
         must be served, else ``UnknownModel``; None: whatever is.
 
         Raises ``kestrel.api.RequestError`` subclasses, OSError for an unreadable file, and
-        ConnectionError when the service cannot be reached.
+        ConnectionError when the service cannot be reached, or its answer is cut short.
         """
         fields = self._fields(
             object=object,

@@ -15,6 +15,11 @@ import httpx
 
 from kestrel.api import DeadlineExceeded, error_from_response
 
+LAST = ("final", "error")
+"""Types of the event that ends a stream."""
+# A body without a length ends where its connection does, whole or not.
+CUT = "the stream ended without its last event"
+
 
 class HttpDoor:
     """POST /v1/segment, plain and SSE. Calls are the contract's fields."""
@@ -38,15 +43,13 @@ class HttpDoor:
         with _plain_errors():
             response = self._client.post("/v1/segment", json=_body(fields, stream=False))
             _check(response)
-            answer: dict[str, Any] = response.json()
-            return answer
+            return _answer(response)
 
     async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with _plain_errors():
             response = await self._aclient().post("/v1/segment", json=_body(fields, stream=False))
             _check(response)
-            answer: dict[str, Any] = response.json()
-            return answer
+            return _answer(response)
 
     def events(self, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with (
@@ -56,9 +59,14 @@ class HttpDoor:
             if response.is_error:
                 response.read()
             _check(response)
+            ended = False
             for line in response.iter_lines():
                 if line.startswith("data:"):
-                    yield json.loads(line[5:])
+                    event = _event(line)
+                    ended = event.get("type") in LAST
+                    yield event
+            if not ended:
+                raise ConnectionError(CUT)
 
     async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         with _plain_errors():
@@ -68,9 +76,14 @@ class HttpDoor:
                 if response.is_error:
                     await response.aread()
                 _check(response)
+                ended = False
                 async for line in response.aiter_lines():
                     if line.startswith("data:"):
-                        yield json.loads(line[5:])
+                        event = _event(line)
+                        ended = event.get("type") in LAST
+                        yield event
+                if not ended:
+                    raise ConnectionError(CUT)
 
     def _aclient(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
@@ -102,6 +115,28 @@ def _plain_errors() -> Iterator[None]:
         raise DeadlineExceeded() from error
     except httpx.TransportError as error:
         raise ConnectionError(str(error)) from error
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a plain answer; ConnectionError where it was cut."""
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise ConnectionError("the answer is no JSON object") from error
+    if not isinstance(answer, dict):
+        raise ConnectionError("the answer is no JSON object")
+    return answer
+
+
+def _event(line: str) -> dict[str, Any]:
+    """The event of a ``data:`` line; ConnectionError where it was cut."""
+    try:
+        event = json.loads(line.removeprefix("data:"))
+    except ValueError as error:
+        raise ConnectionError(CUT) from error
+    if not isinstance(event, dict):
+        raise ConnectionError(CUT)
+    return event
 
 
 def _body(fields: dict[str, Any], *, stream: bool) -> dict[str, Any]:

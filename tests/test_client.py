@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socketserver
 import threading
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -63,6 +65,29 @@ def everyhow(address: str, **options: Any) -> list[Any]:
     ]
 
 
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that gives each request these bytes and closes its connection."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline()).strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            self.rfile.read(length)
+            self.wfile.write(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 # Over HTTP
 
 
@@ -119,6 +144,40 @@ def test_a_refusal_is_raised_as_what_it_is_in_every_way(address, backend, error,
             assert caught.value.retry_after_s == 3
         if kind is ServiceFault:
             assert "internal error (request " in caught.value.message
+
+
+EVENT = b'data: {"type":"bbox","bbox":null}\n\n'
+
+
+@pytest.mark.parametrize("cut", [b"", EVENT, EVENT + b'data: {"type":"fi'])
+def test_a_stream_that_is_cut_is_a_lost_connection(cut):
+    """A body that ends with its connection, as behind a proxy of HTTP/1.0, may end anywhere."""
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    with answering(head + cut) as address:
+        _, streamed, _, astreamed = everyhow(address)
+        for call in (streamed, astreamed):
+            with pytest.raises(ConnectionError, match="without its last event"):
+                call(object="disc")
+
+
+@pytest.mark.parametrize("kind", ["final", "error"])
+def test_a_stream_is_whole_with_its_last_event(kind):
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    last = b'data: {"type":"%s","completed":true}\n\n' % kind.encode()
+    with answering(head + EVENT + last) as address:
+        _, streamed, _, astreamed = everyhow(address)
+        for call in (streamed, astreamed):
+            assert call(object="disc") == {"type": kind, "completed": True}
+
+
+def test_a_plain_answer_that_is_no_json_is_a_lost_connection():
+    with answering(
+        b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{"request_id":'
+    ) as address:
+        plain, _, aplain, _ = everyhow(address)
+        for call in (plain, aplain):
+            with pytest.raises(ConnectionError, match="no JSON object"):
+                call(object="disc")
 
 
 def test_another_model_is_refused_in_every_way(address, backend):
