@@ -111,6 +111,9 @@ class HttpDoor:
 def _plain_errors() -> Iterator[None]:
     try:
         yield
+    except httpx.ConnectTimeout as error:
+        # No service has the request yet, whose deadline it could be.
+        raise ConnectionError(f"no connection in time: {error}") from error
     except httpx.TimeoutException as error:
         raise DeadlineExceeded() from error
     except httpx.TransportError as error:

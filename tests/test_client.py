@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import socketserver
 import threading
 from collections.abc import Generator, Iterator
@@ -63,6 +64,20 @@ def everyhow(address: str, **options: Any) -> list[Any]:
         lambda **fields: asyncio.run(aplain(**fields)),
         lambda **fields: asyncio.run(astreamed(**fields)),
     ]
+
+
+@contextlib.contextmanager
+def swallowing() -> Iterator[str]:
+    """An address whose connections are not made and not refused: its queue of them is full."""
+    with contextlib.ExitStack() as opened:
+        listening = opened.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(3):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @contextlib.contextmanager
@@ -144,6 +159,13 @@ def test_a_refusal_is_raised_as_what_it_is_in_every_way(address, backend, error,
             assert caught.value.retry_after_s == 3
         if kind is ServiceFault:
             assert "internal error (request " in caught.value.message
+
+
+def test_a_host_that_swallows_packets_cannot_be_reached_in_every_way():
+    with swallowing() as address:
+        for call in everyhow(address, timeout_s=0.3):
+            with pytest.raises(ConnectionError):
+                call(object="disc")
 
 
 EVENT = b'data: {"type":"bbox","bbox":null}\n\n'
