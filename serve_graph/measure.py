@@ -1,9 +1,9 @@
 """Measure a running graph from outside: the profile that the planner counts with.
 
-The graph must have one model replica and one refiner replica and serve nobody else. Closed loops of
-1, 2, 4, ... clients give the time of a request by how many the replica holds; ``Server-Timing`` of
-the answers says which stage took what. Where everything shares one machine's cores, the CPU time
-of the processes says it.
+The graph must have one model replica, a known number of refiners and nobody else to serve. Closed
+loops of 1, 2, 4, ... clients give the time of a request by how many the replica holds;
+``Server-Timing`` of the answers says which stage took what. Where everything shares one machine's
+cores, the CPU time of the processes says it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ import numpy as np
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph.cpu_time import CpuTime
-from serve_graph.profile import PlanError, Profile, quantiles
+from serve_graph.profile import PlanError, Profile, at_full_speed, quantiles
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 WARMUP = 0.2
 """Part of a level's time that comes before it and is not counted."""
 CALM = 0.5
-"""Levels that keep the refiner busier than this have requests queue for it, which is not part of
+"""Levels that keep the refiners busier than this have requests queue for them, which is not part of
 what a refinement takes."""
+FULL = 0.95
+"""Levels that keep the refiners busier than this wait for them, and say nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,34 @@ class Level:
         return float(np.mean([answer.refine or 0.0 for answer in self.answers]))
 
     @property
-    def refiner_busy(self) -> float:
+    def refining(self) -> float:
+        """Refinements under way on average, by Little's law."""
         return self.per_s * self.refine_s
+
+
+@dataclass(frozen=True)
+class Refiners:
+    """The refiner pool that serves while a graph is measured."""
+
+    replicas: int = 1
+    cpus: float = 1.0
+    """``refiner_pool.num_cpus``."""
+    threads: int = 2
+    """``refiner_pool.threads``."""
+
+    def busy(self, level: Level) -> float:
+        """Part of the pool's full speed that a level took."""
+        return level.refining / (self.replicas * at_full_speed(self.cpus, self.threads))
+
+    def check(self, level: Level) -> None:
+        """PlanError where a level had more refinements under way than this pool can have."""
+        most = self.replicas * self.threads
+        if level.refining > 1.05 * most:
+            raise PlanError(
+                f"{level.refining:.1f} refinements were under way at once, more than the {most} of "
+                f"{self.replicas} refiners with {self.threads} threads: say with --refiners how "
+                "many serve, with --refiner-threads what refiner_pool.threads is"
+            )
 
 
 def read_timing(header: str) -> dict[str, float]:
@@ -147,9 +175,11 @@ async def measure(
     seconds: float,
     api_key: str | None = None,
     cpu_time: Callable[[], CpuTime] | None = None,
+    refiners: Refiners = Refiners(),
 ) -> list[Level]:
     """Closed loops of 1, 2, 4, ... clients up to twice the slots. ``requests``: bodies, enough of
-    them. ``cpu_time``: what the graph and its client have had so far, for graphs on one machine."""
+    them. ``cpu_time``: what the graph and its client have had so far, for graphs on one machine.
+    PlanError where the graph does not answer well."""
     levels: list[Level] = []
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None)
@@ -162,7 +192,7 @@ async def measure(
             last = levels[-1]
             print(
                 f"{clients:4} clients  {last.per_s:8.2f} requests/s  model {last.slot_s:.3f} s, "
-                f"{last.held:.1f} of {slots} slots held  refiner busy {last.refiner_busy:.0%}",
+                f"{last.held:.1f} of {slots} slots held  refiners busy {refiners.busy(last):.0%}",
                 flush=True,
             )
             clients *= 2
@@ -170,19 +200,25 @@ async def measure(
 
 
 def profile_of(
-    name: str, levels: list[Level], slots: int, refiner_cpus: float, measured: dict[str, Any]
+    name: str, levels: list[Level], slots: int, refiners: Refiners, measured: dict[str, Any]
 ) -> Profile:
-    """What the planner keeps of a measurement; PlanError when it is not enough."""
-    calm = [level for level in levels if level.refiner_busy < CALM and level.clients <= slots]
+    """What the planner keeps of a measurement, of one model replica and of one of ``refiners``;
+    PlanError when it is not enough, or ``refiners`` cannot be what served."""
+    for level in levels:
+        refiners.check(level)
+    calm = [level for level in levels if refiners.busy(level) < CALM and level.clients <= slots]
     if not calm:
-        raise PlanError("the refiner is the bottleneck of one client: measure with more refiners")
+        raise PlanError(
+            f"one client keeps {refiners.replicas} refiners busy: measure with more of them, and "
+            "say with --refiners how many"
+        )
     refines = [a.refine for level in calm for a in level.answers if a.refine is not None]
     if not refines:
         raise PlanError("no answer was refined: choose an --image that shows the --object")
     rising: list[Level] = []
     for level in levels:
         # Held by Little's law, so that it may stay where it is once the slots are full.
-        if level.refiner_busy < 0.95 and (not rising or level.held > 1.05 * rising[-1].held):
+        if refiners.busy(level) < FULL and (not rising or level.held > 1.05 * rising[-1].held):
             rising.append(level)
     return Profile(
         name=name,
@@ -192,7 +228,7 @@ def profile_of(
         slot_s=tuple(round(level.slot_s, 5) for level in rising),
         work=quantiles([a.slot / level.slot_s for level in rising for a in level.answers]),
         refine_s=quantiles(refines),
-        refiner_cpus=refiner_cpus,
+        refiner_cpus=refiners.cpus,
         overhead_s=quantiles(
             [
                 max(0.0, a.total - a.slot - (a.refine or 0.0))
@@ -267,6 +303,7 @@ def measure_to_file(options: argparse.Namespace) -> None:
         content = image.read_bytes()
     except OSError as error:
         raise PlanError(f"--image cannot be read: {error}") from error
+    refiners = Refiners(options.refiners, options.refiner_cpus, options.refiner_threads)
     try:
         levels = asyncio.run(
             measure(
@@ -275,6 +312,7 @@ def measure_to_file(options: argparse.Namespace) -> None:
                 slots=options.slots,
                 seconds=options.level_seconds,
                 api_key=options.api_key,
+                refiners=refiners,
             )
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -286,9 +324,10 @@ def measure_to_file(options: argparse.Namespace) -> None:
         "machine": options.machine or platform.processor() or platform.machine(),
         "image": f"{image.name}, {len(content)} bytes",
         "masks": options.masks,
+        "refiners": options.refiners,
         "seconds per level": options.level_seconds,
     }
-    profile = profile_of(options.gpu, levels, options.slots, options.refiner_cpus, measured)
+    profile = profile_of(options.gpu, levels, options.slots, refiners, measured)
     path = options.profiles / f"{options.gpu}.json"
     profile.save(path)
     print(f"wrote {path}")

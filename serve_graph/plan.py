@@ -268,6 +268,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--object", help="noun for --measure")
     add("--masks", action="store_true", help="ask for masks in --measure")
     add("--slots", type=int, help="for --measure: runtime.max_batch_size of the graph")
+    add("--refiners", type=int, default=1, help="for --measure: refiner replicas that serve")
     add("--refiner-cpus", type=float, default=1.0, help="for --measure: refiner_pool.num_cpus")
     add("--level-seconds", type=float, default=10, help="for --measure: time of each level")
     add("--machine", help="for --measure: what is written down as the machine")
@@ -276,7 +277,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 OVER_0 = ("rps", "p99", "seconds", "model_start", "refiner_start", "refiner_cpus", "level_seconds")
 AT_LEAST_0 = ("node_start", "rise", "lose_models", "lose_refiners", "gpu_price", "cpu_price")
-AT_LEAST_1 = ("refiner_threads", "gpus_per_node", "cpus_per_node", "slots")
+AT_LEAST_1 = ("refiner_threads", "gpus_per_node", "cpus_per_node", "slots", "refiners")
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -104,9 +104,15 @@ def find(name: str, folders: Sequence[Path]) -> Profile:
         known += sorted(file.stem for file in folder.glob("*.json"))
     raise PlanError(
         f"nothing was measured for {name!r} (known: {', '.join(known) or 'none'}). Deploy the "
-        "graph with one model replica and one refiner replica on that machine, then run: "
-        f"python -m serve_graph plan --measure http://127.0.0.1:8000 --gpu {name}"
+        "graph with one model replica and one or more refiners on that machine, then run: "
+        f"python -m serve_graph plan --measure http://127.0.0.1:8000 --refiners N --gpu {name}"
     )
+
+
+def at_full_speed(cpus: float, threads: int) -> float:
+    """Refinements that one refiner runs at once without slowing each other down: each keeps a CPU
+    busy, of which there is one at least, and a thread."""
+    return min(float(threads), max(1.0, cpus))
 
 
 def quantiles(values: Sequence[float] | np.ndarray, points: int = 101) -> tuple[float, ...]:

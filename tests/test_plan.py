@@ -20,6 +20,7 @@ from serve_graph.cpu_time import CpuTime
 from serve_graph.measure import (
     Answer,
     Level,
+    Refiners,
     ask,
     closed_loop,
     profile_in_cpu_time,
@@ -133,14 +134,35 @@ def level(clients: int, per_s: float, slot: float, refine: float | None = 0.02) 
 
 def test_measurement_becomes_a_profile_without_what_queued() -> None:
     levels = [level(1, 5, 0.1), level(2, 8, 0.2), level(4, 9, 0.5, refine=0.09), level(8, 9, 0.5)]
-    profile = profile_of("x", levels, 4, 1.0, {})
+    profile = profile_of("x", levels, 4, Refiners(), {})
     # The third level filled the refiner, the fourth holds no more than it.
     assert profile.held == pytest.approx((0.55, 1.76, 4.95))
     assert max(profile.refine_s) == pytest.approx(0.02)
     assert max(profile.overhead_s) == pytest.approx(0.03)
     assert quantiles([1.0, 2.0, 3.0], 3) == (1.0, 2.0, 3.0)
     with pytest.raises(PlanError, match="refined"):
-        profile_of("x", [level(1, 5, 0.1, refine=None)], 4, 1.0, {})
+        profile_of("x", [level(1, 5, 0.1, refine=None)], 4, Refiners(), {})
+
+
+def test_loads_that_several_refiners_carry_stay_in_the_profile() -> None:
+    levels = [level(n, 5 * n, 0.1, refine=0.1) for n in (1, 2, 4, 8, 16)]
+    profile = profile_of("x", levels, 16, Refiners(20), {})
+    assert profile.held == pytest.approx([level.held for level in levels], abs=1e-3)
+    # Two CPUs are worth two refiners of one, where there are threads for them.
+    assert profile_of("x", levels, 16, Refiners(10, cpus=2.0, threads=2), {}).held == profile.held
+    few = profile_of("x", levels, 16, Refiners(5, threads=8), {})
+    assert few.held == profile.held[:4]
+    # A thread does not use more than one CPU.
+    lone = profile_of("x", levels, 16, Refiners(8, cpus=4.0, threads=1), {})
+    assert lone.held == few.held
+
+
+def test_more_refinements_at_once_than_the_refiners_can_run_are_refused() -> None:
+    # Eight under way, and one refiner runs two: it is not one that serves.
+    with pytest.raises(PlanError, match=r"8\.0 refinements .* --refiners"):
+        profile_of("x", [level(1, 5, 0.1), level(16, 80, 0.1, refine=0.1)], 16, Refiners(), {})
+    with pytest.raises(PlanError, match="one client keeps 1 refiners busy"):
+        profile_of("x", [level(1, 5, 0.1, refine=0.1)], 4, Refiners(), {})
 
 
 def test_cpu_times_of_processes_become_a_profile_that_tells_the_measured_times_again() -> None:
@@ -203,7 +225,7 @@ async def test_rate_of_a_closed_loop_is_right_however_few_requests_it_had() -> N
     # Three clients, each an answer every 0.2 s: 15 a second, each 0.1 s in a slot.
     assert level.per_s == pytest.approx(15, rel=0.3)
     assert level.held == pytest.approx(1.5, rel=0.3)
-    assert level.refiner_busy == pytest.approx(0.15, rel=0.3)
+    assert level.refining == pytest.approx(0.15, rel=0.3)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -254,6 +276,7 @@ AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
         ((*AIMED, "--p99", "inf"), "--p99 must be over 0, not inf"),
         ((*AIMED, "--refiner-threads", "0"), "--refiner-threads must be at least 1"),
         ((*AIMED, "--gpus-per-node", "0"), "--gpus-per-node must be at least 1"),
+        ((*NOBODY, "--slots", "4", "--refiners", "0"), "--refiners must be at least 1"),
         ((*AIMED, "--lose-models", "-1"), "--lose-models must be at least 0"),
         (NOBODY, "--slots"),
         ((*NOBODY, "--slots", "4"), "is the graph there"),
