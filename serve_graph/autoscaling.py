@@ -13,6 +13,7 @@ the refiner's queue, which for a long decode is seconds too late.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 
 from serve_graph import metrics
 from serve_graph.args import LookAhead
-from serve_graph.lookahead import Decision, ModelLoad, RefinerLoad, decide
+from serve_graph.lookahead import Decision, ModelLoad, RefinerLoad, Starting, decide
 
 if TYPE_CHECKING:
     from ray.serve._private.common import DeploymentID, TimeSeries
@@ -39,6 +40,7 @@ class Policy:
 
     def __init__(self) -> None:
         self._busy_s: float | None = None
+        self._starting = Starting()
         self._last: tuple[int, int, str] | None = None
 
     def __call__(
@@ -70,11 +72,13 @@ class Policy:
         if measured:
             # Kept for when no refiner is left to ask.
             self._busy_s = sum(measured) / len(measured)
+        replicas, target = context.current_num_replicas, context.target_num_replicas
         load = RefinerLoad(
             requests=context.total_num_requests,
-            replicas=context.current_num_replicas,
-            target=context.target_num_replicas,
+            replicas=replicas,
+            target=target,
             busy_s=self._busy_s or options.busy_s,
+            starting=self._starting(replicas, target, time.monotonic(), options.start_s),
         )
         decision = decide(models, load, options)
         self._tell(decision)

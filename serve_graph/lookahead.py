@@ -7,6 +7,7 @@ The autoscaler of a running graph (``serve_graph.autoscaling``) and the capacity
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -48,6 +49,39 @@ class RefinerLoad:
     busy_s: float
     """Seconds of a replica's full attention that one refinement takes: at full speed a replica
     finishes one every ``busy_s``."""
+    starting: float = 0.0
+    """What the replicas that are still starting will do within ``start_s`` from now, in replicas
+    that serve all that time (``Starting``)."""
+
+
+class Starting:
+    """When the replicas that do not serve yet were asked for.
+
+    One asked for a seconds ago serves in start_s - a, so for a of the next ``start_s`` seconds: it
+    is worth a / ``start_s`` of a replica that serves already, and a whole one if it is overdue.
+    Without it the queue that those replicas will take away would be seen anew with every decision
+    until they serve, and replicas be asked for each time. Keep one for each pool.
+    """
+
+    def __init__(self) -> None:
+        self._asked: deque[float] = deque()
+        self._replicas = 0
+        self._looked: float | None = None
+
+    def __call__(self, replicas: int, target: int, now: float, start_s: float) -> float:
+        """``RefinerLoad.starting`` of a pool in which ``replicas`` serve and ``target`` were asked
+        for. ``now``: seconds of a clock that only goes forward."""
+        # Asked for at the last look, seen at this one.
+        since, self._looked = now if self._looked is None else self._looked, now
+        # Those asked for first start first, those asked for last are called off first.
+        for _ in range(min(len(self._asked), replicas - self._replicas)):
+            self._asked.popleft()
+        self._replicas = replicas
+        while len(self._asked) > max(0, target - replicas):
+            self._asked.pop()
+        while len(self._asked) < target - replicas:
+            self._asked.append(since)
+        return sum(min(1.0, (now - asked) / start_s) for asked in self._asked)
 
 
 @dataclass(frozen=True)
@@ -67,6 +101,7 @@ class Decision:
     requests: float
     replicas: int
     target: int
+    starting: float
     busy_s: float
 
     def __str__(self) -> str:
@@ -99,15 +134,18 @@ def decide(models: Sequence[ModelLoad], refiner: RefinerLoad, options: LookAhead
 
     It is what keeps replicas busy ``busy_target`` of their time at the rate at which the model pool
     hands over, and what takes the queue that will be there after ``start_s`` away in ``drain_s``.
+    Replicas that are starting shorten that queue by what they will have taken of it by then.
     """
     rate = sum(due_per_s(model, options.start_s) for model in models)
     queue = max(0.0, refiner.requests - refiner.replicas)
-    speed = refiner.replicas / refiner.busy_s
-    ahead = max(0.0, queue + (rate - speed) * options.start_s)
+    left = queue + (rate - refiner.replicas / refiner.busy_s) * options.start_s
+    ahead = max(0.0, left - refiner.starting / refiner.busy_s * options.start_s)
     drain = ahead * refiner.busy_s / options.drain_s
     busy = rate * refiner.busy_s
     grown = _ceil(busy / options.busy_target + drain)
-    shrunk = _ceil(busy / (options.busy_target * SLACK) + drain)
+    # Not less what those that are starting will take away: that would call them off.
+    undrained = max(0.0, left) * refiner.busy_s / options.drain_s
+    shrunk = _ceil(busy / (options.busy_target * SLACK) + undrained)
     if grown > refiner.target:
         wanted, reason = grown, "grow: a queue ahead" if drain else "grow: more is handed over"
     elif shrunk < refiner.target:
@@ -125,6 +163,7 @@ def decide(models: Sequence[ModelLoad], refiner: RefinerLoad, options: LookAhead
         requests=refiner.requests,
         replicas=refiner.replicas,
         target=refiner.target,
+        starting=refiner.starting,
         busy_s=refiner.busy_s,
     )
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from serve_graph.arrivals import Arrivals, ClosedLoop
-from serve_graph.lookahead import ModelLoad, RefinerLoad, decide
+from serve_graph.lookahead import ModelLoad, RefinerLoad, Starting, decide
 from serve_graph.profile import Profile, draw
 from serve_graph.simulated_pool import TICK_S, Cores, PoolPlan, Replica, SimulatedPool
 
@@ -133,6 +133,7 @@ class Simulation:
             range(threads + 1),
         )
         self.refiner_s = mean_refine_s / min(threads, cpus)
+        self.starting = Starting()
         self.door: SimulatedPool | None = None
         if shared and profile.door_s:
             # Half of its work on the way in, half on the way out.
@@ -294,9 +295,11 @@ class Simulation:
             if not pool.replicas:
                 return max(1, pool.target) if seen else pool.target
             return seen / pool.plan.target_ongoing
-        load = RefinerLoad(seen, len(pool.replicas), pool.target, self.refiner_s)
+        replicas, aims = len(pool.replicas), pool.plan.lookahead
+        starting = self.starting(replicas, pool.target, now, aims.start_s)
+        load = RefinerLoad(seen, replicas, pool.target, self.refiner_s, starting)
         models = [self.model_load(replica) for replica in self.model.replicas]
-        return decide(models, load, pool.plan.lookahead).wanted
+        return decide(models, load, aims).wanted
 
     def model_load(self, replica: Replica) -> ModelLoad:
         held = len(replica.held)

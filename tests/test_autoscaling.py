@@ -15,6 +15,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
+from serve_graph import autoscaling
 from serve_graph.args import Pool, RefinerPool
 from serve_graph.autoscaling import latest
 
@@ -82,6 +83,23 @@ def test_refiners_grow_with_what_the_model_pool_holds(policy: Any) -> None:
     )
     # 8 a second of half a second each: more than 4 replicas, without one request at a refiner.
     assert decisions[REFINER] > 4
+
+
+def test_refiners_that_are_starting_are_not_asked_for_again(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = context(MODEL, Pool(), reports=BUSY, requests=28)
+    wanted, queue = [1], 0.0
+    for second in range(8):
+        monkeypatch.setattr(autoscaling.time, "monotonic", lambda at=float(second): at)
+        pool = context(
+            REFINER, ONE_TO_MANY, target=wanted[-1], requests=queue, reports={"busy_s": 0.5}
+        )
+        decisions, _ = policy({MODEL: model, REFINER: pool})
+        wanted.append(decisions[REFINER])
+        # 8 a second come and one refiner takes 2.
+        queue += 8 - 2
+    assert wanted[1] > 4 and set(wanted[1:]) == {wanted[1]}
 
 
 def test_other_pools_follow_serves_default(policy: Any) -> None:

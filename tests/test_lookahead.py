@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve_graph.args import LookAhead
-from serve_graph.lookahead import ModelLoad, RefinerLoad, decide, due_per_s
+from serve_graph.lookahead import ModelLoad, RefinerLoad, Starting, decide, due_per_s
 
 AIMS = LookAhead(start_s=10, drain_s=5, busy_target=0.7, busy_s=0.2)
 IDLE = ModelLoad(waiting=0, running=0, slots=16, seconds=2.0, left_s=2.0)
@@ -91,9 +91,40 @@ def test_replicas_that_are_starting_are_not_asked_for_again() -> None:
     assert again.wanted == first and again.reason == "keep"
 
 
+def test_a_replica_that_starts_is_worth_the_time_that_it_will_have_served() -> None:
+    starting = Starting()
+    assert starting(2, 2, now=1.0, start_s=10) == 0
+    # Four were asked for at that look, two more at the next.
+    assert starting(2, 6, now=5.0, start_s=10) == pytest.approx(4 * 0.4)
+    assert starting(2, 8, now=6.0, start_s=10) == pytest.approx(4 * 0.5 + 2 * 0.1)
+    # Three of the first serve, one of the last is called off.
+    assert starting(5, 7, now=9.0, start_s=10) == pytest.approx(0.8 + 0.4)
+    # Overdue, a replica counts in full and not more.
+    assert starting(5, 7, now=99.0, start_s=10) == pytest.approx(2.0)
+    assert starting(7, 7, now=99.0, start_s=10) == starting(7, 5, now=99.0, start_s=10) == 0
+    # One that died was asked for after the last look.
+    assert starting(4, 5, now=100.0, start_s=10) == pytest.approx(0.1)
+
+
+def test_a_step_of_load_is_asked_for_once_while_replicas_start() -> None:
+    load = [replace(STEADY, running=16)] * 6
+    wanted, start, queue = [], Starting(), 0.0
+    target = 2
+    for second in range(10):
+        starting = start(2, target, float(second), AIMS.start_s)
+        pool = RefinerLoad(queue + 2, 2, target, 0.2, starting)
+        target = decide(load, pool, AIMS).wanted
+        wanted.append(target)
+        # What two replicas leave of 48 a second.
+        queue += 48 - 2 / 0.2
+    # The first decision foresaw the queue that is there in the end; nobody is called off meanwhile.
+    assert wanted == [wanted[0]] * 10
+
+
 def test_decision_tells_everything_it_came_from() -> None:
     text = str(decide([STEADY], refiners(1, requests=3), AIMS))
-    for part in ("wanted=", "due_per_s=4", "queue=2", "model_running=8", "target=1", "busy_s=0.2"):
+    inputs = ("due_per_s=4", "queue=2", "model_running=8", "target=1", "starting=0", "busy_s=0.2")
+    for part in ("wanted=", *inputs):
         assert part in text
 
 

@@ -123,6 +123,18 @@ def test_looking_ahead_is_ready_sooner_than_looking_at_the_queue() -> None:
     assert max(look.refiners for look in ahead.trace) <= 40
 
 
+def test_a_long_start_does_not_end_in_more_refiners_than_the_queue_needs() -> None:
+    aims = LookAhead(start_s=20, busy_s=0.5)
+    scenario = rising(aims, start_s=20, max_replicas=500, replicas=4, min_replicas=4)
+    brief = replace(scenario.profile, slot_s=(2.0,))
+    step = Paced(lambda at: 20.0 if at > 60 else 3.0)
+    outcome = Simulation(replace(scenario, profile=brief, arrivals=step)).run()
+    # Half a second of each of 20 a second, 70 % busy; and what four refiners have left of 20 s of
+    # it, gone in 5 s.
+    needed = 20 * 0.5 / 0.7 + (20 - 4 / 0.5) * 20 * 0.5 / 5
+    assert max(look.refiners for look in outcome.trace) <= math.ceil(needed)
+
+
 def test_nodes_that_must_start_first_are_waited_for() -> None:
     aims = LookAhead(start_s=10, busy_s=0.5)
     there = Simulation(rising(aims, per_node=4, nodes=10)).run()
