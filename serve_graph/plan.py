@@ -107,7 +107,7 @@ def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
 
     floor = math.ceil(aim.rps / profile.model_per_s)
     refiner_rate = aim.rps * aim.refined_share
-    few = max(1, math.ceil(refiner_rate / profile.refiner_per_s))
+    few = max(1, math.ceil(refiner_rate / profile.refiner_per_s(threads)))
     ample = min(MOST_REFINERS, 2 * few + 8)
     if floor > MOST_MODELS or few > MOST_REFINERS:
         raise PlanError(
@@ -188,6 +188,7 @@ def scaled(
 ) -> Outcome:
     """The load rises from a tenth to all of it within ``rise_s`` while both pools autoscale."""
     base = scenario(plan.profile, aim, starts, plan.models, plan.refiners, threads)
+    busy_s = 1 / plan.profile.refiner_per_s(threads)
     begins = aim.warmup_s
 
     def rate(at: float) -> float:
@@ -207,9 +208,7 @@ def scaled(
                 max_replicas=min(MOST_REFINERS, room * plan.refiners),
                 nodes=math.ceil(room * plan.refiners / starts.cpus_per_node),
                 target_ongoing=0.75 * threads,
-                lookahead=LookAhead(start_s=starts.refiner_s, busy_s=1 / plan.profile.refiner_per_s)
-                if lookahead
-                else None,
+                lookahead=LookAhead(start_s=starts.refiner_s, busy_s=busy_s) if lookahead else None,
             ),
         )
     ).run()

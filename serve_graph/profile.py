@@ -69,10 +69,9 @@ class Profile:
         """Requests per second of one model replica, at its best level."""
         return max(held / seconds for held, seconds in zip(self.held, self.slot_s, strict=True))
 
-    @property
-    def refiner_per_s(self) -> float:
-        """Refinements per second of one refiner replica."""
-        return max(1.0, self.refiner_cpus) / float(np.mean(self.refine_s))
+    def refiner_per_s(self, threads: int) -> float:
+        """Refinements per second of one refiner replica with so many threads."""
+        return at_full_speed(self.refiner_cpus, threads) / float(np.mean(self.refine_s))
 
     def save(self, path: Path) -> None:
         """Write the JSON file."""

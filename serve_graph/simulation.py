@@ -18,7 +18,7 @@ import numpy as np
 
 from serve_graph.arrivals import Arrivals, ClosedLoop
 from serve_graph.lookahead import ModelLoad, RefinerLoad, Starting, decide
-from serve_graph.profile import Profile, draw
+from serve_graph.profile import Profile, at_full_speed, draw
 from serve_graph.simulated_pool import TICK_S, Cores, PoolPlan, Replica, SimulatedPool
 
 DRAWN = 10_000
@@ -115,7 +115,8 @@ class Simulation:
         shared = math.isfinite(scenario.cores)
         # On a shared machine each of a refiner's threads takes what it gets of all cores; by
         # itself it has those that its replica was measured with.
-        cpus = math.inf if shared else max(1.0, profile.refiner_cpus)
+        cpus = math.inf if shared else profile.refiner_cpus
+        at_once = at_full_speed(cpus, threads)
         held = np.arange(profile.slots + 1)
         model_cores = profile.model_cores if shared else 1.0
         self.model = SimulatedPool(
@@ -127,12 +128,12 @@ class Simulation:
         )
         self.refiner = SimulatedPool(
             scenario.refiner,
-            [mean_refine_s * max(1.0, k / cpus) for k in range(threads + 1)],
+            [mean_refine_s * max(1.0, k / at_once) for k in range(threads + 1)],
             (refine_s / mean_refine_s).tolist(),
             self.cores,
             range(threads + 1),
         )
-        self.refiner_s = mean_refine_s / min(threads, cpus)
+        self.refiner_s = mean_refine_s / at_once
         self.starting = Starting()
         self.door: SimulatedPool | None = None
         if shared and profile.door_s:

@@ -85,6 +85,18 @@ def test_deadline_that_no_pool_can_hold_is_refused() -> None:
         search(MADE_UP, replace(AIM, rps=1e6), STARTS, threads=2)
 
 
+@pytest.mark.parametrize(("threads", "of_eight_cpus"), [(1, 1), (2, 2), (8, 8), (16, 8)])
+def test_a_refiner_is_counted_with_the_cpus_that_its_threads_use(
+    threads: int, of_eight_cpus: int
+) -> None:
+    large = replace(MADE_UP, refiner_cpus=8.0)
+    assert large.refiner_per_s(threads) == pytest.approx(10 * of_eight_cpus)
+    plan = search(large, AIM, STARTS, threads)
+    assert plan.refiners >= AIM.rps / (10 * of_eight_cpus)
+    simulated = Simulation(scenario(large, AIM, STARTS, plan.models, plan.refiners, threads))
+    assert simulated.refiner_s == pytest.approx(1 / large.refiner_per_s(threads))
+
+
 def test_queue_bounds_leave_room() -> None:
     assert queue_bound(0) == 16
     assert queue_bound(100) == 256
@@ -104,7 +116,7 @@ def test_profile_survives_its_file_and_a_broken_one_is_named(tmp_path: Path) -> 
 def test_times_beyond_what_was_measured_keep_the_throughput() -> None:
     assert MADE_UP.seconds(4.5) == pytest.approx(0.3)
     assert MADE_UP.seconds(16) == pytest.approx(0.8)
-    assert MADE_UP.model_per_s == 20 and MADE_UP.refiner_per_s == pytest.approx(10)
+    assert MADE_UP.model_per_s == 20 and MADE_UP.refiner_per_s(2) == pytest.approx(10)
 
 
 def test_answers_say_where_their_time_went() -> None:
