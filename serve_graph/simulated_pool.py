@@ -127,7 +127,8 @@ class SimulatedPool:
         self.replicas: list[Replica] = []
         self.roomy: list[Replica] = []
         self.queue: deque[int] = deque()
-        self.starting = 0
+        self.starting: list[object] = []
+        """A token of each replica that does not serve yet, in the order of asking."""
         self.target = plan.replicas
         nodes = plan.nodes if plan.nodes is not None else math.ceil(plan.replicas / plan.per_node)
         self.node_ready = [0.0] * nodes
@@ -145,7 +146,7 @@ class SimulatedPool:
 
     def started_at(self, now: float) -> float:
         """When one more replica serves, on a node that is there or on a new one."""
-        node = (len(self.replicas) + self.starting) // self.plan.per_node
+        node = (len(self.replicas) + len(self.starting)) // self.plan.per_node
         if node == len(self.node_ready):
             self.node_ready.append(now + self.plan.node_start_s)
         return max(now, self.node_ready[node]) + self.plan.start_s
@@ -153,7 +154,7 @@ class SimulatedPool:
     def count(self, now: float) -> None:
         """Bring the running sums up to ``now``; before every change of what they count."""
         passed = now - self._counted
-        self.paid_s += (len(self.replicas) + self.starting) * passed
+        self.paid_s += (len(self.replicas) + len(self.starting)) * passed
         self.held_s += self._in_slots * passed
         self._counted = now
 

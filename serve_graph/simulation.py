@@ -189,7 +189,7 @@ class Simulation:
                 self.push(self.arrivals[what + 1], ARRIVE, what + 1)
             self.enter(now, self.door or self.model, what)
         elif kind == STARTED:
-            self.started(now, what)
+            self.started(now, *what)
         elif kind == LOSE:
             self.lose(now, self.model, self.scenario.lost_models)
             self.lose(now, self.refiner, self.scenario.lost_refiners)
@@ -244,10 +244,10 @@ class Simulation:
             self.arrivals.append(end)
             self.push(end, ARRIVE, len(self.arrivals) - 1)
 
-    def started(self, now: float, pool: SimulatedPool) -> None:
-        pool.count(now)
-        pool.starting -= 1
-        if len(pool.replicas) < pool.target:
+    def started(self, now: float, pool: SimulatedPool, start: object) -> None:
+        if start in pool.starting:  # else it was called off
+            pool.count(now)
+            pool.starting.remove(start)
             pool.add(now)
             self.serve_queue(now, pool)
 
@@ -258,17 +258,19 @@ class Simulation:
         self.resize(now, pool, pool.target)
 
     def resize(self, now: float, pool: SimulatedPool, target: int) -> None:
-        """Start or stop replicas until ``target`` of them run or start."""
+        """Start or stop replicas until ``target`` of them run or start. Like Serve, stop those that
+        do not serve yet before those that do."""
         pool.target = target
-        needed = target - len(pool.replicas) - pool.starting
         pool.count(now)
-        for _ in range(needed):
+        for _ in range(target - len(pool.replicas) - len(pool.starting)):
             # Serve starts replicas side by side.
-            self.push(pool.started_at(now), STARTED, pool)
-            pool.starting += 1
-        if needed < 0:
+            start = object()
+            self.push(pool.started_at(now), STARTED, (pool, start))
+            pool.starting.append(start)
+        del pool.starting[max(0, target - len(pool.replicas)) :]
+        if len(pool.replicas) > target:
             idle = sorted(pool.replicas, key=lambda replica: replica.load)
-            pool.retire(now, idle[: min(-needed, len(pool.replicas) - target)])
+            pool.retire(now, idle[: len(pool.replicas) - target])
 
     def tick(self, now: float) -> None:
         """The autoscaler looks at the pools."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import replace
 
@@ -149,6 +150,30 @@ def test_pool_shrinks_when_the_load_is_gone_and_finishes_what_it_has() -> None:
     outcome = Simulation(gone).run()
     assert max(look.refiners for look in outcome.trace) > 8 and outcome.trace[-1].refiners <= 4
     assert len(outcome.latency) == sent(gone)
+
+
+def test_a_pool_that_shrinks_while_it_grows_calls_off_starts_and_keeps_who_serves() -> None:
+    simulation = Simulation(rising(None, replicas=3, start_s=30))
+    pool = simulation.refiner
+    for _ in range(3):
+        pool.add(0.0)
+    for now, target, serving, starting in (
+        (0.0, 6, 3, 3),
+        (1.0, 4, 3, 1),
+        (2.0, 5, 3, 2),
+        (3.0, 3, 3, 0),
+        (4.0, 2, 2, 0),
+        (5.0, 4, 2, 2),
+    ):
+        simulation.resize(now, pool, target)
+        assert (len(pool.replicas), len(pool.starting)) == (serving, starting), target
+    # Those that were called off do not come.
+    came = []
+    while simulation.events:
+        at, _, kind, what = heapq.heappop(simulation.events)
+        simulation.handle(at, kind, what)
+        came.append((at, len(pool.replicas)))
+    assert came[-1] == (35.0, 4) and max(size for at, size in came if at < 35) == 2
 
 
 def test_same_seed_same_outcome() -> None:
