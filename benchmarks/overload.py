@@ -26,7 +26,17 @@ from typing import Any
 import aiohttp
 
 from benchmarks.soak import FLAT, SERVING, Growth, flat
-from benchmarks.traffic import LATE, REFUSED, RIGHT, Expected, Sent, Traffic, connections, learn
+from benchmarks.traffic import (
+    BROKEN,
+    LATE,
+    REFUSED,
+    RIGHT,
+    Expected,
+    Sent,
+    Traffic,
+    connections,
+    learn,
+)
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
 from serve_graph.haproxy import SUPPORTED
@@ -88,11 +98,14 @@ def described(
     """Goodput against capacity, and how soon the others were told."""
     by = {name: [s.seconds for s in sent if s.outcome == name] for name in (RIGHT, REFUSED, LATE)}
     # The last answers come after the last request: the span is what they all took.
-    span = max(s.at + s.seconds for s in sent if s.outcome == RIGHT) - min(s.at for s in sent)
+    answered = [s for s in sent if s.outcome == RIGHT] or sent
+    span = max(s.at + s.seconds for s in answered) - min(s.at for s in sent)
     refusals = [p["seconds"] for p in probed if p["status"] == 503 and p["retry_after"]]
     # Those that the probe got through are answers of the graph as well.
     right = len(by[RIGHT]) + sum(p["status"] == 200 for p in probed)
-    lost = Counter(f"{s.kind}: {s.outcome} {s.said}".strip() for s in sent if s.lost)
+    # Too much to do is no reason to break off a stream that was let in.
+    gone = [s for s in sent if s.lost or s.outcome == BROKEN]
+    lost = Counter(f"{s.kind}: {s.outcome} {s.said}".strip() for s in gone)
     lost.update(
         f"probe: status {p['status']:.0f}, Retry-After {bool(p['retry_after'])}"
         for p in probed

@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from kestrel.api import DeadlineExceeded
 from serve_graph.demo import Sample
 
 RIGHT = "right"
@@ -25,9 +26,9 @@ UNREFINED = "unrefined"
 REFUSED = "refused"
 """503 or 429 with ``Retry-After``."""
 LATE = "late"
-"""504."""
+"""504, or a stream that was right until the event which says that its deadline passed."""
 BROKEN = "broken stream"
-"""A stream that was right until its one error event."""
+"""A stream that was right until its one error event, which said something else."""
 LEFT = "left"
 """The client went away on purpose."""
 
@@ -102,7 +103,10 @@ class Expected:
         *middle, last = events[1:] or [{"type": "nothing"}]
         chunks = [(event.get("token_index"), event.get("chunk")) for event in middle]
         if last["type"] == "error":
-            return BROKEN if chunks == self.chunks[: len(chunks)] else "wrong chunks, then an error"
+            if chunks != self.chunks[: len(chunks)]:
+                return "wrong chunks, then an error"
+            # The event has no status, only the message.
+            return LATE if last.get("error") == DeadlineExceeded().message else BROKEN
         if chunks != self.chunks:
             return "chunks repeated or missing"
         if last["type"] != "final":

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
 from serving import until
 
-from benchmarks.overload import verdicts
+from benchmarks.overload import described, verdicts
 from benchmarks.soak import FLAT, Growth, flat, name_of
+from benchmarks.traffic import BROKEN, LATE, REFUSED, RIGHT, Expected, Sent
+from serve_graph.demo import Sample
 from serve_graph.node import RayNode
 
 
@@ -76,6 +79,53 @@ def test_verdicts_are_about_goodput_deadlines_and_refusals() -> None:
     ):
         judged = list(verdicts({**good, **change}, 10.0).values())
         assert [number for number, holds in enumerate(judged) if not holds] == [failing]
+
+
+BOX = {"type": "bbox", "bbox": None}
+CHUNKS = [{"type": "path_delta", "chunk": text, "token_index": n} for n, text in enumerate("MLZ")]
+
+
+@pytest.mark.parametrize(
+    ("events", "outcome"),
+    [
+        ([BOX, *CHUNKS[:2], {"type": "error", "error": "the request's deadline passed"}], LATE),
+        ([BOX, {"type": "error", "error": "the request's deadline passed"}], LATE),
+        ([BOX, CHUNKS[0], {"type": "error", "error": "internal error"}], BROKEN),
+        (
+            [BOX, CHUNKS[1], {"type": "error", "error": "the request's deadline passed"}],
+            "wrong chunks, then an error",
+        ),
+    ],
+)
+def test_streams_that_end_at_their_deadline_are_late_and_others_broken(
+    events: list[dict[str, Any]], outcome: str
+) -> None:
+    sample = Sample("cat", b"", "cat", np.zeros((1, 1), bool))
+    known = Expected(sample, "MLZ", None, {}, BOX, list(enumerate("MLZ")))
+    assert known.judge_events(events) == outcome
+
+
+def test_overload_counts_late_and_broken_streams_among_those_let_in() -> None:
+    sent = [Sent("plain", 0.1 * n, 0.5, RIGHT, "", 0) for n in range(90)]
+    late = Sent("stream", 1.0, 10.0, LATE, "the request's deadline passed", 0)
+    broken = Sent("stream", 1.0, 2.0, BROKEN, "internal error", 0)
+    probed = [{"status": 503, "retry_after": True, "seconds": 0.005}]
+    for more, met in (([], True), ([late], False), ([broken], False)):
+        found = described([*sent, *more], probed, 9.0, 9.5)
+        assert found["let_in_and_late"] == (more == [late])
+        assert found["lost_how"] == (
+            {"stream: broken stream internal error": 1} if more == [broken] else {}
+        )
+        assert list(verdicts(found, 10.0).values()) == [True, met, True]
+
+
+@pytest.mark.parametrize("outcome", [LATE, REFUSED])
+def test_overload_in_which_nothing_is_answered_fails_and_is_told(outcome: str) -> None:
+    found = described(
+        [Sent("plain", 0.1 * n, 10.0, outcome, "", 0) for n in range(9)], [], 1.0, 6.0
+    )
+    assert (found["right"], found["goodput_of_capacity"]) == (0, 0)
+    assert not any(verdicts(found, 10.0).values())
 
 
 class Busy(BaseHTTPRequestHandler):
