@@ -198,10 +198,15 @@ async def soak(node: RayNode, url: str, options: argparse.Namespace) -> dict[str
         )
         if row["process"] in SERVING:
             print(" " * 34 + " ".join(f"{held:.0f}" for held in row["mb_by_minute"]))
+    replaced = growth.replaced()
+    for row in replaced:
+        what = " and ".join(word for word in ("came", "went") if row[word])
+        print(f"{row['process'][:32]:32} {row['pid']:7}  {what} with {row['mb_last']:.1f} MB")
     outcomes = dict(traffic.outcomes())
     print(f"{options.soak:g} minutes at {rate:.1f} requests/s: {outcomes}")
     judged = {
         f"no process grows by more than {FLAT:g} MB a minute": flat(rows),
+        "no process that serves came or went": not replaced,
         "no request is lost": not traffic.lost(),
     }
     tell(judged)
@@ -210,6 +215,7 @@ async def soak(node: RayNode, url: str, options: argparse.Namespace) -> dict[str
         "requests_per_s": round(rate, 2),
         "outcomes": outcomes,
         "processes": rows,
+        "replaced": replaced,
         "verdicts": judged,
     }
 

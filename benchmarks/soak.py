@@ -62,6 +62,27 @@ class Growth:
             self.at.append(time.monotonic())
             self.held.append(await asyncio.to_thread(resident, self.node))
 
+    def replaced(self) -> list[dict[str, Any]]:
+        """Each process of ``SERVING`` that was not there all the time after the warm-up: whether it
+        ``came`` or ``went`` in that time, and the MB that it had when it was first and last seen
+        in it. One that was killed for its memory, and the one in its place, are among them."""
+        samples = self.held[round(WARMUP * len(self.at)) :]
+        rows = []
+        for pid, process in sorted(set().union(*samples)):
+            came, went = ((pid, process) not in samples[end] for end in (0, -1))
+            if process in SERVING and (came or went):
+                seen = [held[pid, process] for held in samples if (pid, process) in held]
+                row = {
+                    "process": process,
+                    "pid": pid,
+                    "came": came,
+                    "went": went,
+                    "mb_first": round(seen[0], 1),
+                    "mb_last": round(seen[-1], 1),
+                }
+                rows.append(row)
+        return rows
+
     def rows(self) -> list[dict[str, Any]]:
         """Of each process that was there all the time after the warm-up: MB at the beginning and
         the end of that time, and MB per minute of the line through it; growing ones first."""

@@ -81,6 +81,28 @@ def test_verdicts_are_about_goodput_deadlines_and_refusals() -> None:
         assert [number for number, holds in enumerate(judged) if not holds] == [failing]
 
 
+def test_a_serving_process_that_is_replaced_is_told_and_others_may_come_and_go() -> None:
+    growth = Growth(node=None)  # type: ignore[arg-type]
+    for sample in range(144):
+        # 100 MB a minute more, until the sixth, when another takes its place.
+        leaking = (3, "Refiner") if sample < 72 else (4, "Refiner")
+        held = {(1, "Ingress"): 190.0, (2, "Model"): 500.0, leaking: 300 + 100 * (sample % 72) / 12}
+        # Gone before the warm-up is over; no part of the service.
+        held |= {(5, "Model"): 100.0} if sample < 40 else {}
+        held |= {(6, "IDLE"): 100.0} if sample % 2 else {}
+        growth.at.append(5.0 * sample)
+        growth.held.append(held)
+    assert flat(growth.rows())
+    told = [(row["pid"], row["came"], row["went"], row["mb_last"]) for row in growth.replaced()]
+    assert told == [(3, False, True, 891.7), (4, True, False, 891.7)]
+
+
+def test_a_service_whose_processes_stay_is_not_told_of_any() -> None:
+    growth = Growth(node=None)  # type: ignore[arg-type]
+    growth.at, growth.held = [0.0, 5.0], [{(1, "Model"): 1.0}] * 2
+    assert growth.replaced() == []
+
+
 BOX = {"type": "bbox", "bbox": None}
 CHUNKS = [{"type": "path_delta", "chunk": text, "token_index": n} for n, text in enumerate("MLZ")]
 
