@@ -41,13 +41,20 @@ class Aim:
 
 @dataclass(frozen=True)
 class Starts:
-    """How long replicas and nodes take to start, and how many replicas a node holds."""
+    """How long replicas and nodes take to start, seconds, and how many replicas a node holds: model
+    replicas one to a GPU, refiners as many as have their CPUs. Each pool has nodes of its own, at
+    first those that it fills. A replica that finds no room on them waits for another node to start
+    before it starts itself."""
 
     model_s: float
     refiner_s: float
     node_s: float
     gpus_per_node: int
     cpus_per_node: int
+
+    def refiners_per_node(self, profile: Profile) -> int:
+        """At least one: a refiner that is larger than a node has one of its own."""
+        return max(1, int(self.cpus_per_node // max(1.0, profile.refiner_cpus)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def scenario(
             refiners,
             max_ongoing=threads,
             start_s=starts.refiner_s,
-            per_node=starts.cpus_per_node,
+            per_node=starts.refiners_per_node(profile),
             node_start_s=starts.node_s,
         ),
         arrivals=Poisson(lambda _: aim.rps),
@@ -168,6 +175,14 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
             f"  survives      {aim.lost_models} model and {aim.lost_refiners} refiner replicas "
             f"lost at once, back after {starts.model_s:g} and {starts.refiner_s:g} s"
         )
+        nodes = (
+            aim.lost_models // starts.gpus_per_node,
+            aim.lost_refiners // starts.refiners_per_node(profile),
+        )
+        if any(nodes):
+            lines[-1] += (
+                f", those of {nodes[0]} and {nodes[1]} whole nodes {starts.node_s:g} s later"
+            )
     if prices is None:
         lines.append(
             f"  costs         {plan.models} hours of model replicas and {cpus:g} CPU-hours of "
@@ -186,7 +201,8 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
 def scaled(
     plan: Plan, aim: Aim, starts: Starts, threads: int, lookahead: bool, rise_s: float
 ) -> Outcome:
-    """The load rises from a tenth to all of it within ``rise_s`` while both pools autoscale."""
+    """The load rises from a tenth to all of it within ``rise_s``. The model pool is there; the
+    refiners scale from a tenth of theirs, and from the nodes that these fill."""
     base = scenario(plan.profile, aim, starts, plan.models, plan.refiners, threads)
     busy_s = 1 / plan.profile.refiner_per_s(threads)
     begins = aim.warmup_s
@@ -206,7 +222,6 @@ def scaled(
                 base.refiner,
                 replicas=max(1, plan.refiners // 10),
                 max_replicas=min(MOST_REFINERS, room * plan.refiners),
-                nodes=math.ceil(room * plan.refiners / starts.cpus_per_node),
                 target_ongoing=0.75 * threads,
                 lookahead=LookAhead(start_s=starts.refiner_s, busy_s=busy_s) if lookahead else None,
             ),

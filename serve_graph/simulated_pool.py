@@ -188,6 +188,10 @@ class SimulatedPool:
             lost += replica.waiting
         return lost
 
+    def lose_nodes(self, number: int) -> None:
+        """So many nodes are gone, their replicas having died; others start once they are needed."""
+        del self.node_ready[:number]
+
     def _room(self, replica: Replica) -> None:
         if replica.place < 0 and not replica.leaving:
             replica.place = len(self.roomy)

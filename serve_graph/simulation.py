@@ -47,7 +47,8 @@ class Scenario:
     """Cores of the one machine that model, refiners and the HTTP door share, their client too;
     without number: every replica has what it was measured on to itself."""
     lost_at_s: float = math.inf
-    """When ``lost_models`` and ``lost_refiners`` replicas die at once."""
+    """When ``lost_models`` and ``lost_refiners`` replicas die at once. As many as fill a node die
+    with it, and come back on another, which must start first."""
     lost_models: int = 0
     lost_refiners: int = 0
     seed: int = 1
@@ -252,8 +253,11 @@ class Simulation:
             self.serve_queue(now, pool)
 
     def lose(self, now: float, pool: SimulatedPool, number: int) -> None:
-        """Replicas die with what they hold; the ingress tries those requests again."""
-        for request in pool.kill(now, pool.replicas[:number]):
+        """Replicas die with what they hold, and with the nodes that they fill; the ingress tries
+        those requests again."""
+        dying = pool.replicas[:number]
+        pool.lose_nodes(len(dying) // pool.plan.per_node)
+        for request in pool.kill(now, dying):
             self.enter(now, pool, request)
         self.resize(now, pool, pool.target)
 

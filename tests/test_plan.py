@@ -27,7 +27,16 @@ from serve_graph.measure import (
     profile_of,
     read_timing,
 )
-from serve_graph.plan import Aim, Starts, _smallest, queue_bound, scenario, search
+from serve_graph.plan import (
+    Aim,
+    Starts,
+    _smallest,
+    describe,
+    queue_bound,
+    scaled,
+    scenario,
+    search,
+)
 from serve_graph.profile import PlanError, Profile, find, load, quantiles
 from serve_graph.simulation import Simulation
 
@@ -83,6 +92,34 @@ def test_deadline_that_no_pool_can_hold_is_refused() -> None:
         search(MADE_UP, replace(AIM, p99_s=0.1, seconds=5), STARTS, threads=2)
     with pytest.raises(PlanError, match="always busy"):
         search(MADE_UP, replace(AIM, rps=1e6), STARTS, threads=2)
+
+
+def test_a_rising_load_waits_for_nodes_that_the_small_pool_does_not_fill() -> None:
+    plan = search(MADE_UP, AIM, STARTS, threads=2)
+
+    def p99_s(node_s: float, cpus_per_node: int) -> float:
+        starts = replace(STARTS, node_s=node_s, cpus_per_node=cpus_per_node)
+        return scaled(plan, AIM, starts, 2, lookahead=True, rise_s=5.0).percentile(99)
+
+    there = p99_s(60, 1_000)
+    assert p99_s(0, 1) == p99_s(0, 1_000) == there
+    assert p99_s(60, 1) > there + 30
+
+
+def test_a_node_holds_as_many_refiners_as_have_their_cpus() -> None:
+    for cpus, held in ((1.0, 32), (0.5, 32), (3.0, 10), (64.0, 1)):
+        profile = replace(MADE_UP, refiner_cpus=cpus)
+        assert scenario(profile, AIM, STARTS, 1, 1, 2).refiner.per_node == held
+
+
+def test_plan_tells_what_is_lost_with_its_nodes() -> None:
+    lost = replace(AIM, lost_models=2, lost_refiners=3, seconds=5)
+    for gpus, said in (
+        (8, "back after 30 and 5 s\n"),
+        (2, "those of 1 and 0 whole nodes 60 s later"),
+    ):
+        starts = replace(STARTS, gpus_per_node=gpus)
+        assert said in describe(search(MADE_UP, lost, starts, 2), lost, starts, None)
 
 
 @pytest.mark.parametrize(("threads", "of_eight_cpus"), [(1, 1), (2, 2), (8, 8), (16, 8)])

@@ -89,6 +89,18 @@ def test_requests_of_replicas_that_die_run_again() -> None:
     assert lost.trace[-1].models == 8
 
 
+@pytest.mark.parametrize(("lost", "whole_nodes"), [(3, 0), (4, 1), (7, 1), (8, 2)])
+def test_replicas_that_fill_a_node_are_lost_with_it_and_wait_for_another(
+    lost: int, whole_nodes: int
+) -> None:
+    pool = PoolPlan(12, max_ongoing=1, per_node=4, start_s=10, node_start_s=40)
+    scenario = steady(SECOND, 8, 1.0, seconds=200.0, model=pool, lost_at_s=100.0, lost_models=lost)
+    sizes = {look.at: look.models for look in Simulation(scenario).run().trace}
+    assert sizes[101.0] == 12 - lost
+    assert sizes[111.0] == 12 - 4 * whole_nodes
+    assert sizes[149.0] == 12 - 4 * whole_nodes and sizes[151.0] == 12
+
+
 def test_refiners_that_are_too_few_are_where_requests_wait() -> None:
     scenario = steady(SECOND, 20, 10.0, seconds=60.0, warmup_s=0.0, refined_share=1.0)
     few = replace(scenario, refiner=PoolPlan(1, max_ongoing=1))
