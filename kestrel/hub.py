@@ -7,6 +7,7 @@ mirror), ``HF_HUB_OFFLINE=1`` (the cache alone).
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -94,20 +95,18 @@ class Snapshot:
                 f"model.revision: {self.repo} has no commit {self.revision}"
             ) from error
         except errors.LocalEntryNotFoundError as error:
-            if self._noted_absent(filename):
-                raise self._not_there(filename) from error
             if not silent:
                 _silent = time.monotonic(), _line(error.__cause__ or error)
-            assert _silent is not None
-            raise NotKnown(
-                f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
-                f"be asked ({_silent[1]}); on a machine with access run: "
-                f"hf download {self.repo} {filename} --revision {self.revision}, {OTHER_FILES}, "
-                "and copy its cache (HF_HOME)"
-            ) from error
+            raise self._unanswered(filename) from error
         except errors.EntryNotFoundError as error:
             raise self._not_there(filename) from error
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        except (_client_error(), ValueError, RuntimeError, OSError) as error:
+            # ValueError: a name or an address that makes no sense; RuntimeError: hf_xet, which
+            # large files come by.
+            if isinstance(error, _client_error()) and not isinstance(error, errors.HfHubHTTPError):
+                # No answer at all: a proxy refuses, or the connection breaks.
+                _silent = time.monotonic(), _line(error)
+                raise self._unanswered(filename) from error
             raise ConfigError(
                 f"model.repo: {filename} of {self} cannot be fetched ({_line(error)})"
             ) from error
@@ -129,8 +128,29 @@ class Snapshot:
         found = try_to_load_from_cache(self.repo, filename, revision=self.revision)
         return found is _CACHED_NO_EXIST
 
+    def _unanswered(self, filename: str) -> NotThere | NotKnown:
+        """What is said of a file that the cache does not have while the hub is silent."""
+        if self._noted_absent(filename):
+            return self._not_there(filename)
+        assert _silent is not None
+        return NotKnown(
+            f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
+            f"be asked ({_silent[1]}); on a machine with access run: "
+            f"hf download {self.repo} {filename} --revision {self.revision}, {OTHER_FILES}, "
+            "and copy its cache (HF_HOME)"
+        )
+
     def _not_there(self, filename: str) -> NotThere:
         return NotThere(f"model.filename: {self} has no {filename}")
+
+
+@functools.cache
+def _client_error() -> type[Exception]:
+    """The base of the HTTP client's errors, which the library lets through. Its releases use
+    requests, httpx or httpx2; their own HTTP error derives from that client's."""
+    from huggingface_hub import errors
+
+    return [c for c in errors.HfHubHTTPError.__mro__ if c.__module__ != "builtins"][-1]
 
 
 def _line(error: BaseException) -> str:

@@ -6,12 +6,17 @@ because the library reads its environment once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -264,3 +269,59 @@ def test_weights_that_were_copied_alone_are_not_found_for_want_of_an_index(files
     (found,) = located([WHOLE], tmp_path, NOWHERE, HF_HUB_OFFLINE="1")
     assert [Path(file).name for file in found[0]] == ["model.safetensors"]
     assert Path(found[2]).name == "config.json"
+
+
+# Networks that let nothing through, or not all of it
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address, without its scheme, of a server that has ``answer`` see to each connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed, or the client went away
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        answer(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+
+
+def refuse(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+
+def cut(connection: socket.socket) -> None:
+    """Tells of a megabyte, sends its beginning and resets the connection."""
+    request = b""
+    while b"\r\n\r\n" not in request:
+        request += connection.recv(65536) or b"\r\n\r\n"
+    connection.sendall(
+        f'HTTP/1.1 200 OK\r\nX-Repo-Commit: {COMMIT}\r\nETag: "{OTHER}"\r\n'
+        "Content-Length: 1000000\r\nConnection: close\r\n\r\n".encode()
+    )
+    if request.startswith(b"GET"):
+        connection.sendall(b"x" * 1000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("fault", ["proxy", "cut"])
+def test_a_network_that_lets_nothing_through_is_a_traceback(fault, tmp_path):
+    source = WHOLE | {"filename": "model.safetensors"}
+    if fault == "proxy":
+        with answering(refuse) as address:
+            proxy = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), f"http://{address}")
+            (answer,) = located([source], tmp_path, "https://hub.invalid", **proxy)
+        assert "403" in answer
+    else:
+        with answering(cut) as address:
+            (answer,) = located([source], tmp_path, f"http://{address}")
+    assert f"model.safetensors of team/whole@{COMMIT} is not in the local cache" in answer
+    assert f"hf download team/whole model.safetensors --revision {COMMIT}" in answer
