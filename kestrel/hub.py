@@ -17,6 +17,7 @@ from pathlib import Path
 from kestrel.config import ConfigError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAMED = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@([^/]+|refs/.+)")
 OTHER_FILES = (
     "then the same for each other file of a checkpoint (weights, tokenizer.json, config.json), "
     "one at a time: that also notes which of them the repository does not have"
@@ -27,8 +28,8 @@ ASKED_AGAIN_S = 60.0
 minute before it gives up, for each."""
 log = logging.getLogger(__name__)
 
-_silent: tuple[float, str] | None = None
-"""When the hub last gave no answer (monotonic seconds), and why."""
+_silent: tuple[float, str, str] | None = None
+"""When the hub last gave no answer (monotonic seconds), about which repository, and why."""
 
 
 class NotThere(ConfigError):
@@ -49,17 +50,29 @@ class Snapshot:
 
     repo: str
     revision: str | None
+    key: str | None = None
+    """Configuration key that gives both as ``repo@commit``, for messages; None: ``model.repo`` and
+    ``model.revision`` do."""
 
     def __post_init__(self) -> None:
         if self.revision is not None and COMMIT.fullmatch(self.revision):
             return
-        named = "no revision is" if self.revision is None else f"{self.revision!r} is"
         commit = _commit_now(self.repo, self.revision or "main")
+        given = (
+            "no revision of" if self.revision is None else f"{self.revision!r} is no full commit of"
+        )
         known = f"; now it is {commit}" if commit else " (the repository's page lists them)"
         raise ConfigError(
-            f"model.revision: {named} a commit of {self.repo}, and anything else may change under "
-            f"a running service: pin the 40-digit commit{known}"
+            f"{self._key('revision')}: {given} {self.repo}, and anything else may change under a "
+            f"running service: pin the 40-digit commit{known}"
         )
+
+    @classmethod
+    def named(cls, text: str, key: str) -> Snapshot | None:
+        """The one that ``text``, the value of ``key``, gives as ``repo@commit``; None where it is a
+        path, be there an @ in it or not. Raises ``ConfigError`` as the class does."""
+        match = _NAMED.fullmatch(text)
+        return cls(match[1], match[2], key) if match else None
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision}"
@@ -82,21 +95,21 @@ class Snapshot:
             )
         except errors.GatedRepoError as error:
             raise ConfigError(
-                f"model.repo: {self.repo} asks for consent: accept its terms on the hub, then log "
-                "in (hf auth login, or HF_TOKEN)"
+                f"{self._key('repo')}: {self.repo} asks for consent: accept its terms on the hub, "
+                "then log in (hf auth login, or HF_TOKEN)"
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise ConfigError(
-                f"model.repo: there is no {self.repo} on the hub, or it is private: log in "
-                "(hf auth login, or HF_TOKEN)"
+                f"{self._key('repo')}: there is no {self.repo} on the hub, or it is private: log "
+                "in (hf auth login, or HF_TOKEN)"
             ) from error
         except errors.RevisionNotFoundError as error:
             raise ConfigError(
-                f"model.revision: {self.repo} has no commit {self.revision}"
+                f"{self._key('revision')}: {self.repo} has no commit {self.revision}"
             ) from error
         except errors.LocalEntryNotFoundError as error:
             if not silent:
-                _silent = time.monotonic(), _line(error.__cause__ or error)
+                _silent = time.monotonic(), self.repo, _line(error.__cause__ or error)
             raise self._unanswered(filename) from error
         except errors.EntryNotFoundError as error:
             raise self._not_there(filename) from error
@@ -105,10 +118,10 @@ class Snapshot:
             # large files come by.
             if isinstance(error, _client_error()) and not isinstance(error, errors.HfHubHTTPError):
                 # No answer at all: a proxy refuses, or the connection breaks.
-                _silent = time.monotonic(), _line(error)
+                _silent = time.monotonic(), self.repo, _line(error)
                 raise self._unanswered(filename) from error
             raise ConfigError(
-                f"model.repo: {filename} of {self} cannot be fetched ({_line(error)})"
+                f"{self._key('repo')}: {filename} of {self} cannot be fetched ({_line(error)})"
             ) from error
 
     def cached(self, filename: str) -> Path | None:
@@ -133,15 +146,22 @@ class Snapshot:
         if self._noted_absent(filename):
             return self._not_there(filename)
         assert _silent is not None
+        _, asked, reason = _silent
+        if asked != self.repo:  # the reason may quote that one's address
+            reason = f"when asked for {asked}: {reason}"
         return NotKnown(
-            f"model.repo: {filename} of {self} is not in the local cache, and the hub cannot "
-            f"be asked ({_silent[1]}); on a machine with access run: "
+            f"{self._key('repo')}: {filename} of {self} is not in the local cache, and the hub "
+            f"cannot be asked ({reason}); on a machine with access run: "
             f"hf download {self.repo} {filename} --revision {self.revision}, {OTHER_FILES}, "
             "and copy its cache (HF_HOME)"
         )
 
     def _not_there(self, filename: str) -> NotThere:
-        return NotThere(f"model.filename: {self} has no {filename}")
+        return NotThere(f"{self._key('filename')}: {self} has no {filename}")
+
+    def _key(self, part: str) -> str:
+        """The configuration key to blame for the ``repo``, the ``revision`` or the ``filename``."""
+        return self.key or f"model.{part}"
 
 
 @functools.cache

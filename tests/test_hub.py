@@ -173,7 +173,8 @@ def test_what_may_change_is_served(hub, tmp_path):
     revisions = (None, "main", COMMIT[:12], COMMIT.upper())
     sources = [{"repo": "team/whole", "revision": revision} for revision in revisions]
     for revision, said in zip(revisions, located(sources, tmp_path, hub.url), strict=True):
-        assert said.startswith("model.revision: ")
+        given = "no revision of" if revision is None else f"{revision!r} is no full commit of"
+        assert said.startswith(f"model.revision: {given} team/whole")
         assert "pin the 40-digit commit" in said
         assert (f"now it is {COMMIT}" in said) == (revision in (None, "main"))
 
@@ -189,6 +190,10 @@ def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_p
             {"repo": "team/pt", "filename": "seg-model.pt", **pinned},
             {"repo": "team/whole", "filename": "no.safetensors", **pinned},
             {"repo": "no owner/at all/x", **pinned},
+            WHOLE | {"tokenizer": "team/words@main"},
+            WHOLE | {"tokenizer": f"team/none@{COMMIT}"},
+            WHOLE | {"tokenizer": f"team/pt@{COMMIT}"},
+            WHOLE | {"tokenizer": "/models/v@2/tokenizer.json"},
         ],
         tmp_path,
         hub.url,
@@ -201,6 +206,10 @@ def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_p
         "gives no tokenizer.json; name one in model.tokenizer",
         "has no no.safetensors",
         "cannot be fetched",
+        "model.tokenizer: 'main' is no full commit of team/words",
+        "model.tokenizer: there is no team/none on the hub",
+        f"model.tokenizer: team/pt@{COMMIT} has no tokenizer.json",
+        "model.tokenizer: /models/v@2/tokenizer.json is neither a file nor repo@commit",
     ]
     for line, part in zip(said, expected, strict=True):
         assert isinstance(line, str) and line.startswith("model.") and part in line
@@ -226,8 +235,7 @@ def said(hub, files, tmp_path_factory) -> dict[tuple[str, str], Any]:
     def say(lacking: str, offline: str) -> Any:
         home = tmp_path_factory.mktemp("home")
         if lacking == "busy":
-            (answer,) = located([WHOLE | {"repo": "team/busy"}], home, hub.url)
-            return answer
+            return located([WHOLE | {"repo": "team/busy"}, WHOLE], home, hub.url)
         if lacking != "all":
             have = {k: v for k, v in files["team/whole"].items() if k != lacking}
             cached(home, "team/whole", have)
@@ -258,7 +266,11 @@ def test_a_file_that_was_not_copied_is_taken_for_one_that_there_is_not(said, off
 
 
 def test_a_hub_that_does_not_answer_is_tried_for_every_file(said, hub):
-    assert "model.safetensors of team/busy" in said["busy", "0"] and "503" in said["busy", "0"]
+    busy, other = said["busy", "0"]
+    assert "model.safetensors of team/busy" in busy and "503" in busy
+    assert "model.safetensors of team/whole" in other and "503" in other
+    # The reason tells of another repository's address.
+    assert "asked for team/busy" in other and "asked for" not in busy
     assert {name for name in hub.asked if name.startswith("team/busy")} == {
         "team/busy:model.safetensors.index.json"
     }

@@ -132,7 +132,8 @@ def test_a_deployment_may_run_it_and_others_beside_it(saved):
     [
         (None, "hq_sam_model"),
         ("/nowhere", "no folder /nowhere"),
-        ("owner/name@main", "pin the 40-digit commit"),
+        ("/models/v@2", "no folder /models/v@2"),
+        ("owner/name@main", r"^hq_sam_model: 'main' is no full .*: pin the 40-digit commit"),
     ],
 )
 def test_a_missing_model_is_named_when_the_refiner_is_built(saved, model, said, monkeypatch):

@@ -138,11 +138,15 @@ def test_a_pt_file_is_read_as_the_public_one(parts, tmp_path):
         ({"seghead_weights": None}, "hf download moondream/SegHeadRefiner"),
         ({"seghead_vision": None}, "seghead_vision"),
         ({"seghead_weights": "/nowhere/head.pt"}, "no file /nowhere/head.pt"),
+        ({"seghead_weights": "/models/v@2/head.pt"}, "no file /models/v@2/head.pt"),
+        ({"seghead_weights": "owner/name@main"}, "^seghead_weights: 'main' is no full commit"),
+        ({"seghead_weights": f"owner/none@{'a' * 40}"}, "^seghead_weights: model.pt of owner/none"),
         ({"seghead_vision": "/nowhere"}, "no checkpoint at /nowhere"),
         ({"seghead_vision": str(SHIPPED_MODELS / "nano")}, "seghead_vision"),
     ],
 )
-def test_a_missing_part_is_named_when_the_refiner_is_built(parts, change, said):
+def test_a_missing_part_is_named_when_the_refiner_is_built(parts, change, said, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=said):
         SegmentRefiner(replace(parts, **change))
 

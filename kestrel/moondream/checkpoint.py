@@ -190,11 +190,11 @@ def _named_tokenizer(named: str | None) -> Path | None:
     """The file that ``model.tokenizer`` names: a path of it or of its folder, or repo@commit."""
     if named is None:
         return None
-    repo, _, revision = named.rpartition("@")
     path = Path(named)
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.is_file():
         return path
-    if not repo:
+    snapshot = Snapshot.named(named, "model.tokenizer")
+    if snapshot is None:
         raise ConfigError(f"model.tokenizer: {named} is neither a file nor repo@commit")
-    return Snapshot(repo, revision).download("tokenizer.json")
+    return snapshot.download("tokenizer.json")

@@ -105,11 +105,10 @@ def _source(named: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes: a folder, or a repository with its pinned commit."""
     if Path(named).is_dir():
         return named, {"local_files_only": True}
-    repo, _, revision = named.rpartition("@")
-    if not repo:
-        raise ConfigError(f"hq_sam_model: there is no folder {named}, and it is no repo@commit")
     from kestrel.hub import Snapshot
 
     # Refuses what is no commit.
-    snapshot = Snapshot(repo, revision)
-    return snapshot.repo, {"revision": revision}
+    snapshot = Snapshot.named(named, "hq_sam_model")
+    if snapshot is None:
+        raise ConfigError(f"hq_sam_model: there is no folder {named}, and it is no repo@commit")
+    return snapshot.repo, {"revision": snapshot.revision}

@@ -88,9 +88,9 @@ def _weights_file(named: str) -> Path:
     path = Path(named)
     if path.is_file():
         return path
-    repo, _, revision = named.rpartition("@")
-    if not repo:
-        raise ConfigError(f"seghead_weights: there is no file {named}, and it is no repo@commit")
     from kestrel.hub import Snapshot
 
-    return Snapshot(repo, revision).download(PUBLIC_FILE)
+    snapshot = Snapshot.named(named, "seghead_weights")
+    if snapshot is None:
+        raise ConfigError(f"seghead_weights: there is no file {named}, and it is no repo@commit")
+    return snapshot.download(PUBLIC_FILE)
