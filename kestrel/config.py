@@ -228,7 +228,7 @@ class ModelSource:
     """Commit of the repository, 40 hexadecimal digits; nothing that moves is taken."""
     tokenizer: str | None = None
     """Path of a tokenizer.json, or ``repo@commit`` of one on the hub; None: the one beside the
-    weights."""
+    weights or, in a hub repository without one there, at its root (so also config.json)."""
     name: str | None = None
     """Name under which the model is served; None: the last part of the repository or the path."""
 

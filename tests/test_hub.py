@@ -115,6 +115,8 @@ def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
             **dict.fromkeys(shards, weights),
         },
         "team/words": {"tokenizer.json": whole["tokenizer.json"]},
+        "team/nested": {f"seg/{name}": content for name, content in whole.items()}
+        | {"tokenizer.json": b"{}", "config.json": b"{}"},
     }
 
 
@@ -153,20 +155,23 @@ def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, tmp_path):
             "filename": "seg-model.pt",
             "tokenizer": f"team/words@{COMMIT}",
         },
+        {"repo": "team/nested", "revision": COMMIT, "filename": "seg/model.safetensors"},
     ]
-    whole, sharded, pt = located(sources, tmp_path, hub.url)
+    whole, sharded, pt, nested = located(sources, tmp_path, hub.url)
     assert Path(whole[0][0]).read_bytes() == hub.files["team/whole"]["model.safetensors"]
     assert Path(whole[2]).read_bytes() == hub.files["team/whole"]["config.json"]
     assert [Path(file).name[:7] for file in sharded[0]] == ["m-00001", "m-00002"]
     assert sharded[2] == pt[2] == "None"
     assert Path(pt[1]).read_bytes() == hub.files["team/words"]["tokenizer.json"]
     assert "team/pt:seg-model.pt" in hub.fetched
+    # What is beside the weights belongs to them, rather than what is at the root.
+    assert all(Path(file).parent.name == "seg" for file in (*nested[0], *nested[1:]))
     # Again, and without the hub: all from the cache.
     hub.fetched.clear()
-    assert located(sources, tmp_path, hub.url) == [whole, sharded, pt]
+    assert located(sources, tmp_path, hub.url) == [whole, sharded, pt, nested]
     assert hub.fetched == []
     offline = located(sources, tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert offline == [whole, sharded, pt]
+    assert offline == [whole, sharded, pt, nested]
 
 
 def test_what_may_change_is_served(hub, tmp_path):

@@ -153,13 +153,14 @@ def locate(source: ModelSource) -> Checkpoint:
         return local_checkpoint(Path(source.path), tokenizer)
     snapshot = Snapshot(source.repo, source.revision)
     weights = _hub_weights(snapshot, source.filename)
-    tokenizer = tokenizer or _optional(snapshot, "tokenizer.json")
+    folder = PurePosixPath(source.filename or WHOLE).parent
+    tokenizer = tokenizer or _beside(snapshot, folder, "tokenizer.json")
     if tokenizer is None:
         raise ConfigError(
             f"model.repo: {snapshot} gives no tokenizer.json; name one in model.tokenizer, as a "
             f"path or as repo@commit ({PUBLIC_TOKENIZER} is that of Moondream 3)"
         )
-    return Checkpoint(tuple(weights), tokenizer, _optional(snapshot, "config.json"))
+    return Checkpoint(tuple(weights), tokenizer, _beside(snapshot, folder, "config.json"))
 
 
 def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
@@ -175,6 +176,16 @@ def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
         return [snapshot.download(filename or WHOLE)]
     folder = PurePosixPath(filename or INDEX).parent
     return [snapshot.download(str(folder / shard)) for shard in _indexed_shards(index)]
+
+
+def _beside(snapshot: Snapshot, folder: PurePosixPath, name: str) -> Path | None:
+    """The file in the folder of the weights or else at the root: a repository may hold several
+    models in folders, and what is at its root may be another's. Raises ``NotKnown``."""
+    for place in dict.fromkeys((folder, PurePosixPath())):
+        found = _optional(snapshot, str(place / name))
+        if found is not None:
+            return found
+    return None
 
 
 def _optional(snapshot: Snapshot, filename: str) -> Path | None:
