@@ -245,7 +245,7 @@ def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
     try:
         found = locate(wanted.runtime.located)
         architecture = found.architecture()
-        index = read_index(found.weights)
+        index = read_index(found.weights, found.ties)
     except ConfigError as error:
         yield bad("checkpoint", str(error), "see model: {path | repo, filename, revision}")
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from tiny_models import (
     TINY_2,
@@ -47,6 +48,14 @@ def filled(
     with torch.device("meta"):
         empty = Moondream(config)
     return empty, load_weights(empty, files, CPU, dtype)
+
+
+def filled_from(path: Path) -> tuple[Moondream, LoadReport]:
+    """A float32 model of a folder, an index or a file that :func:`local_checkpoint` finds."""
+    found = local_checkpoint(path)
+    with torch.device("meta"):
+        empty = Moondream(found.architecture())
+    return empty, load_weights(empty, found.weights, CPU, torch.float32, ties=found.ties)
 
 
 def assert_same(
@@ -229,6 +238,31 @@ def test_tied_weights_are_missing_or_stay_one_tensor(suffix, tmp_path):
     assert report.nbytes == sum(t.nbytes for t in own_tensors(wanted).values()) - (
         wanted.text.wte.nbytes
     )
+
+
+def test_weights_tied_by_an_index_of_shards_are_missing(tmp_path):
+    wanted = tied_model()
+    tensors = hugging_face_tensors(wanted)
+    tensors["model.text.lm_head.weight"] = tensors["model.text.wte"]
+    save_torch_state_dict(tensors, tmp_path, max_shard_size="40KB")
+    write_companions(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    names = {"model.text.lm_head.weight", "model.text.wte"}
+    (dropped,) = json.loads(index.read_text())["metadata"].keys() & names
+    assert len(local_checkpoint(tmp_path).weights) > 1
+    assert_same(load(tmp_path, CPU, torch.float32), wanted, fused=True)
+    report = filled_from(tmp_path)[1]
+    assert report.tied == [(dropped, *(names - {dropped}))]
+
+
+@pytest.mark.parametrize("metadata", [{"text.wte": 3, "text.a": "text.b"}, [], None, "text"])
+def test_what_an_index_says_of_itself_is_taken_for_tied_weights(model, metadata, tmp_path):
+    sharded(model, tmp_path, index=True)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
+    got, report = filled_from(tmp_path)
+    assert_same(got, model)
+    assert report.tied == []
 
 
 def test_a_transposed_view_of_the_same_bytes_is_taken_for_a_tied_tensor(tmp_path):

@@ -15,7 +15,7 @@ from kestrel.config import ConfigError, ModelSource
 from kestrel.hub import NotKnown, NotThere, Snapshot
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
 from kestrel.moondream.names import parameter_name
-from kestrel.moondream.weights import read_index
+from kestrel.moondream.weights import Ties, read_index
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +32,8 @@ class Checkpoint:
     tokenizer: Path
     config: Path | None
     """``config.json``; None: one of the published architectures, told by its tensors."""
+    ties: Ties = ()
+    """What the index of the shards says of tied tensors, as ``read_index`` takes it."""
 
     @property
     def folder(self) -> Path:
@@ -51,7 +53,7 @@ class Checkpoint:
 
     def stored(self) -> tuple[set[torch.dtype | None], int]:
         """Types of its tensors, as ``Stored.dtype``, and how many numbers they hold."""
-        index = read_index(self.weights)
+        index = read_index(self.weights, self.ties)
         return {tensor.dtype for tensor in index}, sum(math.prod(tensor.shape) for tensor in index)
 
 
@@ -63,7 +65,7 @@ def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
     if not path.exists():
         raise ConfigError(f"model.path: there is no checkpoint at {path}")
     folder = path if path.is_dir() else path.parent
-    weights = weight_files(path)
+    weights, ties = _weights(path)
     tokenizer = tokenizer or folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ConfigError(
@@ -72,7 +74,7 @@ def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
             "model.tokenizer"
         )
     config = folder / "config.json"
-    return Checkpoint(tuple(weights), tokenizer, config if config.is_file() else None)
+    return Checkpoint(tuple(weights), tokenizer, config if config.is_file() else None, ties)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -81,31 +83,39 @@ def weight_files(path: Path) -> list[Path]:
     Raises ``ConfigError`` when there is none, when shards are missing, or when a folder holds
     several checkpoints.
     """
+    return _weights(path)[0]
+
+
+def _weights(path: Path) -> tuple[list[Path], Ties]:
     if path.is_file():
-        return [path]
+        return [path], ()
     if (path / INDEX).is_file():
-        shards = [path / shard for shard in _indexed_shards(path / INDEX)]
+        names, ties = _indexed(path / INDEX)
+        shards = [path / shard for shard in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
             raise ConfigError(f"model.path: {path} lacks {', '.join(missing)} of {INDEX}")
-        return shards
+        return shards, ties
     for suffix in ("safetensors", "pt"):
         found = sorted(path.glob(f"*.{suffix}"))
         if found:
-            return _one_checkpoint(path, found)
+            return _one_checkpoint(path, found), ()
     raise ConfigError(f"model.path: no .safetensors or .pt file in {path}")
 
 
-def _indexed_shards(index: Path) -> list[str]:
+def _indexed(index: Path) -> tuple[list[str], Ties]:
+    """Names of the shards, and what the index says of tensors that are in none of them."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index}: not a readable index of shards ({error})") from error
     for name in names:
         # An index comes from elsewhere: it may not point out of its own folder.
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ConfigError(f"{index}: {name!r} is no file of this folder")
-    return names
+    said = content.get("metadata")
+    return names, tuple(said.items()) if isinstance(said, dict) else ()
 
 
 def _one_checkpoint(folder: Path, found: list[Path]) -> list[Path]:
@@ -152,7 +162,7 @@ def locate(source: ModelSource) -> Checkpoint:
         assert source.path is not None
         return local_checkpoint(Path(source.path), tokenizer)
     snapshot = Snapshot(source.repo, source.revision)
-    weights = _hub_weights(snapshot, source.filename)
+    weights, ties = _hub_weights(snapshot, source.filename)
     folder = PurePosixPath(source.filename or WHOLE).parent
     tokenizer = tokenizer or _beside(snapshot, folder, "tokenizer.json")
     if tokenizer is None:
@@ -160,22 +170,23 @@ def locate(source: ModelSource) -> Checkpoint:
             f"model.repo: {snapshot} gives no tokenizer.json; name one in model.tokenizer, as a "
             f"path or as repo@commit ({PUBLIC_TOKENIZER} is that of Moondream 3)"
         )
-    return Checkpoint(tuple(weights), tokenizer, _beside(snapshot, folder, "config.json"))
+    return Checkpoint(tuple(weights), tokenizer, _beside(snapshot, folder, "config.json"), ties)
 
 
-def _hub_weights(snapshot: Snapshot, filename: str | None) -> list[Path]:
+def _hub_weights(snapshot: Snapshot, filename: str | None) -> tuple[list[Path], Ties]:
     if filename is not None and not filename.endswith(".index.json"):
-        return [snapshot.download(filename)]
+        return [snapshot.download(filename)], ()
     if filename is None and (whole := snapshot.cached(WHOLE)) is not None:
-        return [whole]  # nobody needs an index of shards, nor a hub that could be asked for one
+        return [whole], ()  # nobody needs an index of shards, nor a hub that could be asked for one
     try:
         index = _optional(snapshot, filename or INDEX)
     except NotKnown:
         index = None
     if index is None:
-        return [snapshot.download(filename or WHOLE)]
+        return [snapshot.download(filename or WHOLE)], ()
     folder = PurePosixPath(filename or INDEX).parent
-    return [snapshot.download(str(folder / shard)) for shard in _indexed_shards(index)]
+    names, ties = _indexed(index)
+    return [snapshot.download(str(folder / shard)) for shard in names], ties
 
 
 def _beside(snapshot: Snapshot, folder: PurePosixPath, name: str) -> Path | None:

@@ -130,7 +130,7 @@ def load_vision(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     with torch.device("meta"):
         vision = VisionEncoder(checkpoint.architecture().vision)
     holder.vision = vision
-    load_weights(holder, checkpoint.weights, device, dtype, part="vision.")
+    load_weights(holder, checkpoint.weights, device, dtype, "vision.", checkpoint.ties)
     return vision.eval().requires_grad_(False)
 
 
@@ -155,7 +155,7 @@ def load(
         config.check()
     with torch.device("meta"):
         model = Moondream(config)
-    load_weights(model, checkpoint.weights, device, dtype)
+    load_weights(model, checkpoint.weights, device, dtype, ties=checkpoint.ties)
     model.text.reset_tables()
     model.fuse(half_images=half_images and dtype == torch.float32)
     model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kestrel.config import ConfigError
 from kestrel.moondream.names import Fill, fills, parameter_name, scaled_parameter, scheme
 
-__all__ = ["LoadReport", "Stored", "load_weights", "parameter_name", "read_index"]
+__all__ = ["LoadReport", "Stored", "Ties", "load_weights", "parameter_name", "read_index"]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ _DTYPES = {
 }
 _FLOAT8 = torch.float8_e4m3fn
 Getter = Callable[[str], Tensor]
+Ties = Collection[tuple[str, object]]
+"""Pairs of a name that no file holds and that of the stored tensor it shares; what else there is
+beside them in the metadata of a file or of an index of shards is passed over."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ class _Source:
 # Files.
 
 
-def read_index(files: Iterable[Path]) -> list[Stored]:
-    """Every tensor of the files by its header, no data read; no code of a file is run.
+def read_index(files: Iterable[Path], ties: Ties = ()) -> list[Stored]:
+    """Every tensor of the files by its header, no data read; no code of a file is run. ``ties``:
+    further ones that share a stored tensor.
 
     Raises ``ConfigError`` for a file that is missing, cut off, or holds more than tensors.
     """
@@ -117,7 +121,20 @@ def read_index(files: Iterable[Path]) -> list[Stored]:
     for file in files:
         with _readable(file):
             found += _safetensors_index(file) if _is_safetensors(file) else _pt_index(file)
-    return found
+    return found + _tied(found, ties)
+
+
+def _tied(found: Sequence[Stored], ties: Ties) -> list[Stored]:
+    # One of several tied tensors is kept, and the names of the others noted: by safetensors in the
+    # file, by huggingface_hub in the index of shards, among notes of another kind.
+    by_name = {stored.name: stored for stored in found}
+    tied = []
+    for dropped, kept in ties:
+        twin = by_name.get(kept) if isinstance(kept, str) else None
+        if twin is not None and dropped not in by_name and fills(dropped):
+            storage = twin.storage or twin.name
+            tied.append(Stored(twin.file, dropped, twin.shape, twin.dtype, 0, storage))
+    return tied
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -155,13 +172,7 @@ def _safetensors_index(file: Path) -> list[Stored]:
             shape, dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
             size = torch.Size(shape).numel() * (dtype.itemsize if dtype else 1)
             found.append(Stored(file, name, shape, dtype, size))
-        # safetensors keeps one of several tied tensors and notes the names of the others.
-        by_name = {stored.name: stored for stored in found}
-        for dropped, kept in (opened.metadata() or {}).items():
-            if kept in by_name and dropped not in by_name and fills(dropped):
-                twin = by_name[kept]
-                found.append(Stored(file, dropped, twin.shape, twin.dtype, 0, storage=kept))
-    return found
+        return found + _tied(found, (opened.metadata() or {}).items())
 
 
 def _pt_index(file: Path) -> list[Stored]:
@@ -287,20 +298,22 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     part: str = "",
+    ties: Ties = (),
 ) -> LoadReport:
     """Fill every parameter of ``model`` (built on the meta device) from a checkpoint.
 
     Files are memory-mapped; tensors are converted to ``dtype`` and moved to ``device`` one at a
     time, float8 experts multiplied with their scales on the way. Host memory beyond the model is
     bounded by the largest tensor and ``WINDOW_BYTES``. ``part``: only tensors that fill parameters
-    whose names begin so are read; the rest of the checkpoint is not looked at.
+    whose names begin so are read; the rest of the checkpoint is not looked at. ``ties``: as
+    ``read_index`` takes them.
 
     Raises ``ConfigError`` that names parameters that no tensor fills, shapes that differ, and
     stored tensors that fit no parameter, ``SHOWN_PROBLEMS`` of each, before anything is moved; the
     log has the whole list.
     """
     started = time.perf_counter()
-    index = read_index(files)
+    index = read_index(files, ties)
     if part:
         index = [s for s in index if any(f.parameter.startswith(part) for f in fills(s.name))]
     sources, problems = _plan(index, dict(model.named_parameters()))
