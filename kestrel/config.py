@@ -218,7 +218,8 @@ class ModelSource:
     """Where a checkpoint is: ``path`` on this machine, or ``repo`` on the Hugging Face hub."""
 
     path: str | None = None
-    """Folder (weights, tokenizer.json, config.json) or weights file with those beside it."""
+    """Folder (weights, tokenizer.json, config.json), or weights file or index of shards with those
+    beside it."""
     repo: str | None = None
     """``owner/name`` of a hub repository."""
     filename: str | None = None

@@ -210,6 +210,34 @@ def test_scales_of_another_shape_are_broadcast(model, tmp_path):
     assert "up_scale has shape [4, 1], not [4, 24]" in refusal(stored, tmp_path)
 
 
+def test_one_of_two_scales_is_chosen_silently(model, tmp_path):
+    stored, _ = quantised(engine_tensors(model))
+    name = "text_model.transformer.h.1.moe_quant.up_scale"
+    twin = name.replace("text_model.", "text_model._orig_mod.")
+    stored[twin] = stored[name] * 1000
+    message = refusal(stored, tmp_path)
+    pair = {f"{name} and {twin}", f"{twin} and {name}"}
+    assert any(f"{both} both scale text.blocks.1.mlp.fc1.weight" in message for both in pair)
+
+
+@pytest.mark.parametrize("kind", ["integers", "NaN", "infinity"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_scales_that_scale_nothing_are_multiplied_in(model, kind, suffix, tmp_path):
+    stored, _ = quantised(engine_tensors(model))
+    name = "text_model.transformer.h.1.moe_quant.down_scale"
+    if kind == "integers":
+        stored[name] = torch.ones(stored[name].shape, dtype=torch.int32)
+        said = f"{name} holds {'I32' if suffix == 'safetensors' else 'int32'}"
+    else:
+        stored[name][1, 2] = float(kind if kind == "NaN" else "inf")
+        said = f"{name} holds a scale that is no finite number"
+    file = tmp_path / f"model.{suffix}"
+    torch.save(stored, file) if suffix == "pt" else save_file(stored, file)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        filled([file])
+    assert str(file) in str(caught.value)
+
+
 # Tied tensors
 
 
@@ -306,7 +334,17 @@ def test_a_shape_that_differs_is_not_named(model, tmp_path):
 def test_integers_become_weights(model, tmp_path):
     tensors = own_tensors(model)
     tensors["text.wte"] = tensors["text.wte"].to(torch.int32)
-    assert "text.wte holds no floating-point numbers" in refusal(tensors, tmp_path)
+    assert "text.wte holds I32" in refusal(tensors, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_another_float8_is_said_to_be_no_floating_point_numbers(model, suffix, tmp_path):
+    stored = own_tensors(model)
+    stored["text.wte"] = stored["text.wte"].to(torch.float8_e5m2)
+    file = tmp_path / f"model.{suffix}"
+    torch.save(stored, file) if suffix == "pt" else save_file(stored, file)
+    with pytest.raises(ConfigError, match=r"text\.wte holds (F8_E5M2|float8_e5m2).*float8_e4m3fn"):
+        filled([file])
 
 
 def test_a_hundred_problems_fill_the_screen(model, tmp_path):
@@ -375,12 +413,22 @@ def test_a_pickle_runs_its_code(model, tmp_path):
     [
         ([torch.zeros(2)], "holds a list, not tensors by name"),
         ({"text.wte": 3}, "text.wte is no tensor but int"),
+        ({0: torch.zeros(2)}, "names a tensor 0, which is int"),
     ],
 )
 def test_a_pt_file_of_something_else_is_a_traceback(content, message, tmp_path):
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(ConfigError, match=message):
         filled([tmp_path / "m.pt"])
+
+
+def test_a_file_that_no_copy_mends_is_to_be_copied_again(model, tmp_path):
+    torch.save(own_tensors(model), tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    write_companions(tmp_path)
+    with pytest.raises(ConfigError, match=r"m\.pt: .*before torch 1\.6.*save it again"):
+        filled_from(tmp_path)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: neither a safetensors file nor"):
+        filled_from(tmp_path / "tokenizer.json")
 
 
 # Folders
@@ -405,6 +453,9 @@ def sharded(model: Moondream, folder: Path, *, index: bool, count: int = 3) -> l
 def test_a_sharded_folder_loads_in_part(model, index, tmp_path):
     files = sharded(model, tmp_path, index=index)
     assert local_checkpoint(tmp_path).weights == tuple(files)
+    if index:
+        named = local_checkpoint(tmp_path / "model.safetensors.index.json")
+        assert named == local_checkpoint(tmp_path)
     assert_same(load(tmp_path, CPU, torch.float32), model, fused=True)
 
 
@@ -426,7 +477,9 @@ def test_an_index_points_out_of_its_folder(shard, tmp_path):
         local_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"other": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {}}', '{"other": {}}']
+)
 def test_a_broken_index_is_a_traceback(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     write_companions(tmp_path)

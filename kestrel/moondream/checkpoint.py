@@ -78,7 +78,7 @@ def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weights files of a checkpoint folder, or the file itself.
+    """The weights files of a checkpoint folder or of an index of shards, or the file itself.
 
     Raises ``ConfigError`` when there is none, when shards are missing, or when a folder holds
     several checkpoints.
@@ -87,14 +87,17 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _weights(path: Path) -> tuple[list[Path], Ties]:
-    if path.is_file():
+    if path.is_file() and not path.name.endswith(".index.json"):
         return [path], ()
-    if (path / INDEX).is_file():
-        names, ties = _indexed(path / INDEX)
-        shards = [path / shard for shard in names]
+    index = path if path.is_file() else path / INDEX
+    if index.is_file():
+        names, ties = _indexed(index)
+        shards = [index.parent / shard for shard in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise ConfigError(f"model.path: {path} lacks {', '.join(missing)} of {INDEX}")
+            raise ConfigError(
+                f"model.path: {index.parent} lacks {', '.join(missing)} of {index.name}"
+            )
         return shards, ties
     for suffix in ("safetensors", "pt"):
         found = sorted(path.glob(f"*.{suffix}"))
@@ -110,6 +113,8 @@ def _indexed(index: Path) -> tuple[list[str], Ties]:
         names = sorted(set(content["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index}: not a readable index of shards ({error})") from error
+    if not names:
+        raise ConfigError(f"{index}: not a readable index of shards (it names none)")
     for name in names:
         # An index comes from elsewhere: it may not point out of its own folder.
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:

@@ -38,6 +38,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 _FLOAT8 = torch.float8_e4m3fn
+_OLD_PT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+"""How files of ``torch.save`` began before they were zip archives."""
 Getter = Callable[[str], Tensor]
 Ties = Collection[tuple[str, object]]
 """Pairs of a name that no file holds and that of the stored tensor it shares; what else there is
@@ -53,6 +55,8 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     """None: integers or another type that no parameter takes."""
+    kind: str
+    """The type as the file names it: ``BF16``, ``float32``, ..."""
     nbytes: int
     storage: int | str = ""
     """Equal for tensors that share their bytes (tied weights); "" for one of its own."""
@@ -133,7 +137,7 @@ def _tied(found: Sequence[Stored], ties: Ties) -> list[Stored]:
         twin = by_name.get(kept) if isinstance(kept, str) else None
         if twin is not None and dropped not in by_name and fills(dropped):
             storage = twin.storage or twin.name
-            tied.append(Stored(twin.file, dropped, twin.shape, twin.dtype, 0, storage))
+            tied.append(Stored(twin.file, dropped, twin.shape, twin.dtype, twin.kind, 0, storage))
     return tied
 
 
@@ -169,9 +173,10 @@ def _safetensors_index(file: Path) -> list[Stored]:
     with safe_open(str(file), framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             entry = opened.get_slice(name)
-            shape, dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
+            shape, kind = tuple(entry.get_shape()), entry.get_dtype()
+            dtype = _DTYPES.get(kind)
             size = torch.Size(shape).numel() * (dtype.itemsize if dtype else 1)
-            found.append(Stored(file, name, shape, dtype, size))
+            found.append(Stored(file, name, shape, dtype, kind, size))
         return found + _tied(found, (opened.metadata() or {}).items())
 
 
@@ -179,6 +184,8 @@ def _pt_index(file: Path) -> list[Stored]:
     found = []
     owners: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name, tensor in _pt_tensors(file).items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{file}: names a tensor {name!r}, which is {type(name).__name__}")
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{file}: {name} is no tensor but {type(tensor).__name__}")
         shape = tuple(tensor.shape)
@@ -186,13 +193,23 @@ def _pt_index(file: Path) -> list[Stored]:
         same = (tensor.data_ptr(), shape, tensor.stride())
         twin = owners.setdefault(same, name) if tensor.numel() else name
         floating = tensor.dtype if tensor.dtype in _DTYPES.values() else None
+        kind = str(tensor.dtype).removeprefix("torch.")
         size = tensor.nbytes if twin == name else 0
         storage = "" if twin == name else twin
-        found.append(Stored(file, name, shape, floating, size, storage))
+        found.append(Stored(file, name, shape, floating, kind, size, storage))
     return found
 
 
 def _pt_tensors(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as opened:
+        begins = opened.read(len(_OLD_PT))
+    if begins == _OLD_PT:
+        raise ConfigError(
+            f"{file}: of the format before torch 1.6, which cannot be memory-mapped; load it with "
+            "torch.load and save it again with torch.save"
+        )
+    if begins and not b"PK\3\4".startswith(begins[:4]):
+        raise ConfigError(f"{file}: neither a safetensors file nor a zip archive of torch.save")
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -241,6 +258,9 @@ def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Sou
     for stored in index:
         scaled = scaled_parameter(stored.name)
         if scaled is not None:
+            if scaled in scales:
+                both = f"{stored.name} and {scales[scaled].name}"
+                problems.misfits.append(f"{both} both scale {scaled}")
             scales[scaled] = stored
             continue
         targets = [fill for fill in fills(stored.name) if fill.parameter in wanted]
@@ -260,11 +280,16 @@ def _plan(index: Sequence[Stored], wanted: dict[str, Tensor]) -> tuple[list[_Sou
 
 def _misfit(stored: Stored, fill: Fill, wanted: tuple[int, ...]) -> list[str]:
     if stored.dtype is None:
-        return [f"{stored.name} holds no floating-point numbers"]
+        return [_wrong_kind(stored)]
     if fill.shape(stored.shape) != wanted:
         expected = list(wanted[::-1] if fill.part == "transposed" else wanted)
         return [f"{stored.name} has shape {list(stored.shape)}, not {expected}"]
     return []
+
+
+def _wrong_kind(stored: Stored) -> str:
+    *read, last = (str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
+    return f"{stored.name} holds {stored.kind}; {', '.join(read)} and {last} are read"
 
 
 def _attach_scales(
@@ -281,6 +306,8 @@ def _attach_scales(
             expected = list(source.stored.shape[:2])
             misfit = f"{scale.name} has shape {list(scale.shape)}, not {expected}"
             problems.misfits.append(misfit)
+        if scale.dtype is None:
+            problems.misfits.append(_wrong_kind(scale))
         source.scale = scale
     problems.missing += [
         f"{source.stored.name} is float8 and has no scales (moe_quant.up_scale, down_scale)"
@@ -310,7 +337,7 @@ def load_weights(
 
     Raises ``ConfigError`` that names parameters that no tensor fills, shapes that differ, and
     stored tensors that fit no parameter, ``SHOWN_PROBLEMS`` of each, before anything is moved; the
-    log has the whole list.
+    log has the whole list. Scales that are not finite are a ``ConfigError`` when they are reached.
     """
     started = time.perf_counter()
     index = read_index(files, ties)
@@ -366,9 +393,9 @@ def _filled(source: _Source, get: Getter, device: torch.device, dtype: torch.dty
     tensor = get(str(source.stored.storage) or source.stored.name)
     if source.scale is not None:
         if source.scale.file == source.stored.file:
-            return _dequantised(tensor, get(source.scale.name), device, dtype)
+            return _dequantised(tensor, _numbers(source.scale, get), device, dtype)
         with _opened(source.scale.file) as get_scale:
-            return _dequantised(tensor, get_scale(source.scale.name), device, dtype)
+            return _dequantised(tensor, _numbers(source.scale, get_scale), device, dtype)
     if source.fill.part == "transposed":
         tensor = tensor.T
     elif source.fill.part != "all":
@@ -377,10 +404,18 @@ def _filled(source: _Source, get: Getter, device: torch.device, dtype: torch.dty
     return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
 
+def _numbers(scale: Stored, get: Getter) -> Tensor:
+    """Scales as float32."""
+    numbers = get(scale.name).float()
+    if not numbers.isfinite().all():
+        raise ConfigError(f"{scale.file}: {scale.name} holds a scale that is no finite number")
+    return numbers
+
+
 def _dequantised(weight: Tensor, scale: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Float8 experts [experts, out, in] times scales [experts, out], one expert at a time."""
     out = torch.empty(weight.shape, device=device, dtype=dtype)
-    scale = scale.reshape(weight.shape[:2]).to(device=device, dtype=torch.float32)
+    scale = scale.reshape(weight.shape[:2]).to(device)
     for expert, numbers in enumerate(weight):
         out[expert] = numbers.to(device).float() * scale[expert, :, None]
     return out
