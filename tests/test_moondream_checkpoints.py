@@ -495,6 +495,23 @@ def test_one_of_two_checkpoints_of_a_folder_is_chosen_silently(model, tmp_path):
     assert local_checkpoint(tmp_path / "other.safetensors").weights[0].name == "other.safetensors"
 
 
+@pytest.mark.parametrize("index", [True, False])
+def test_one_of_two_formats_of_a_folder_is_chosen_silently(model, index, tmp_path):
+    sharded(model, tmp_path, index=index)
+    torch.save(own_tensors(model), tmp_path / "seg-model.pt")
+    with pytest.raises(ConfigError, match=r"seg-model\.pt\); name one file in model\.path"):
+        local_checkpoint(tmp_path)
+    assert local_checkpoint(tmp_path / "seg-model.pt").weights == (tmp_path / "seg-model.pt",)
+
+
+def test_an_index_without_its_shards_hides_the_whole_file(model, tmp_path):
+    shards = sharded(model, tmp_path, index=True)
+    shards[0].unlink()
+    save_file(own_tensors(model), tmp_path / "model.safetensors")
+    assert local_checkpoint(tmp_path).weights == (tmp_path / "model.safetensors",)
+    assert_same(filled_from(tmp_path)[0], model)
+
+
 def test_what_a_folder_lacks_is_not_named(model, tmp_path):
     with pytest.raises(ConfigError, match="no checkpoint at"):
         local_checkpoint(tmp_path / "nowhere")

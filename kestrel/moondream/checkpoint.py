@@ -90,20 +90,30 @@ def _weights(path: Path) -> tuple[list[Path], Ties]:
     if path.is_file() and not path.name.endswith(".index.json"):
         return [path], ()
     index = path if path.is_file() else path / INDEX
+    found = [] if path.is_file() else sorted((*path.glob("*.safetensors"), *path.glob("*.pt")))
+    if len({file.suffix for file in found}) > 1:
+        raise _several(path, found)
     if index.is_file():
         names, ties = _indexed(index)
         shards = [index.parent / shard for shard in names]
         missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
+        if not missing:
+            return shards, ties
+        if path / WHOLE not in found:  # where it is, the index is a left-over
             raise ConfigError(
                 f"model.path: {index.parent} lacks {', '.join(missing)} of {index.name}"
             )
-        return shards, ties
-    for suffix in ("safetensors", "pt"):
-        found = sorted(path.glob(f"*.{suffix}"))
-        if found:
-            return _one_checkpoint(path, found), ()
-    raise ConfigError(f"model.path: no .safetensors or .pt file in {path}")
+        return [path / WHOLE], ()
+    if not found:
+        raise ConfigError(f"model.path: no .safetensors or .pt file in {path}")
+    return _one_checkpoint(path, found), ()
+
+
+def _several(folder: Path, found: list[Path]) -> ConfigError:
+    return ConfigError(
+        f"model.path: {folder} holds several checkpoints "
+        f"({', '.join(file.name for file in found)}); name one file in model.path"
+    )
 
 
 def _indexed(index: Path) -> tuple[list[str], Ties]:
@@ -129,10 +139,7 @@ def _one_checkpoint(folder: Path, found: list[Path]) -> list[Path]:
     shards = [_SHARD.fullmatch(file.name) for file in found]
     groups = {(match[1], match[3]) for match in shards if match}
     if None in shards or len(groups) > 1:
-        raise ConfigError(
-            f"model.path: {folder} holds several checkpoints "
-            f"({', '.join(file.name for file in found)}); name one file"
-        )
+        raise _several(folder, found)
     (_, count) = groups.pop()
     if len(found) != int(count):
         raise ConfigError(f"model.path: {folder} has {len(found)} of {int(count)} shards")
