@@ -151,6 +151,18 @@ def test_a_missing_part_is_named_when_the_refiner_is_built(parts, change, said, 
         SegmentRefiner(replace(parts, **change))
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_head_s_parameters_are_no_views_of_its_file(parts, suffix, tmp_path):
+    tensors = {k.removeprefix("head."): t for k, t in load_file(parts.seghead_weights).items()}
+    file = tmp_path / f"model.{suffix}"
+    torch.save({"head": tensors}, file) if suffix == "pt" else save_file(tensors, file)
+    head = load_seg_head(file, CPU, torch.float32)
+    # Written over in place, as a copy onto it would: a view, and only a view, sees that.
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert all(torch.equal(p, tensors[name]) for name, p in head.named_parameters())
+
+
 def test_a_head_with_tensors_missing_or_left_over_is_refused(parts, tmp_path):
     tensors = load_file(parts.seghead_weights)
     tensors["head.iou_tokens"] = tensors.pop("head.iou_token")

@@ -216,8 +216,8 @@ def _mlp(dim: int, out: int) -> nn.Sequential:
 def load_seg_head(file: Path, device: torch.device, dtype: torch.dtype) -> SegHead:
     """The head of a ``.pt`` file (key ``head``) or a ``.safetensors`` one (``head.`` + name).
 
-    Its sizes are read off the tensors. Raises ``ConfigError`` that names the file, and what in it
-    does not fit.
+    Its sizes are read off the tensors; its parameters are its own, no views of the file. Raises
+    ``ConfigError`` that names the file, and what in it does not fit.
     """
     tensors = _tensors(file)
     try:
@@ -227,12 +227,14 @@ def load_seg_head(file: Path, device: torch.device, dtype: torch.dtype) -> SegHe
         raise ConfigError(f"seghead_weights: {file} holds no mask refiner's head") from error
     blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}
     with torch.device("meta"):
-        head = SegHead(SegHeadConfig(enc_dim, dim, grid, masks, len(blocks)))
+        head = SegHead(SegHeadConfig(enc_dim, dim, grid, masks, len(blocks))).to(dtype)
+    head.to_empty(device=device)
     try:
-        head.load_state_dict(tensors, assign=True)
+        # Copied: a mapped tensor would change, or be gone, with its file.
+        head.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(f"seghead_weights: {file} does not fit: {error}") from error
-    return head.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return head.eval().requires_grad_(False)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
