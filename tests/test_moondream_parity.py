@@ -159,6 +159,14 @@ def test_crop_grids_differ_from_the_published_rule():
         assert list(got) == grid, size
 
 
+@pytest.mark.parametrize("length", [3000, 20_000, 263_000])
+def test_a_strip_is_cut_into_more_crops_than_the_most(length):
+    margins = 2 * 4 * 14
+    rows, columns = select_tiling(400 - margins, length - margins, 378 - margins, 12)
+    assert rows == 1 and 1 < columns <= 12
+    assert select_tiling(length - margins, 400 - margins, 378 - margins, 12) == (columns, 1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_the_one_crop_shortcut_differs_from_encoding_both_crops(device):

@@ -21,14 +21,18 @@ def select_tiling(height: int, width: int, crop: int, max_crops: int) -> tuple[i
     """Rows and columns of local crops for an image of ``height`` x ``width`` pixels.
 
     ``crop`` is the side in pixels that one crop adds (its side less both margins), the image size
-    is likewise without margins; at most ``max_crops`` crops. The rule is the published model's.
+    is likewise without margins; at most ``max_crops`` crops. The rule is the published model's but
+    for strips of which one side takes over ``max_crops`` times the other's crops: its code cuts
+    those into more, 21 where 12 are the most for 400 x 20 000 pixels.
     """
     if height <= crop or width <= crop:
         return 1, 1
     need_h, need_w = math.ceil(height / crop), math.ceil(width / crop)
     if need_h * need_w > max_crops:
         shrink = math.sqrt(max_crops / (need_h * need_w))
-        return max(1, math.floor(need_h * shrink)), max(1, math.floor(need_w * shrink))
+        rows, columns = math.floor(need_h * shrink), math.floor(need_w * shrink)
+        # Where one would be 0 and is 1, the other alone may be over the bound.
+        return min(max(1, rows), max_crops), min(max(1, columns), max_crops)
     rows = max(need_h, math.floor(math.sqrt(max_crops * height / width)))
     columns = max(need_w, math.floor(math.sqrt(max_crops * width / height)))
     if rows * columns > max_crops:
