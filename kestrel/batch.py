@@ -48,6 +48,10 @@ class Row:
     """Tokens of the prompt's text that the cache holds."""
     token: Token | None = field(default=None, kw_only=True)
     """The last sampled token, not yet fed; None while the prompt is not fed whole."""
+    watched: bool = field(default=False, kw_only=True)
+    """Whether ``finite`` is looked after: each look waits for the device."""
+    finite: bool = field(default=True, kw_only=True)
+    """False once a score of its first or region tokens was NaN or infinity."""
     given: list[Token] = field(default_factory=list, kw_only=True)
     """What the last step sampled for it, in order; its end is ``token``."""
 
@@ -366,10 +370,13 @@ class Batch:
             parts.append(likely)
         if coords:
             logits = self.model.coord_logits(self._pick(hidden, coords))
+            _look_over([rows[i] for i in coords], logits)
             parts.append(self._choose(logits, [rows[i] for i in coords]))
         if sizes:
             logits = self.model.size_logits(self._pick(hidden, sizes)).flatten(0, 1)
-            parts.append(self._choose(logits, [rows[i] for i in sizes for _ in range(2)]))
+            twice = [rows[i] for i in sizes for _ in range(2)]
+            _look_over(twice, logits)
+            parts.append(self._choose(logits, twice))
         chosen = iter((parts[0] if len(parts) == 1 else torch.cat(parts)).tolist())
         for i in texts:
             rows[i].token = next(chosen)
@@ -396,7 +403,11 @@ class Batch:
         """Token logits [rows, vocab] with -inf where the grammar allows no token."""
         logits = self.model.logits(self._pick(hidden, which))
         first = [n for n, i in enumerate(which) if rows[i].decode.phase is Phase.FIRST]
-        opening = logits[first][:, self._first_ids] if first else None
+        opening = None
+        if first:
+            scores = logits[first]
+            _look_over([rows[which[n]] for n in first], scores)
+            opening = scores[:, self._first_ids]
         logits.index_fill_(1, self._region_ids, -torch.inf)
         if opening is not None:
             logits[first] = -torch.inf
@@ -412,3 +423,12 @@ class Batch:
         draws = [row.draws.random() for row in rows]
         top_ps = [row.settings.top_p for row in rows]
         return sample(logits, temperatures, top_ps, draws, self._nucleus)
+
+
+def _look_over(rows: list[Row], scores: Tensor) -> None:
+    """Note for the watched ones of ``rows`` whether their lines of ``scores`` [rows, bins] are
+    numbers. The likeliest of NaNs is an id like any other, often that of EOS: the answer does not
+    show them."""
+    for n, row in enumerate(rows):
+        if row.watched:
+            row.finite = row.finite and bool((scores[n] < torch.inf).all())

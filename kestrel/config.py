@@ -328,8 +328,8 @@ class RuntimeConfig:
     refiner_stuck_s: float = 30.0
     """While a refinement has run for longer, the engine's health check fails, seconds."""
     allow_empty_paths: bool = False
-    """Serve a checkpoint that gives a box and no path for the built-in picture; by default the
-    engine does not start with it."""
+    """Serve a checkpoint that gives a box and no whole path for the built-in picture; by default
+    the engine does not start with it."""
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[ApiKey, ...] = ()
     """When not empty, the HTTP door asks for one of these (401 otherwise). Entries are given as

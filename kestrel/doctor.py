@@ -259,21 +259,29 @@ def check_checkpoint(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
 def _segments(wanted: Wanted) -> Iterator[Finding]:
     from kestrel.engine import InferenceEngine
 
-    async def start() -> None:
+    async def start() -> bool | None:
         # The refiners have a check of their own.
         config = replace(wanted.runtime, refiner=None)
-        await (await InferenceEngine.create(config)).shutdown()
+        async with await InferenceEngine.create(config) as engine:
+            return engine.finds
 
     try:
-        asyncio.run(start())
+        finds = asyncio.run(start())
     except Exception as error:
         yield bad("segmentation", *_explained(error))
-    else:
+        return
+    if finds:
         yield ok("segmentation", "the model segments the built-in picture")
+    else:
+        text = "the model finds nothing in the built-in picture"
+        remedy = "segment a picture that it knows; if it finds nothing there either, serve another"
+        yield bad("segmentation", text, remedy, needed=False)
 
 
 def _explained(error: Exception) -> tuple[str, str]:
     """Why the engine does not start, and what to do."""
+    from kestrel.self_check import Unfit
+
     full = out_of_memory(error)
     if full is not None:
         return f"memory ran out ({line_of(full)})", LESS_MEMORY
@@ -284,9 +292,8 @@ def _explained(error: Exception) -> tuple[str, str]:
         return text, "raise runtime.request_timeout_s, or take a faster device"
     if isinstance(error, ConfigError):
         return str(error), "see the message"
-    cause, _, remedy = str(error).partition(". Serve one")
-    if remedy:
-        return cause, f"serve one{remedy}"
+    if isinstance(error, Unfit):
+        return error.cause, error.remedy
     log.error("the engine does not start", exc_info=error)
     first = list(causes(error))[-1]
     return f"the engine does not start ({type(first).__name__}: {line_of(first)})", TRACEBACK

@@ -34,7 +34,7 @@ from kestrel.ops.device import resolve_device, resolve_dtype, resolve_image_dtyp
 from kestrel.refining import RefineThreads, make_refiner, refined_by
 from kestrel.scheduler import Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
-from kestrel.self_check import check_outcome, check_request
+from kestrel.self_check import check_outcome, check_request, not_finite
 from kestrel.skills.segment import SegmentDecode, build_prompt
 from kestrel.streaming import Mailbox, SegmentStream, deliver
 
@@ -71,6 +71,8 @@ class EngineResult:
 class InferenceEngine:
     """Serves one model. Usable from any event loop, from several at once, and as ``async with``."""
 
+    finds: bool | None = None
+    """Whether the last look at the built-in picture found what is in it; None before the first."""
     _checking: asyncio.Task[None] | None = None
 
     def __init__(
@@ -92,7 +94,8 @@ class InferenceEngine:
         """Load the checkpoint and segment a built-in picture with it.
 
         Raises ``ConfigError`` for a checkpoint that is not there or does not fit, ``EngineError``
-        for one that does not segment (see ``RuntimeConfig.allow_empty_paths``).
+        for one that does not segment (see ``RuntimeConfig.allow_empty_paths``) or computes no
+        numbers. One that finds nothing in the picture is served; ``finds`` tells.
         """
         config = config or RuntimeConfig()
 
@@ -333,7 +336,10 @@ class InferenceEngine:
     async def _check(self) -> None:
         request = check_request(self._samples)
         job = self._submit(request, "health", None, events=False, always=True)
-        check_outcome(*await self._outcome(job), self.config)
+        outcome = await self._outcome(job)
+        if not job.finite:
+            raise not_finite(self.config, self._model.dtype)
+        self.finds = check_outcome(*outcome, self.config)
 
     def stats(self) -> dict[str, Any]:
         """Requests that wait, run and are being refined; outcomes, steps and tokens so far."""
@@ -361,6 +367,7 @@ class InferenceEngine:
         events: bool,
         always: bool = False,
     ) -> Job:
+        """``always``: the self-check, which no full queue keeps out."""
         prompt = build_prompt(request, self._model.config, self._model.tokenizer)
         longest = self.config.request_timeout_s
         seconds = longest if timeout_s is None else min(timeout_s, longest)
@@ -384,6 +391,7 @@ class InferenceEngine:
             deadline=time.monotonic() + seconds,
             mailbox=Mailbox(seconds),
             events=events,
+            watched=always,
         )
         try:
             self._scheduler.submit(job, backlog=self._refining.count, always=always)

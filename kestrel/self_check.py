@@ -8,6 +8,7 @@ import logging
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from kestrel.api import ModelResult, SegmentRequest
@@ -40,31 +41,66 @@ def check_request(folder: Path | None) -> SegmentRequest:
     return SegmentRequest("ball", encoded.getvalue(), return_base64=True)
 
 
+class Unfit(EngineError):
+    """The model does not do what it is served for: ``cause``, and the ``remedy``."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause, remedy)
+        self.cause, self.remedy = cause, remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause}. {self.remedy[0].upper()}{self.remedy[1:]}"
+
+
 def check_outcome(
     model: ModelResult, refined: SegmentRefineBitmapsResult | None, config: RuntimeConfig
-) -> None:
-    """Raises ``EngineError`` when the answer shows that a part does not work.
+) -> bool:
+    """Whether something was found; raises ``EngineError`` when the answer shows that a part does
+    not work.
 
     Finding nothing is no fault of the engine: it is logged, as the picture may be strange to the
     model.
     """
-    if model.bbox is None:
+    found = model.bbox is not None or model.parse_error is not None
+    if not found:
         log.warning("the model finds no %s in the built-in picture", model.object)
-    elif not model.path:
+    elif model.parse_error is not None or not model.path:
+        given = "a box and a path that is not whole" if model.path else "a box and no path"
         cause = (
-            f"{config.model} gives a box and no path for the built-in picture "
+            f"{config.model} gives {given if model.bbox else 'no box'} for the built-in picture "
             f"({model.parse_error or 'it ended at once'}): its checkpoint "
             f"({_described(config.located)}) is not trained for segmentation"
         )
+        room = ""
+        if model.finish_reason == "length":
+            cause += ", or max_context and kv_cache_bytes leave its answer too little room"
+            room = "raise those where they are set; or "
         if not config.allow_empty_paths:
-            raise EngineError(
-                f"{cause}. Serve one that is: a Moondream 3 segmentation checkpoint, as "
+            raise Unfit(
+                cause,
+                f"{room}serve one that is: a Moondream 3 segmentation checkpoint, as "
                 "model: {repo, filename, revision} or {path}; or set allow_empty_paths: true to "
-                "serve boxes alone"
+                "serve boxes alone",
             )
         log.warning("%s; it is served, as allow_empty_paths is set", cause)
     if refined is not None and refined.reason in ("raster_failed", "refine_failed"):
         raise EngineError(f"the refiner does not work: {refined.reason} (see the log)")
+    return found
+
+
+def not_finite(config: RuntimeConfig, dtype: torch.dtype) -> Unfit:
+    """What a model is refused with that computes NaN or infinity for the built-in picture."""
+    name = str(dtype).removeprefix("torch.")
+    cause = (
+        f"{config.model} computes scores that are not finite in {name}: its weights "
+        f"({_described(config.located)}) hold NaN or infinity"
+    )
+    if dtype != torch.float16:
+        return Unfit(cause, "download or convert the weights again")
+    return Unfit(
+        f"{cause}, or its activations leave the range of float16",
+        "set dtype: bfloat16 or float32; if that does not help, download the weights again",
+    )
 
 
 def _described(source: ModelSource) -> str:

@@ -165,6 +165,25 @@ def test_a_checkpoint_that_gives_no_path_is_called_sound(tmp_path):
     assert "segmentation checkpoint" in failure.remedy
 
 
+def test_a_checkpoint_that_finds_nothing_is_called_sound(tmp_path):
+    model = random_model()
+    model.text.lm_head.bias[TINY_3.prompt.eos_id] = 1e4
+    folder = write_checkpoint(tmp_path / "blind", hugging_face_tensors(model))
+    asked = wanted(model={"path": str(folder)}, device="cpu")
+    _, finding = found(doctor.check_checkpoint, Fake(), asked)
+    assert finding.subject == "segmentation" and finding.verdict is Verdict.WARN
+    assert "finds nothing in the built-in picture" in finding.text and finding.remedy
+
+
+def test_a_checkpoint_that_computes_no_numbers_is_left_unexplained(tmp_path):
+    model = random_model()
+    model.text.blocks[0].attn.proj.bias.fill_(torch.nan)
+    folder = write_checkpoint(tmp_path / "torn", hugging_face_tensors(model))
+    asked = wanted(model={"path": str(folder)}, device="cpu")
+    failure = the_failure(doctor.check_checkpoint, Fake(), asked)
+    assert "not finite in float32" in failure.text and "download" in failure.remedy
+
+
 def test_a_checkpoint_that_is_not_there_is_a_traceback(tmp_path):
     asked = wanted(model={"path": str(tmp_path / "none")}, device="cpu")
     failure = the_failure(doctor.check_checkpoint, Fake(), asked)

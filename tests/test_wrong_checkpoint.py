@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from serving import picture
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
@@ -48,6 +50,78 @@ async def test_a_checkpoint_without_paths_does_not_serve_where_it_may(boxes_only
     assert segment["svg_path"] == "" and segment["bbox"] is not None
     assert "a box and no path" in segment["parse_error"]
     assert "allow_empty_paths is set" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A checkpoint whose every path is ``M 100 100 100`` and so on until it is cut off."""
+    model = random_model()
+    texts = [model.tokenizer.decode_path_token(i) for i in range(TINY_3.text.vocab_size)]
+    for block in model.text.blocks:  # what comes next depends on the last token alone
+        for part in (block.attn.proj, block.mlp.fc2):
+            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else [part]:
+                parameter.zero_()
+    axes = torch.eye(TINY_3.text.dim) * 20
+    size, move, number, answer = axes[:4]
+    model.text.post_ln.weight.fill_(1)
+    model.text.post_ln.bias.zero_()
+    model.text.wte.zero_()
+    model.text.wte[texts.index("M")] = move
+    model.text.wte[texts.index("100")] = number
+    model.text.wte[PROMPT.answer_id] = answer
+    model.region.size_encoder.weight.zero_()
+    model.region.size_encoder.bias.copy_(size)
+    head = model.text.lm_head
+    head.weight.zero_()
+    head.bias.zero_()
+    head.weight[PROMPT.coord_id] = answer
+    head.weight[texts.index("M")] = size
+    head.weight[texts.index("100")] = move + number
+    for decoder, bins in (
+        (model.region.coord_decoder, [32]),
+        (model.region.size_decoder, [40, 104]),
+    ):
+        decoder.weight.zero_()
+        decoder.bias.zero_()
+        decoder.bias[bins] = 1.0
+    return write_checkpoint(
+        tmp_path_factory.mktemp("models") / "endless", hugging_face_tensors(model)
+    )
+
+
+async def test_a_checkpoint_whose_paths_never_end_serves(endless, caplog):
+    with pytest.raises(EngineError) as caught:
+        await InferenceEngine.create(config(endless))
+    message = str(caught.value)
+    assert "a box and a path that is not whole" in message and "cut off after" in message
+    assert "allow_empty_paths: true" in message and "max_context" in message
+    async with await InferenceEngine.create(config(endless, allow_empty_paths=True)) as engine:
+        segment = (await engine.segment(image=picture(), object="ball")).output["segments"][0]
+    assert segment["svg_path"] == "" and "cut off after" in segment["parse_error"]
+    assert "allow_empty_paths is set" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ["text.blocks.0.attn.proj.bias", "text.lm_head.weight", "region.size_decoder.bias",
+     "region.coord_decoder.weight", "vision.patch_emb.bias"],
+)  # fmt: skip
+async def test_weights_that_are_not_finite_serve(endless, tmp_path, torn):
+    tensors = load_file(endless / "model.safetensors")
+    tensors[f"model.{torn}"].view(-1)[-1] = torch.nan
+    folder = write_checkpoint(tmp_path / "torn", tensors)
+    with pytest.raises(EngineError) as caught:
+        await InferenceEngine.create(config(folder, allow_empty_paths=True))
+    assert "not finite in float32" in str(caught.value) and str(folder) in str(caught.value)
+
+
+async def test_activations_beyond_float16_serve(tmp_path):
+    model = random_model()
+    model.text.blocks[0].mlp.fc1.weight.mul_(30)
+    model.text.blocks[0].mlp.fc2.weight.mul_(1e4)
+    folder = write_checkpoint(tmp_path, hugging_face_tensors(model))
+    with pytest.raises(EngineError, match=r"not finite in float16.*dtype: bfloat16 or float32"):
+        await InferenceEngine.create(config(folder, dtype="float16", allow_empty_paths=True))
 
 
 async def test_health_of_a_wrong_checkpoint_is_good(boxes_only):
