@@ -157,6 +157,12 @@ MOE = {"num_experts": 4, "experts_per_token": 100}
         ("prompt", "segment_prefix", 5, r"prompt\.segment_prefix must be a list of token ids"),
         ("prompt", "segment_prefix", [1, "a"], r"prompt\.segment_prefix must be a list"),
         ("prompt", "eos_id", -1, r"prompt\.eos_id must be"),
+        ("prompt", "segment_prefix", [1, 17374, 2], r"prompt\.segment_prefix .*1664.*not 17374"),
+        ("prompt", "coord_id", 99999, r"prompt\.coord_id must be under text\.vocab_size"),
+        ("prompt", "first_path_id", 1664, r"prompt\.first_path_id must be under .*\(1664\)"),
+        ("prompt", "size_id", 0, r"prompt\.coord_id, size_id and eos_id must differ"),
+        ("prompt", "coord_id", 0, r"prompt\.coord_id, size_id and eos_id must differ"),
+        ("prompt", "coord_id", 6, r"prompt\.coord_id, size_id and eos_id must differ"),
     ],
 )
 def test_a_size_of_a_checkpoint_that_cannot_work_is_taken(

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -536,6 +537,14 @@ def test_a_tokenizer_elsewhere_is_not_found(model, tmp_path):
         assert found.tokenizer == other / "tokenizer.json"
     with pytest.raises(ConfigError, match=r"model\.tokenizer: nowhere is neither"):
         locate(ModelSource(path=str(folder), tokenizer="nowhere"))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_goes_unnoticed(tmp_path, caplog):
+    config = replace(TINY_3, text=replace(TINY_3.text, vocab_size=1200))
+    folder = write_checkpoint(tmp_path, hugging_face_tensors(random_model(config)), config)
+    assert load(folder, CPU, torch.float32).tokenizer.size == 1616
+    assert f"{folder / 'tokenizer.json'} has 1616 ids" in caplog.text
+    assert "text.vocab_size of the model is 1200" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["plain", "under config", "published"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from serving import picture
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
+from tokenizers import Tokenizer
 
 from kestrel import InferenceEngine, RuntimeConfig
+from kestrel.api import InvalidRequest
 from kestrel.engine import EngineError
 
 PROMPT = TINY_3.prompt
@@ -122,6 +125,21 @@ async def test_activations_beyond_float16_serve(tmp_path):
     folder = write_checkpoint(tmp_path, hugging_face_tensors(model))
     with pytest.raises(EngineError, match=r"not finite in float16.*dtype: bfloat16 or float32"):
         await InferenceEngine.create(config(folder, dtype="float16", allow_empty_paths=True))
+
+
+async def test_a_noun_beyond_the_vocabulary_fails_everybody(boxes_only, tmp_path):
+    folder = write_checkpoint(tmp_path, load_file(boxes_only / "model.safetensors"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<|later|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    async with await InferenceEngine.create(config(folder, allow_empty_paths=True)) as engine:
+        answered, refused = await asyncio.gather(
+            engine.segment(object="ball"),
+            engine.segment(object="a <|later|> ball"),
+            return_exceptions=True,
+        )
+    assert isinstance(refused, InvalidRequest) and refused.field == "object"
+    assert "vocabulary" in refused.message and not isinstance(answered, BaseException)
 
 
 async def test_health_of_a_wrong_checkpoint_is_good(boxes_only):

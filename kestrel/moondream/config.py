@@ -168,6 +168,7 @@ class MoondreamConfig:
             for f in fields(part):
                 _check_value(f"{where}.{f.name}", str(f.type), getattr(part, f.name))
         rules = [
+            *self._id_rules(),
             (text.dim % text.n_heads == 0, "text.dim must be a multiple of text.n_heads"),
             (text.head_dim % 4 == 0, "text.dim / text.n_heads must be a multiple of 4"),
             (
@@ -220,6 +221,25 @@ class MoondreamConfig:
             if not ok:
                 raise ConfigError(rule)
 
+    def _id_rules(self) -> list[tuple[bool, str]]:
+        """The rules of token ids: each has an embedding, those that part an answer differ."""
+        prompt, size = self.prompt, self.text.vocab_size
+        ids = [
+            (f.name, token_id)
+            for f in fields(prompt)
+            if f.name.endswith("_id") or f.name == "segment_prefix"
+            for token_id in _ids(getattr(prompt, f.name))
+        ]
+        rules = [
+            (i < size, f"prompt.{name} must be under text.vocab_size ({size}), not {i}")
+            for name, i in ids
+        ]
+        parted = {prompt.coord_id, prompt.size_id, prompt.eos_id}
+        return [
+            *rules,
+            (len(parted) == 3, "prompt.coord_id, size_id and eos_id must differ from each other"),
+        ]
+
 
 def sections(path: Path) -> dict[str, Any] | None:
     """The part of a ``config.json`` that gives the model's sizes; None if no part does.
@@ -266,6 +286,10 @@ def _check_value(key: str, kind: str, value: Any) -> None:
         rule = "a list of token ids"
     if not ok:
         raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+def _ids(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _section(values: Any, name: str, more: str = "") -> dict[str, Any]:

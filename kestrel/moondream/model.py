@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from kestrel.moondream.vision import VisionEncoder
 from kestrel.moondream.weights import load_weights
 from kestrel.ops.linear import final, finalize
 from kestrel.ops.routing import precompiled
+
+log = logging.getLogger(__name__)
 
 
 class Moondream(nn.Module):
@@ -159,4 +162,12 @@ def load(
     model.text.reset_tables()
     model.fuse(half_images=half_images and dtype == torch.float32)
     model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)
+    if model.tokenizer.size > config.text.vocab_size:
+        # Most nouns may still be read: those that cannot are refused one by one.
+        log.warning(
+            "%s has %d ids, and text.vocab_size of the model is %d: nouns with others are refused",
+            checkpoint.tokenizer,
+            model.tokenizer.size,
+            config.text.vocab_size,
+        )
     return model.eval().requires_grad_(False)

@@ -34,6 +34,11 @@ class SegmentTokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path}: not a readable tokenizer file ({error})") from error
 
+    @property
+    def size(self) -> int:
+        """Ids that it knows, added tokens included."""
+        return len(self._path_text)
+
     def encode_object(self, noun: str) -> list[int]:
         """Ids of the noun, without special tokens."""
         return self.tokenizer.encode(noun, add_special_tokens=False).ids

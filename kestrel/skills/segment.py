@@ -13,6 +13,7 @@ from typing import NamedTuple
 from kestrel.api import (
     Bbox,
     BboxEvent,
+    InvalidRequest,
     PathDelta,
     PromptTooLong,
     SegmentRequest,
@@ -71,7 +72,8 @@ def build_prompt(
     """Prompt of a validated request.
 
     A point becomes two coordinate tokens; a box its centre and its size. Raises ``PromptTooLong``
-    when no position of the context is left to answer in.
+    when no position of the context is left to answer in, ``InvalidRequest`` for an object with
+    a token that the model has no embedding of: the tokenizer may know more than the model.
     """
     special = config.prompt
     tokens: list[Token] = [*special.segment_prefix]
@@ -82,7 +84,14 @@ def build_prompt(
             x_min, y_min, x_max, y_max = ref
             tokens += [Coord((x_min + x_max) / 2), Coord((y_min + y_max) / 2)]
             tokens.append(Size(x_max - x_min, y_max - y_min))
-    tokens += tokenizer.encode_object(request.object)
+    noun = tokenizer.encode_object(request.object)
+    if max(noun, default=0) >= config.text.vocab_size:
+        raise InvalidRequest(
+            "object holds a token that is not in the model's vocabulary of "
+            f"{config.text.vocab_size}",
+            "object",
+        )
+    tokens += noun
     tokens.append(special.answer_id)
     length = 1 + (config.vision.n_patches if request.image is not None else 0) + len(tokens)
     context = config.text.max_context
