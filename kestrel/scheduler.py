@@ -69,6 +69,9 @@ class Scheduler:
         self._outbox: list[Delivery] = []
         self._patches = model.config.vision.n_patches
         self._seconds = 1.0
+        self._measured = False
+        """Whether ``_seconds`` is of requests. Until then it is a guess, or the self-check's, whose
+        first-time work takes many times as long: nothing to refuse a request by."""
         self.counts: Counter[str] = Counter()
         self.last_success = 0.0
         """When a request last completed without an engine failure after it, monotonic seconds."""
@@ -103,8 +106,8 @@ class Scheduler:
 
         ``backlog``: requests that wait elsewhere and count against ``max_queue``. Raises
         ``Overloaded`` when the queue is full by count or bytes, or so long that the job's deadline
-        would pass in it (not with ``always``), or when the scheduler is closed;
-        ``EngineEnded`` when its thread is.
+        would pass in it (not with ``always``, nor before one was measured), or when the scheduler
+        is closed; ``EngineEnded`` when its thread is.
         """
         with self._wake:
             if self.failure is not None:
@@ -127,7 +130,7 @@ class Scheduler:
         held = sum(image_size(waiting.request.image) for waiting in self._waiting)
         if held and held + image_size(job.request.image) > self._config.max_queue_bytes:
             return f"the queue is full ({held} bytes wait)", seconds
-        if queued and job.arrived + seconds > job.deadline:
+        if queued and self._measured and job.arrived + seconds > job.deadline:
             return "the queue is longer than the request's deadline", seconds
         return "", seconds
 
@@ -147,11 +150,11 @@ class Scheduler:
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
-        """Waiting and running requests, slots, the mean ``seconds`` of a request in its slot,
-        ``left_s``: how long the running ones are still expected to take on average; bytes of keys
-        and values that are written, that are set aside for running requests, and that there are;
-        bytes held for images; and counts of outcomes, steps, tokens and encoded
-        images."""
+        """Waiting and running requests, slots, the mean ``seconds`` of a request in its slot (that
+        of the self-check until one completed), ``left_s``: how long the running ones are still
+        expected to take on average; bytes of keys and values that are written, that are set aside
+        for running requests, and that there are; bytes held for images; and counts of outcomes,
+        steps, tokens and encoded images."""
         with self._wake:
             now = time.monotonic()
             rows, admitted, cache = self._batch.rows, self._admitted(), self._batch.cache
@@ -378,7 +381,9 @@ class Scheduler:
         metrics.input_tokens = job.prompt.length
         metrics.output_tokens = decode.output_tokens
         metrics.decode_time_ms = (now - job.admitted) * 1e3 - metrics.prefill_time_ms
-        self._seconds += 0.1 * (now - job.admitted - self._seconds)
+        weight = 0.1 if self._measured else 1.0
+        self._seconds += weight * (now - job.admitted - self._seconds)
+        self._measured = self._measured or not job.watched
         self.counts["completed"] += 1
         self.last_success = now
         result = ModelResult(

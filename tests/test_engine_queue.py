@@ -53,8 +53,35 @@ async def test_images_that_wait_are_bounded_together_by_bytes(
 async def test_a_request_that_would_be_late_in_the_queue_is_told_so_at_once(
     engine: InferenceEngine,
 ) -> None:
+    assert await ask(engine, None) == "answered"
     engine._scheduler._seconds = 10.0  # what requests have taken of late
     waiting = [asyncio.create_task(ask(engine, None)) for _ in range(3)]
     await asyncio.sleep(0)
     assert "longer than the request's deadline" in await ask(engine, None, timeout_s=5.0)
     assert await asyncio.gather(*waiting) == ["answered"] * 3
+
+
+async def test_requests_are_refused_before_any_was_measured(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, step = threading.Event(), Batch.step
+    monkeypatch.setattr(Batch, "step", lambda *args: go_on.wait(60) and step(*args))
+    engine._scheduler._seconds = 10.0  # of the self-check, with its first-time work
+    asked = [asyncio.create_task(ask(engine, None, timeout_s=50.0)) for _ in range(40)]
+    try:
+        await asyncio.sleep(0)
+        assert engine.stats().get("refused", 0) == 0
+        for task in asked[1:]:
+            task.cancel()
+    finally:
+        go_on.set()
+    assert await asked[0] == "answered"
+
+
+async def test_the_first_measured_request_is_drowned_in_a_guess(engine: InferenceEngine) -> None:
+    engine._scheduler._seconds = 1e6
+    assert await ask(engine, None) == "answered"
+    assert engine.stats()["seconds"] < 60.0
+    engine._scheduler._seconds = 1e6
+    assert await ask(engine, None) == "answered"
+    assert engine.stats()["seconds"] > 8e5

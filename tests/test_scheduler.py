@@ -235,7 +235,6 @@ async def test_a_slow_picture_keeps_others_waiting_or_starves(start, watch, monk
 async def test_a_late_request_leaves_its_picture_in_the_line(start, monkeypatch, how):
     monkeypatch.setattr(pictures, "CROP_THREADS", 1)
     engine = await start()
-    engine._scheduler._seconds = 0.0  # none is refused for its deadline
     go_on, decode = threading.Event(), pictures.decode_image
     decodes: list[int] = []
 
