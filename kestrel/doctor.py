@@ -76,9 +76,18 @@ def check_torch(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         return
     build = torch.version.cuda
     wants_gpu = wanted.runtime.device.startswith("cuda")
-    if torch.cuda.is_available():
-        yield ok("torch", f"{version}, CUDA {build}, {torch.cuda.get_device_name(0)}")
-        yield from _gpu_memory(torch, wanted)
+    if wanted.runtime.device == "cpu":
+        yield ok("torch", f"{version}, on the CPU")
+    elif torch.cuda.is_available():
+        from kestrel.ops.device import gpu_index
+
+        try:
+            index = gpu_index(wanted.runtime.device, torch.cuda.device_count())
+        except ConfigError as error:
+            yield bad("torch", str(error), "set runtime.device to one of them, or to auto")
+            return
+        yield ok("torch", f"{version}, CUDA {build}, {torch.cuda.get_device_name(index)}")
+        yield from _gpu_memory(torch, index, wanted)
     elif wants_gpu and build is None:
         remedy = "pip install torch from the index of your CUDA release, or set device: cpu"
         yield bad("torch", f"{version} is a CPU build and device is cuda", remedy)
@@ -90,13 +99,13 @@ def check_torch(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         yield ok("torch", f"{version}, on the CPU")
 
 
-def _gpu_memory(torch: Any, wanted: Wanted) -> Iterator[Finding]:
+def _gpu_memory(torch: Any, index: int, wanted: Wanted) -> Iterator[Finding]:
     try:
         need = memory_need(wanted.runtime)
     except ConfigError as error:
         yield bad("GPU memory", f"the model's need is unknown ({error})", "see checkpoint below")
         return
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(index)
     text = f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     if need <= free:
         yield ok("GPU memory", text)

@@ -22,6 +22,7 @@ from kestrel.doctor import examine
 from kestrel.errors import DeadlineExceeded, PromptTooLong
 from kestrel.job import engine_error
 from kestrel.moondream.config import MOONDREAM_3
+from kestrel.ops.device import resolve_device
 from kestrel.seg_refiner import boundary, raster, tracers
 
 
@@ -71,11 +72,15 @@ class Fake(Machine):
         return port not in self.taken
 
 
-def fake_torch(cuda: str | None = None, gpu: bool = False, free: float = 80e9) -> Any:
+def fake_torch(
+    cuda: str | None = None, gpu: bool = False, free: tuple[float, ...] = (80e9,)
+) -> Any:
+    """``free``: bytes of each GPU."""
     device = SimpleNamespace(
         is_available=lambda: gpu,
-        get_device_name=lambda number: "H100",
-        mem_get_info=lambda: (free, 80e9),
+        device_count=lambda: len(free) if gpu else 0,
+        get_device_name=lambda number: f"H100 number {number}",
+        mem_get_info=lambda number=0: (free[number], 80e9),
     )
     return SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=device)
 
@@ -417,11 +422,32 @@ def test_a_gpu_that_torch_does_not_see_is_served_on_the_cpu():
 
 def test_a_model_larger_than_the_gpu_fails_at_the_first_request():
     asked = wanted(device="cuda")
-    gpu = Fake(torch=fake_torch("12.8", gpu=True, free=1e9))
+    gpu = Fake(torch=fake_torch("12.8", gpu=True, free=(1e9,)))
     failure = the_failure(doctor.check_torch, gpu, asked)
     assert failure.subject == "GPU memory" and "max_batch_size" in failure.remedy
     roomy = Fake(torch=fake_torch("12.8", gpu=True))
     assert all(f.verdict is Verdict.OK for f in found(doctor.check_torch, roomy, asked))
+
+
+def test_a_full_gpu_fails_what_does_not_run_on_it():
+    machine = Fake(torch=fake_torch("12.8", gpu=True, free=(1e8, 80e9)))
+    (finding,) = found(doctor.check_torch, machine, wanted(device="cpu"))
+    assert finding.verdict is Verdict.OK and "on the CPU" in finding.text
+    named, memory = found(doctor.check_torch, machine, wanted(device="cuda:1"))
+    assert "H100 number 1" in named.text and memory.verdict is Verdict.OK
+    for device in ("cuda:0", "cuda", "auto"):
+        assert the_failure(doctor.check_torch, machine, wanted(device=device)).text
+
+
+def test_a_gpu_beyond_the_last_is_taken(monkeypatch):
+    machine = Fake(torch=fake_torch("12.8", gpu=True, free=(80e9, 80e9)))
+    failure = the_failure(doctor.check_torch, machine, wanted(device="cuda:7"))
+    assert "cuda:7" in failure.text and "2 GPUs" in failure.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device is cuda:7, but torch sees 1 GPU"):
+        resolve_device("cuda:7")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
 
 
 def test_the_memory_that_moondream_3_needs_is_misjudged(monkeypatch):

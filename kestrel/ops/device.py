@@ -14,7 +14,8 @@ where that is faster: a second copy of its weights costs little."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` -> CUDA where torch sees a GPU, else CPU; ``ConfigError`` for a GPU that is not."""
+    """``auto`` -> CUDA where torch sees a GPU, else CPU; ``ConfigError`` for a GPU that is not
+    there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -22,7 +23,19 @@ def resolve_device(device: str) -> torch.device:
             "device is cuda, but torch sees no GPU; install a CUDA build of torch "
             "(pip install torch) and check nvidia-smi, or set device: cpu"
         )
+    if device.startswith("cuda"):
+        gpu_index(device, torch.cuda.device_count())
     return torch.device(device)
+
+
+def gpu_index(device: str, count: int) -> int:
+    """Which of ``count`` GPUs ``cuda:N`` names; 0 for a name without a number. ``ConfigError`` for
+    one beyond the last."""
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        seen = "1 GPU, cuda:0" if count == 1 else f"{count} GPUs, the last is cuda:{count - 1}"
+        raise ConfigError(f"device is {device}, but torch sees {seen}")
+    return index
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
