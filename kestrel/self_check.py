@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from kestrel.api import ModelResult, SegmentRequest
+from kestrel.api import ModelResult, SegmentRequest, validate_segment
 from kestrel.config import ModelSource, RuntimeConfig
+from kestrel.image import decode
 from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -26,19 +27,30 @@ SIDE = 252
 def check_request(folder: Path | None) -> SegmentRequest:
     """The first picture of ``samples/samples.json`` in a checkpoint's folder, or a drawn ball.
 
-    Masks are asked for, so that every stage runs.
+    Masks are asked for, so that every stage runs. A file of that name which is something else is
+    logged and passed over.
     """
-    samples = folder / "samples" if folder is not None else None
-    if samples is not None and (samples / "samples.json").is_file():
-        first = json.loads((samples / "samples.json").read_text(encoding="utf-8"))[0]
-        image = (samples / first["file"]).read_bytes()
-        return SegmentRequest(first["noun"], image, return_base64=True)
+    listed = folder / "samples" / "samples.json" if folder is not None else None
+    if listed is not None and listed.is_file():
+        try:
+            return _first_sample(listed)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning("%s lists no picture and noun (%r); a ball is drawn", listed, error)
     picture = Image.new("RGB", (SIDE, SIDE), (120, 170, 90))
     draw = ImageDraw.Draw(picture)
     draw.ellipse((70, 80, 180, 190), fill=(220, 70, 40), outline=(120, 30, 20), width=4)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     return SegmentRequest("ball", encoded.getvalue(), return_base64=True)
+
+
+def _first_sample(listed: Path) -> SegmentRequest:
+    """Raises what is wrong with the file, its entry or the picture."""
+    first = json.loads(listed.read_text(encoding="utf-8"))[0]
+    image = (listed.parent / first["file"]).read_bytes()
+    request = validate_segment(object=first["noun"], image=image, return_base64=True)
+    decode(image)
+    return request
 
 
 class Unfit(EngineError):

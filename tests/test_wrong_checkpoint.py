@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.api import InvalidRequest
 from kestrel.engine import EngineError
+from kestrel.self_check import check_request
 
 PROMPT = TINY_3.prompt
 
@@ -140,6 +141,22 @@ async def test_a_noun_beyond_the_vocabulary_fails_everybody(boxes_only, tmp_path
         )
     assert isinstance(refused, InvalidRequest) and refused.field == "object"
     assert "vocabulary" in refused.message and not isinstance(answered, BaseException)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    ['{"images": []}', "[]", "{", "[3]", '[{"file": "none.png", "noun": "dog"}]',
+     '[{"file": 3, "noun": "dog"}]', '[{"file": "samples.json", "noun": "dog"}]',
+     '[{"file": "cut.png", "noun": "dog"}]', '[{"file": "a.png", "noun": 3}]', b"\xff"],
+)  # fmt: skip
+def test_samples_of_something_else_stop_the_engine(tmp_path, caplog, samples):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a.png").write_bytes(picture())
+    (tmp_path / "samples" / "cut.png").write_bytes(picture()[:200])
+    text = samples if isinstance(samples, bytes) else samples.encode()
+    (tmp_path / "samples" / "samples.json").write_bytes(text)
+    assert check_request(tmp_path) == check_request(None)
+    assert str(tmp_path / "samples" / "samples.json") in caplog.text
 
 
 async def test_health_of_a_wrong_checkpoint_is_good(boxes_only):
