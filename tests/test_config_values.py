@@ -163,6 +163,7 @@ MOE = {"num_experts": 4, "experts_per_token": 100}
         ("prompt", "size_id", 0, r"prompt\.coord_id, size_id and eos_id must differ"),
         ("prompt", "coord_id", 0, r"prompt\.coord_id, size_id and eos_id must differ"),
         ("prompt", "coord_id", 6, r"prompt\.coord_id, size_id and eos_id must differ"),
+        ("text", "n_kv_heads", 2, r"text\.n_kv_heads must equal text\.n_heads .*text\.tau_attn"),
     ],
 )
 def test_a_size_of_a_checkpoint_that_cannot_work_is_taken(

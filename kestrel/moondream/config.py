@@ -176,6 +176,11 @@ class MoondreamConfig:
                 "text.n_heads must be a multiple of text.n_kv_heads",
             ),
             (
+                # Tau scales values by the head of the query: heads that share values have no scale.
+                not text.tau_attn or text.n_kv_heads == text.n_heads,
+                "text.n_kv_heads must equal text.n_heads where text.tau_attn is true",
+            ),
+            (
                 vision.crop_size % vision.enc_patch_size == 0,
                 "vision.crop_size must be a multiple of vision.enc_patch_size",
             ),
