@@ -547,6 +547,12 @@ def test_a_tokenizer_larger_than_the_vocabulary_goes_unnoticed(tmp_path, caplog)
     assert "text.vocab_size of the model is 1200" in caplog.text
 
 
+def test_the_context_of_the_configuration_is_blamed_on_the_checkpoint(model, tmp_path):
+    folder = write_checkpoint(tmp_path, hugging_face_tensors(model))
+    with pytest.raises(ConfigError, match=r"^max_context must be larger than the 5 .*not 4$"):
+        load(folder, CPU, torch.float32, max_context=4)
+
+
 @pytest.mark.parametrize("form", ["plain", "under config", "published"])
 def test_the_sizes_of_a_config_are_not_read(form, tmp_path):
     file = tmp_path / "config.json"

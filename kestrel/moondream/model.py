@@ -154,8 +154,12 @@ def load(
     checkpoint = local_checkpoint(source) if isinstance(source, Path) else source
     config = checkpoint.architecture()
     if max_context is not None and max_context < config.text.max_context:
+        if max_context <= config.text.prefix_attn:
+            raise ConfigError(
+                f"max_context must be larger than the {config.text.prefix_attn} positions that BOS "
+                f"and an image take, not {max_context}"
+            )
         config = replace(config, text=replace(config.text, max_context=max_context))
-        config.check()
     with torch.device("meta"):
         model = Moondream(config)
     load_weights(model, checkpoint.weights, device, dtype, ties=checkpoint.ties)
