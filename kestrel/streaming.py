@@ -53,6 +53,10 @@ class Mailbox:
                 waiter.set_result(None)
         self._waiters.clear()
 
+    def forget(self) -> None:
+        """Drop the events that nobody has taken."""
+        self._events.clear()
+
     @property
     def closed(self) -> bool:
         """Whether the last word has come."""
@@ -152,8 +156,9 @@ class SegmentStream:
         return self._engine._result(self._job, model, refined)
 
     async def aclose(self) -> None:
-        """End the request if the model runs it. The iteration then ends, ``result`` raises
-        ``StreamClosed``. Idempotent."""
+        """End the request if the model runs it: ``result`` then raises ``StreamClosed``. The
+        iteration ends, updates that were not read are dropped. Idempotent."""
+        self._mailbox.forget()
         if not self._mailbox.closed:
             self._scheduler.cancel(self._job)
             self._mailbox.put(StreamClosed("the stream was closed before its result"))

@@ -19,6 +19,7 @@ from serving import picture
 
 from kestrel import pictures
 from kestrel.api import (
+    BboxEvent,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -211,6 +212,15 @@ async def test_leaving_a_running_request_frees_its_slot(engine, ask, gate, count
     assert counted("completed") == 0
     whole = comparable(await engine.segment(**ask))
     assert whole["finish_reason"] == "stop"
+
+
+async def test_a_stream_that_is_closed_goes_on(engine, ask):
+    stream = await engine.segment(**ask, stream=True)
+    await until(lambda: stream._mailbox.closed)
+    assert isinstance(await anext(stream), BboxEvent)
+    await stream.aclose()
+    assert [update async for update in stream] == []
+    assert comparable(await stream.result()) == comparable(await engine.segment(**ask))
 
 
 async def test_requests_that_are_cancelled_by_the_dozen_leave_every_slot_free(
