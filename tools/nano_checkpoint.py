@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
+from words import vocabulary_words
 
 from kestrel.moondream.config import (
     MoondreamConfig,
@@ -81,6 +82,15 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
         prompt=PromptConfig(segment_prefix=(1, tokenizer.token_to_id(SEGMENT), 2)),
         name="nano",
     )
+
+
+def read_checkpoint(folder: Path) -> tuple[Moondream, Tokenizer]:
+    """The model of a checkpoint in float32, as it trains and not made ready to serve, and today's
+    tokenizer."""
+    tokenizer = build_tokenizer(vocabulary_words())
+    model = Moondream(nano_config(tokenizer)).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model, tokenizer
 
 
 def write_checkpoint(

@@ -29,7 +29,7 @@ _FIRST = (0, 1, 2, *(EDGES + k for k in range(VERTICES) for _ in "xy"))
 right for its size; then each vertex, for its x and its y."""
 _SECOND = (2, 3, 3, *_FIRST[BOX_STEPS:])
 """The same of the second head: right and bottom."""
-_AT = (0, 1, 2, 4, 5, *range(7, 7 + 2 * (VERTICES - 1)))
+POSITIONS = (0, 1, 2, 4, 5, *range(7, 7 + 2 * (VERTICES - 1)))
 """Positions of these steps after the one that asks: the first three give the box, the fourth M, the
 seventh L, the others numbers."""
 
@@ -98,8 +98,8 @@ def look_logs(
     qs, ks = (t[:, list(heads)].float() for t in (queries, keys))
     own_q, own_k = (t[:, :, p:].unflatten(2, (questions, -1)) for t in (qs, ks))
     length = own_q.shape[3]
-    steps = len(_AT) if length > _AT[-1] else BOX_STEPS
-    at = start[:, None] + torch.tensor(_AT[:steps], device=start.device)
+    steps = len(POSITIONS) if length > POSITIONS[-1] else BOX_STEPS
+    at = start[:, None] + torch.tensor(POSITIONS[:steps], device=start.device)
     # [n, steps, heads, D] -> [n, heads, steps, D]
     asking = own_q[scene[:, None], :, question[:, None], at].transpose(1, 2)
     to_prefix = asking @ ks[scene, :, :p].transpose(-1, -2)

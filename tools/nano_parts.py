@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from effects import SIDE
-from nano_checkpoint import build_tokenizer, nano_config
+from nano_checkpoint import read_checkpoint
 from nano_eval import greedy, path_points
 from nano_looks import BOX_STEPS, EDGES, look_logs
 from nano_questions import BatchMaker, SceneQuestions
@@ -29,9 +29,7 @@ from outlines import polygon_mask
 from safetensors.torch import load_file
 from scene_store import CELLS, GRID, Scenes, build_store
 from torch import Tensor
-from words import vocabulary_words
 
-from kestrel.moondream.model import Moondream
 from kestrel.moondream.tokens import SegmentTokenizer
 from kestrel.seg_refiner.box import mask_iou
 
@@ -114,9 +112,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--seed", type=int, default=4242, help="of the scenes; no training's")
     args = parser.parse_args()
-    tokenizer = build_tokenizer(vocabulary_words())
-    model = Moondream(nano_config(tokenizer)).eval()
-    model.load_state_dict(load_file(args.checkpoint / "model.safetensors"), strict=False)
+    model, tokenizer = read_checkpoint(args.checkpoint)
     model.tokenizer = SegmentTokenizer(tokenizer, model.config.prompt)
     asker = SceneQuestions(tokenizer, CORE)
     losses = Losses(model, asker.noun_ids, asker.level_ids)

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
+from nano_checkpoint import read_checkpoint, write_checkpoint
 from nano_eval import EVAL_SEED
 from nano_questions import SceneQuestions
 from nouns import CORE, CORE_STYLES
-from safetensors.torch import load_file
 from scenes import SceneGenerator
-from words import vocabulary_words
 
 from kestrel.moondream.model import Moondream
 
@@ -56,10 +54,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.95, help="of absent nouns, to be silent")
     parser.add_argument("--scenes", type=int, default=400)
     args = parser.parse_args()
-    tokenizer = build_tokenizer(vocabulary_words())
-    model = Moondream(nano_config(tokenizer)).eval()
-    weights = load_file(args.folder / "model.safetensors")
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    model, tokenizer = read_checkpoint(args.folder)
     found = leads(model, SceneQuestions(tokenizer, CORE), args.scenes)
     for more in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         shares = {kind: float((lead + more > 0).mean()) for kind, lead in found.items()}

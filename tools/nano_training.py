@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from nano_looks import LOOK_HEADS, MARKS, look_loss
+from nano_looks import BOX_STEPS, LOOK_HEADS, MARKS, POSITIONS, look_loss
 from scene_store import CELLS, VERTICES
 from torch import Tensor, nn
 
@@ -228,7 +228,7 @@ class Losses:
         dense, dense_parts = self.dense_losses(image, early, batch)
         starts = self.starts(batch)
         answer = self._answer_loss(hidden, batch, starts)
-        outline, place, vertex = self._outline_losses(decoded.read, batch)
+        outline, place, vertex = self._outline_losses(decoded.read, batch, starts)
         looked = [
             look_loss(*decoded.attending[block], heads, starts, batch.looks)
             for block, heads in LOOK_HEADS.items()
@@ -284,7 +284,9 @@ class Losses:
         guess = self.answer_head(heard).float()
         return F.smooth_l1_loss(guess, torch.cat([box, box]), beta=0.05)
 
-    def _outline_losses(self, read: dict[int, Tensor], batch: Batch) -> tuple[Tensor, ...]:
+    def _outline_losses(
+        self, read: dict[int, Tensor], batch: Batch, starts: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """The whole outline, regressed where the box has been read and the path starts; and, at
         each number of the path, which of them comes next, as classes, and the vertex it is of.
 
@@ -293,18 +295,12 @@ class Losses:
         read the vertex.
         """
         hidden = read[OUTLINE_BLOCK]
-        following = F.pad(batch.target, (0, 1), value=IGNORE)[..., 1:]
-        # The size of a box that refers to an object is not followed by an outline.
-        start = (batch.kind == 2) & (self.level_of[following.clamp(min=0)] >= 0)
-        b, q, s = start.nonzero(as_tuple=True)
-        if not len(b):
+        b, q, asks = starts
+        if not len(b) or batch.tokens.shape[-1] <= POSITIONS[-1]:  # boxes alone
             return (hidden.sum() * 0,) * 3
-        # M x y L x y x y ...: the first vertex two positions on, the others from five on.
-        first = torch.arange(2, device=s.device)
-        rest = torch.arange(2 * VERTICES - 2, device=s.device) + 3
-        places = s[:, None] + 1 + torch.cat([first, rest])
+        places = asks[:, None] + torch.tensor(POSITIONS[BOX_STEPS:], device=asks.device)
         levels = self.level_of[batch.target[b[:, None], q[:, None], places]]
-        heard = hidden[b, q, s]
+        heard = hidden[b, q, asks + BOX_STEPS]
         guess = self.answer_outline_head(F.layer_norm(heard, heard.shape[-1:])).float()
         wanted = levels * (QUANTUM / 960)
         at_numbers = hidden[b[:, None], q[:, None], places]
@@ -312,7 +308,7 @@ class Losses:
         found = read[VERTEX_BLOCK][b[:, None], q[:, None], places]
         vertex = self.vertex_head(F.layer_norm(found, heard.shape[-1:])).float()
         pairs = wanted.unflatten(1, (VERTICES, 2)).repeat_interleave(2, 1)
-        order = torch.arange(2 * VERTICES, device=s.device).expand(len(b), -1)
+        order = torch.arange(2 * VERTICES, device=asks.device).expand(len(b), -1)
         return (
             F.smooth_l1_loss(guess, wanted, beta=0.05),
             F.cross_entropy(number.flatten(0, 1), order.flatten()),
