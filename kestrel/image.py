@@ -12,7 +12,7 @@ pixel then is about the mean of those that it stands for (libjpeg's scaled DCT).
 from __future__ import annotations
 
 import contextlib
-import io
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -24,7 +24,15 @@ from PIL import Image, UnidentifiedImageError
 
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
-from kestrel.image_parts import check_parts, late_exif
+from kestrel.exif import exif_orientation, first_directory
+from kestrel.image_parts import (
+    JPEG,
+    check_count,
+    check_parts,
+    jpeg_exif,
+    late_exif,
+    without_exif,
+)
 
 UInt8Array = npt.NDArray[np.uint8]
 PixelBox = tuple[int, int, int, int]
@@ -36,7 +44,7 @@ _BAND_PIXELS = 2**18
 """Pixels that are converted at once, about: what a conversion needs beside its result."""
 REDUCTIONS = (8, 4, 2, 1)
 """By what the sides of a JPEG may be divided while it is decoded."""
-_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _SWAPS_SIDES = (5, 6, 7, 8)
 _FROM_THE_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 """Orientations whose columns, whose rows are turned round once sides are swapped."""
@@ -64,13 +72,14 @@ class ImageHeader:
     """The largest of ``REDUCTIONS`` that :func:`decode` takes for it."""
 
 
-def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
+def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
+    """The picture before its pixels are decoded, and its orientation, 1 to 8."""
     check_parts(data, name)
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warning below its error would only be noise.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(without_exif(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooLarge(f"{name} has too many pixels", name) from error
     except UnidentifiedImageError as error:
@@ -78,7 +87,7 @@ def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
     except Exception as error:  # decoders raise many types for broken headers
         raise InvalidRequest(f"{name} cannot be read ({type(error).__name__})", name) from error
     _check_pixels(image.width, image.height, limits, name)
-    return image
+    return image, _orientation(image, data, name)
 
 
 def _check_pixels(width: int, height: int, limits: Limits, name: str) -> None:
@@ -96,9 +105,9 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
 
     Raises ``InvalidRequest`` (not an image of a known format) or ``TooLarge`` (pixel limit).
     """
-    with _open(data, limits or Limits(), name) as image:
+    image, orientation = _open(data, limits or Limits(), name)
+    with image:
         width, height = image.size
-        orientation = _orientation(image, data)
         if orientation in _SWAPS_SIDES:
             width, height = height, width
         kind = str(image.format)
@@ -106,22 +115,46 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
         return ImageHeader(width, height, kind, reduction)
 
 
-def _orientation(picture: Image.Image, data: bytes) -> int:
-    """EXIF's, 1 to 8; 1 without one, or where the block is broken, which is no reason to refuse
-    the picture. To be asked before the pixels are decoded, which may find more."""
-    late = late_exif(data)
-    if late is not None:
-        picture.info["exif"] = b"Exif\0\0" + late
+def _orientation(picture: Image.Image, data: bytes, name: str) -> int:
+    """EXIF's or else XMP's, 1 to 8; 1 without one, or where the block is broken, which is no reason
+    to refuse the picture. For one whose pixels are not decoded: that may find more.
+
+    It is what Pillow's ``getexif`` says, which would read all of the block.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is broken in it
-            # Not the PNG plugin's own, which decodes a picture that has none before its pixels.
-            found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises many types
+        directory = first_directory(_exif(picture, data))
+    except ValueError:
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    found = None
+    if directory is not None:
+        check_count(directory.entries, name)
+        found = exif_orientation(directory)
+    if found is None:
+        found = _xmp_orientation(picture)
+    return found if found is not None and 1 <= found <= 8 else 1
+
+
+def _exif(picture: Image.Image, data: bytes) -> bytes:
+    """The picture's EXIF block, empty without one; ``ValueError`` where it is no bytes."""
+    if data.startswith(JPEG):
+        return jpeg_exif(data) or b""
+    block = late_exif(data)
+    if block is None:
+        block = picture.info.get("exif")
+    if block is None:
+        # As ImageMagick writes it: name and length, then lines of hexadecimal digits.
+        lines = picture.info.get("Raw profile type exif", "").split("\n")
+        block = bytes.fromhex("".join(lines[3:]))
+    if not isinstance(block, bytes):
+        raise ValueError("a text that is called EXIF")
+    return block
+
+
+def _xmp_orientation(picture: Image.Image) -> int | None:
+    """What Pillow takes for it: the digit after the first of that name."""
+    xmp = picture.info.get("XML:com.adobe.xmp") or picture.info.get("xmp") or b""
+    found = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+    return int(found[1]) if found else None
 
 
 def _largest_reduction(width: int, height: int, orientation: int) -> int:
@@ -173,17 +206,17 @@ def decode(
     if not isinstance(image, bytes):
         check_array(image, limits, name)
         return np.ascontiguousarray(image)
-    with _open(image, limits, name) as picture:
+    picture, orientation = _open(image, limits, name)
+    with picture:
         large = picture.width * picture.height > LARGE_PIXELS
         with _TURN if large else contextlib.nullcontext():
             try:
-                fast = _fast_jpeg(image, picture, reduction)
+                fast = _fast_jpeg(image, picture, orientation, reduction)
                 if fast is not None:
                     return fast
                 if reduction > 1:
                     width, height = picture.size
                     picture.draft(None, (width // reduction, height // reduction))
-                orientation = _orientation(picture, image)
                 picture.load()
             except MemoryError:
                 raise
@@ -199,10 +232,11 @@ def plain_jpeg(
 ) -> tuple[tuple[int, int], int] | None:
     """Width and height as stored, and EXIF's orientation, of a file that ends as it began: as a
     baseline JPEG in colour; None for another. Refuses what :func:`probe` refuses."""
-    with _open(image, limits or Limits(), name) as picture:
+    picture, orientation = _open(image, limits or Limits(), name)
+    with picture:
         if not _is_whole_jpeg(image, picture) or "progressive" in picture.info:
             return None
-        return picture.size, _orientation(picture, image)
+        return picture.size, orientation
 
 
 def stored_box(box: PixelBox, size: tuple[int, int], orientation: int) -> PixelBox:
@@ -242,7 +276,9 @@ def _is_whole_jpeg(content: bytes, opened: Image.Image) -> bool:
     return opened.format == "JPEG" and opened.mode == "RGB" and content[-2:] == _END_OF_JPEG
 
 
-def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8Array | None:
+def _fast_jpeg(
+    content: bytes, opened: Image.Image, orientation: int, reduction: int = 1
+) -> UInt8Array | None:
     """What Pillow would give, in less than half the time; None for what it had better look at.
 
     Both have libjpeg-turbo decode; OpenCV leaves out several copies of the picture. It does not
@@ -270,7 +306,7 @@ def _fast_jpeg(content: bytes, opened: Image.Image, reduction: int = 1) -> UInt8
     for top in range(0, height, rows):  # it copies what it converts in place
         band = pixels[top : top + rows]
         cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=band)
-    return np.ascontiguousarray(turned(pixels, _orientation(opened, content)))
+    return np.ascontiguousarray(turned(pixels, orientation))
 
 
 def turned(pixels: UInt8Array, orientation: int) -> UInt8Array:

@@ -1,5 +1,5 @@
 """The parts of a picture's file: how many there are, counted before Pillow reads them one by one in
-Python, and what stands behind the pixels.
+Python, and the EXIF blocks that it is not to read, or would overlook.
 
 A file may consist of nothing but empty chunks or markers: a few megabytes of them take seconds, in
 which the process that checks a request does nothing else. libwebp reads a WebP's by itself, fast.
@@ -7,12 +7,14 @@ which the process that checks a request does nothing else. libwebp reads a WebP'
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 from collections.abc import Iterator
 
 from kestrel.errors import InvalidRequest
 
+JPEG = b"\xff\xd8\xff"
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PARTS = 4096
 """Parts at most, about a microsecond of Pillow's time each; files of cameras and editors have up to
@@ -25,9 +27,8 @@ _LARGE = 4096
 _PROFILE = 256
 """What an ICC profile of a PNG counts: a megabyte may come out of each. Texts have a bound in
 Pillow."""
-_COPIED = 2**15
-"""Bytes that are copied in the time of a part: Pillow joins EXIF segments one by one."""
 _FILL = re.compile(rb"\xff+")
+_EXIF_NAME = b"Exif\0"
 _START_OF_SCAN, _EXIF, _PHOTOSHOP = 0xDA, 0xE1, 0xED
 _ALONE = (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE), 0x00)
 """Markers without a length, and the escaped byte."""
@@ -39,16 +40,51 @@ def check_parts(data: bytes, name: str) -> None:
     """``InvalidRequest`` where a JPEG or PNG has over ``MOST_PARTS``; of a JPEG those before its
     pixels count. A file that is neither, or is broken, passes: reading it will tell."""
     parts = 0.0
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(JPEG):
         parts = _jpeg_parts(data)
     elif data.startswith(PNG):
         parts = _png_parts(data)
+    check_count(parts, name)
+
+
+def check_count(parts: float, name: str) -> None:
+    """``InvalidRequest`` for more than ``MOST_PARTS``."""
     if parts > MOST_PARTS:
         raise InvalidRequest(
             f"{name} has over {MOST_PARTS} chunks, markers or entries beside its pixels; "
             "save it without metadata",
             name,
         )
+
+
+def jpeg_exif(data: bytes) -> bytes | None:
+    """The EXIF block of a JPEG, which may be spread over several segments; None without one. For a
+    file that ``check_parts`` has passed."""
+    if _EXIF_NAME not in data:
+        return None
+    blocks = [
+        data[at + 8 : at + size]
+        for code, at, size in _jpeg_markers(data)
+        if code == _EXIF and data.startswith(b"Exif\0\0", at + 2)
+    ]
+    return b"".join(blocks) if blocks else None
+
+
+def without_exif(data: bytes) -> io.BytesIO:
+    """The file; of a JPEG without EXIF blocks that Pillow knows as such, as it reads them at once.
+
+    The name is changed wherever it may stand as one: that Pillow sees the same markers as
+    ``jpeg_exif`` need not be true.
+    """
+    file = io.BytesIO(data)
+    at = data.find(_EXIF_NAME) if data.startswith(JPEG) else -1
+    while at >= 0:
+        if data[at - 4 : at - 2] == b"\xff\xe1":
+            file.seek(at)
+            file.write(b"none")
+        at = data.find(_EXIF_NAME, at + 1)
+    file.seek(0)
+    return file
 
 
 def late_exif(data: bytes) -> bytes | None:
@@ -88,25 +124,35 @@ def _png_parts(data: bytes) -> float:
     return parts
 
 
-def _jpeg_parts(data: bytes) -> float:
-    parts, at, exif = 0.0, 2, 0
-    while parts <= MOST_PARTS:
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Code, start and size of each marker's segment, its length included, of a JPEG before its
+    pixels; of markers without one the size is 0. The last is where Pillow stops too."""
+    at = len(JPEG) - 1
+    while True:
         marker = _FILL.search(data, at)
         if marker is None or marker.end() == len(data):
-            return parts + (len(data) - at) * _IN_PASSING
-        parts += 1 + (marker.end() - at - 1) * _IN_PASSING
+            return
         code, at = data[marker.end()], marker.end() + 1
-        if code in _ALONE:
-            continue
-        if code == _START_OF_SCAN or code < 0xC0:  # the latter is not read on from
-            break
-        size = max(2, int.from_bytes(data[at : at + 2], "big"))
+        size = 0 if code in _ALONE else max(2, int.from_bytes(data[at : at + 2], "big"))
+        yield code, at, size
+        if _is_last(code):
+            return
+        at = min(at + size, len(data))
+
+
+def _is_last(code: int) -> bool:
+    return code == _START_OF_SCAN or (code < 0xC0 and code not in _ALONE)
+
+
+def _jpeg_parts(data: bytes) -> float:
+    parts, end = 0.0, len(JPEG) - 1
+    for code, at, size in _jpeg_markers(data):
+        parts += 1 + (at - 2 - end) * _IN_PASSING
+        end = min(at + size, len(data))
+        if _is_last(code) or parts > MOST_PARTS:
+            return parts
         if code in _LISTS:
             parts += size / 3
         elif code == _PHOTOSHOP and data.startswith(b"Photoshop 3.0\0", at + 2):
-            parts += data.count(b"8BIM", at, at + size)
-        elif code == _EXIF and data.startswith(b"Exif\0\0", at + 2):
-            exif += size
-            parts += exif / _COPIED
-        at = min(at + size, len(data))
-    return parts
+            parts += data.count(b"8BIM", at, end)
+    return parts + (len(data) - end) * _IN_PASSING

@@ -38,7 +38,7 @@ def by_pillow(content: bytes) -> np.ndarray:
 
 def taken_fast(content: bytes) -> bool:
     with Image.open(io.BytesIO(content)) as opened:
-        return image_module._fast_jpeg(content, opened) is not None
+        return image_module._fast_jpeg(content, opened, 1) is not None
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])

@@ -6,12 +6,13 @@ import io
 import random
 import struct
 import time
+import warnings
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
@@ -223,8 +224,7 @@ MANY = 2 * MOST_PARTS
         ("JPEG", PHOTOSHOP * 2),
         ("JPEG", FRAME * 2),
         ("JPEG", TABLES * 2),
-        ("JPEG", EXIF * 100),
-        ("JPEG", EXIF * 40 + SMALL_EXIF * 500),
+        ("JPEG", SMALL_EXIF * MANY),
     ],
 )
 def test_a_file_of_many_parts_is_refused_before_they_are_read(format: str, parts: bytes) -> None:
@@ -259,6 +259,125 @@ def test_a_header_without_end_keeps_nobody_waiting(format: str, part: bytes) -> 
     with pytest.raises(InvalidRequest, match="chunks"):
         probe(content)
     assert time.thread_time() - start < 0.2
+
+
+def exif_block(
+    entries: list[tuple[int, int, int, bytes]], order: str = "<", rest: bytes = b""
+) -> bytes:
+    """One directory of (tag, type, count, four bytes), and what stands behind it."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "LH", 8, len(entries))
+    return head + b"".join(struct.pack(order + "HHL4s", *e) for e in entries) + bytes(4) + rest
+
+
+def with_exif(format: str, block: bytes) -> bytes:
+    """A picture that has it, in as many segments of a JPEG as it takes."""
+    if format == "PNG":
+        return with_parts(format, png_chunk(b"eXIf", block))
+    if format == "late PNG":
+        return with_parts("PNG", png_chunk(b"eXIf", block), -12)
+    if format == "text in PNG":
+        text = (
+            f"Raw profile type exif\0\nexif\n{len(block):8}\n{(b'Exif' + bytes(2) + block).hex()}"
+        )
+        return with_parts("PNG", png_chunk(b"tEXt", text.encode()))
+    if format == "WEBP":
+        return encoded(picture(), "WEBP", lossless=True, exif=block)
+    parts = [block[i : i + 60_000] for i in range(0, len(block), 60_000)]
+    return with_parts(format, b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts))
+
+
+EXIF_PLACES = ["JPEG", "PNG", "late PNG", "text in PNG", "WEBP"]
+INTEGERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q"}
+
+
+def orientation_entries(order: str, start: int) -> list[tuple[list, bytes, int]]:
+    """Entries that tell an orientation in every way, what they point to at ``start``, and what
+    Pillow takes them for."""
+    found = []
+    for kind, letter in INTEGERS.items():
+        for count in (1, 2, 5):
+            data = struct.pack(order + letter * count, *([6, 3, 8, 1, 1][:count]))
+            inline = data if len(data) <= 4 else struct.pack(order + "L", start)
+            entry = (ORIENTATION, kind, count, inline.ljust(4, b"\0"))
+            found.append(([entry], data if len(data) > 4 else b"", 6))
+    short = struct.pack(order + "HH", 6, 0)
+    other = (0x010E, 2, 8, struct.pack(order + "L", start))
+    unknown = (0x010E, 99, 8, struct.pack(order + "L", 2**31))
+    entry = (ORIENTATION, 3, 1, short)
+    found += [([other, unknown, entry], bytes(8), 6), ([entry, other], bytes(8), 6)]
+    found += [([(ORIENTATION, 3, 1, struct.pack(order + "HH", n, 0))], b"", 1) for n in (0, 9, 600)]
+    # Text, bytes and fractions are no orientation, and an entry without data is none.
+    found += [([(ORIENTATION, kind, 1, b"\6\0\0\0")], b"", 1) for kind in (1, 2, 7, 11)]
+    found += [([(ORIENTATION, 5, 1, struct.pack(order + "L", start))], b"\1\0\0\0" * 2, 1)]
+    found += [([(ORIENTATION, 3, 0, short)], b"", 1), ([], b"", 1)]
+    # What is cut off ends the directory.
+    cut = (0x010E, 2, 8, struct.pack(order + "L", start))
+    return [*found, ([cut, entry], bytes(7), 1)]
+
+
+@pytest.mark.parametrize("place", EXIF_PLACES)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_orientation_is_what_pillow_reads_and_pillow_reads_no_exif(
+    place: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for entries, rest, expected in orientation_entries(order, 8 + 2 + 12 + 4):
+        if len(entries) > 1:
+            start = 8 + 2 + 12 * len(entries) + 4
+            entries = [
+                (tag, kind, count, struct.pack(order + "L", start) if kind == 2 else data)
+                for tag, kind, count, data in entries
+            ]
+        content = with_exif(place, exif_block(entries, order, rest))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of entries that are broken
+            with Image.open(io.BytesIO(content)) as opened:
+                seen = ImageOps.exif_transpose(opened).convert("RGB")
+        assert (seen.width > 20) == (expected == 1)
+        files.append((content, np.asarray(seen)))
+
+    def read(*_: Any) -> None:
+        raise AssertionError("Pillow reads a directory")
+
+    monkeypatch.setattr(TiffImagePlugin.ImageFileDirectory_v2, "load", read)
+    for content, pixels in files:
+        header = probe(content)
+        assert (header.height, header.width) == pixels.shape[:2]
+        for end in (b"", b"\0"):  # with another end than a JPEG has, Pillow decodes it
+            assert np.array_equal(decode(content + end), pixels)
+
+
+def test_orientation_of_xmp_holds_where_exif_has_none() -> None:
+    def xmp(form: str) -> bytes:
+        return b"http://ns.adobe.com/xap/1.0/\0<r tiff:Orientation%s" % form.encode()
+
+    other = exif_block([(0x0128, 3, 1, b"\2\0\0\0")])
+    own = exif_block([(ORIENTATION, 3, 1, b"\3\0\0\0")])
+    for form, block, width in [
+        ('="6"/>', None, 20),
+        (">6<", other, 20),
+        ('="6"/>', own, 30),
+        ('="6"/>', b"no TIFF header", 30),
+        ('="x"', None, 30),
+    ]:
+        exif = b"" if block is None else segment(0xE1, b"Exif\0\0" + block)
+        content = with_parts("JPEG", exif + segment(0xE1, xmp(form)))
+        assert probe(content).width == width
+        text = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(form)[29:])
+        exif = b"" if block is None else png_chunk(b"eXIf", block)
+        assert probe(with_parts("PNG", exif + text)).width == width
+
+
+@pytest.mark.parametrize("place", EXIF_PLACES)
+def test_entries_of_exif_that_are_there_count(place: str) -> None:
+    entry = (0x010E, 2, 2_000_000, struct.pack("<L", 8))
+    many = with_exif(place, exif_block([entry] * (MOST_PARTS + 1)))
+    for read in (probe, decode):
+        with pytest.raises(InvalidRequest, match=f"over {MOST_PARTS} chunks.*metadata"):
+            read(many)
+    named = bytearray(exif_block([(ORIENTATION, 3, 1, b"\6\0\0\0")]))
+    named[8:10] = b"\xff\xff"
+    assert probe(with_exif(place, bytes(named))).width == 20
 
 
 def test_metadata_of_real_files_is_accepted() -> None:
