@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 import threading
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from kestrel.api import InvalidRequest, TooLarge
 from kestrel.config import Limits
 from kestrel.exif import exif_orientation, first_directory
 from kestrel.image_parts import (
     JPEG,
+    PNG,
     check_count,
     check_parts,
     jpeg_exif,
@@ -76,18 +80,30 @@ def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
     """The picture before its pixels are decoded, and its orientation, 1 to 8."""
     check_parts(data, name)
     try:
-        with warnings.catch_warnings():
-            # Our own limit decides; Pillow's warning below its error would only be noise.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(without_exif(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise TooLarge(f"{name} has too many pixels", name) from error
-    except UnidentifiedImageError as error:
+        image = _reader(data)(without_exif(data))
+    except Image.DecompressionBombError as error:  # of a WebP, whose reader makes the whole canvas
+        raise TooLarge(
+            f"{name} has too many pixels; the limit is {limits.max_image_pixels} in all", name
+        ) from error
+    except (SyntaxError, IndexError, TypeError, struct.error) as error:
         raise InvalidRequest(f"{name} is not a JPEG, PNG or WebP image", name) from error
     except Exception as error:  # decoders raise many types for broken headers
         raise InvalidRequest(f"{name} cannot be read ({type(error).__name__})", name) from error
     _check_pixels(image.width, image.height, limits, name)
     return image, _orientation(image, data, name)
+
+
+def _reader(data: bytes) -> type[ImageFile.ImageFile]:
+    """Of the file's format. ``Image.open`` would look at the size first, with a limit and warnings
+    that are the process's; and go through the index of a JPEG of several pictures, of which the
+    first is wanted."""
+    if data.startswith(JPEG):
+        return JpegImageFile
+    if data.startswith(PNG):
+        return PngImageFile
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImageFile
+    raise SyntaxError("another format")
 
 
 def _check_pixels(width: int, height: int, limits: Limits, name: str) -> None:

@@ -129,6 +129,46 @@ def test_pixel_limit_is_the_configured_one() -> None:
         probe(file_of("PNG"), Limits(max_image_pixels=599))
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_pillow_s_own_limit_warns_of_nothing_and_no_filter_is_touched(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters of warnings belong to the process: set and set back in two threads at once, they stay
+    set for good."""
+    content = file_of(format)
+    with warnings.catch_warnings(), monkeypatch.context() as patched:
+        warnings.simplefilter("error")
+        patched.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        patched.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("it sets filters"))
+        assert probe(content).width == 30 and decode(content).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_the_refusal_of_any_size_names_size_and_limit(format: str) -> None:
+    content = bytearray(file_of(format))
+    at, size = (16, ">II") if format == "PNG" else (content.index(b"\xff\xc0") + 5, ">HH")
+    struct.pack_into(size, content, at, 60_000, 60_000)
+    if format == "PNG":
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    with pytest.raises(TooLarge, match="60000 x 60000 pixels; the limit is 100000000"):
+        probe(bytes(content))
+
+
+def test_several_pictures_in_one_jpeg_give_the_first_without_a_look_at_their_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = encoded(picture(), "MPO", save_all=True, append_images=[picture(16, 16)])
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.format == "MPO"
+        first = np.asarray(opened.convert("RGB"))
+    monkeypatch.setattr(
+        TiffImagePlugin.ImageFileDirectory_v2, "load", lambda *_: pytest.fail("Pillow reads it")
+    )
+    assert probe(content).format == "JPEG"
+    for end in (b"", b"\0"):
+        assert np.array_equal(decode(content + end), first)
+
+
 @pytest.mark.parametrize("array", [
     np.zeros((3, 4)), np.zeros((3, 4), np.uint8), np.zeros((3, 4, 4), np.uint8),
     np.zeros((3, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8), "picture.png", 5, [[1]],
