@@ -22,6 +22,11 @@ LONGEST_TIMEOUT_S = 86_400.0
 """Largest ``request_timeout_s``, a day: locks and sockets cannot wait for any number of seconds."""
 
 
+MOST_IMAGE_PIXELS = 178_956_970
+"""Largest ``max_image_pixels``, twice Pillow's ``Image.MAX_IMAGE_PIXELS``: no WebP of more is read
+unless that is changed for all of the process."""
+
+
 class ConfigError(ValueError):
     """A configuration value breaks its rule; the message names the key and the rule."""
 
@@ -64,7 +69,8 @@ class Limits:
     max_body_bytes: int = 32 * 2**20
     """HTTP body, bytes; more is a 413."""
     max_image_pixels: int = 100_000_000
-    """Width x height read from the image header, before decoding; more is a 413."""
+    """Width x height read from the image header, before decoding; more is a 413. At most
+    ``MOST_IMAGE_PIXELS``."""
     max_object_chars: int = 256
     """Characters of the trimmed noun."""
     max_spatial_refs: int = 16
@@ -85,6 +91,12 @@ class Limits:
                 "must be a positive integer",
                 value,
             )
+        _check(
+            self.max_image_pixels <= MOST_IMAGE_PIXELS,
+            "limits.max_image_pixels",
+            f"must be at most {MOST_IMAGE_PIXELS}",
+            self.max_image_pixels,
+        )
 
 
 FEWEST_VERTICES = 16

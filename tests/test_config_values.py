@@ -12,6 +12,7 @@ import pytest
 
 from kestrel.config import (
     LONGEST_TIMEOUT_S,
+    MOST_IMAGE_PIXELS,
     SHIPPED_MODELS,
     ConfigError,
     Limits,
@@ -61,6 +62,10 @@ def notify(condition: threading.Condition) -> None:
         ({"source": {}}, "either path or repo"),
         ({"limits": None}, "limits must be a mapping"),
         ({"limits": {"max_body_bytes": 0}}, "limits.max_body_bytes must be"),
+        (
+            {"limits": {"max_image_pixels": 178_956_971}},
+            "limits.max_image_pixels must be at most 178956970, not 178956971",
+        ),
         ({"device": "cuda:²"}, "device must be"),
         ({1: 2, "zz": 3}, "runtime: unknown key 1"),
     ],
@@ -81,6 +86,7 @@ def test_a_part_that_is_a_mapping_stays_one() -> None:
     assert config.refiners == ("none",)
     assert config.located == ModelSource(path="/models/a")
     assert config.limits == Limits(max_spatial_refs=3)
+    assert Limits(max_image_pixels=MOST_IMAGE_PIXELS).max_image_pixels == 178_956_970
 
 
 SERVE = "applications:\n- args: {runtime: {}}\n"
