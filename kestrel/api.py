@@ -50,6 +50,9 @@ SpatialRef = tuple[float, ...]
 """A point (x, y) or a box (x_min, y_min, x_max, y_max), 0..1."""
 MAX_CONTEXT = 32_768
 """Largest ``max_tokens`` that any model takes; a served model's own context bounds it further."""
+MOST_VALUES = 65_536
+"""Commas and opening brackets of a JSON body at most. Each value that they part becomes an object
+of up to some hundred bytes, while the process does nothing else. Base64 holds none of them."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,11 @@ def _whole(digits: str) -> int | float:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object from a request body; NaN and Infinity are no JSON."""
+    """A JSON object from a request body of no more than ``MOST_VALUES``; NaN and Infinity are no
+    JSON."""
+    # Bytes, so that UTF-16 and UTF-32 count alike.
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise InvalidRequest(f"the body has over {MOST_VALUES} commas and opening brackets")
 
     def refuse(constant: str) -> float:
         raise InvalidRequest(f"the body is not JSON: {constant} is not a JSON number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kestrel.api import ID_PATTERN, ID_RULE, MAX_CONTEXT, SegmentSettings
+from kestrel.api import ID_PATTERN, ID_RULE, MAX_CONTEXT, MOST_VALUES, SegmentSettings
 from kestrel.config import RuntimeConfig
 from kestrel.image import FORMATS
 
@@ -131,7 +131,8 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
                 | {"text/event-stream": {"schema": _ref("SegmentEvent")}},
             },
             "400": _error(
-                "The body is no JSON object, a field is wrong, the image is broken, or a header "
+                f"The body is no JSON object, it has over {MOST_VALUES} commas and opening "
+                "brackets, a field is wrong, the image is broken, or a header "
                 "(`X-Request-Id`, `X-Request-Timeout-Ms`) is against its rule."
             ),
             "401": _error(_UNAUTHORIZED, challenge=True),

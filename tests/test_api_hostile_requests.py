@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kestrel.api import (
+    MOST_VALUES,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -136,6 +137,29 @@ def test_max_tokens_is_a_whole_number_within_the_context(value: Any) -> None:
 @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"object":' + b'{"a":' * 200_000])
 def test_deep_nesting_is_a_refusal_and_not_a_crash(body: bytes) -> None:
     assert refused(body).status == 400
+
+
+def no_json(*_: Any, **__: Any) -> None:
+    raise AssertionError("it is parsed")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-be"])
+@pytest.mark.parametrize("part", ["[],", "{},", '"a",', "1.5,", "[", '{"a":'])
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(
+    part: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = ('{"object":"dog","a":[' + part * (MOST_VALUES + 1) + "0]}").encode(encoding)
+    monkeypatch.setattr(json, "loads", no_json)
+    with pytest.raises(InvalidRequest, match=f"over {MOST_VALUES} commas and opening brackets"):
+        parse(body)
+
+
+def test_a_large_body_of_few_values_is_parsed() -> None:
+    refs = [[0.1, 0.2, 0.3, 0.4]] * LIMITS.max_spatial_refs
+    known = {"object": "a dog, a cat", "image_url": f"data:image/png;base64,{PICTURE_TEXT}"}
+    more = {"a": "b" * 5_000_000, "c": [{"d": [i]} for i in range(MOST_VALUES // 4)]}
+    body = json.dumps(known | {"spatial_refs": refs} | more).encode()
+    assert parse(body).spatial_refs == [tuple(ref) for ref in refs]
 
 
 @pytest.mark.parametrize("sign", [b"", b"-"])
