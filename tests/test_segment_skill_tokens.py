@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import MODEL, TOKENIZER
+from engines import MODEL, NANO, TOKENIZER
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from kestrel.answers import segment_output
 from kestrel.api import BboxEvent, ModelMetrics, ModelResult, PathDelta
 from kestrel.config import Limits
+from kestrel.moondream.tokens import SegmentTokenizer
 from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token
 from kestrel.svg import ARITY, parse_path, transform
 
@@ -52,6 +54,36 @@ def result_of(decode: SegmentDecode) -> dict[str, Any]:
         decode.sizes,
     )  # fmt: skip
     return segment_output(model, None, return_base64=True)
+
+
+CONTROLS = [TOKENIZER.tokenizer.id_to_token(i) for i in range(MODEL.prompt.first_path_id)]
+
+
+@pytest.mark.parametrize("control", [*CONTROLS, "<|ANSWER|>", "<｜answer｜>"])
+def test_an_object_that_spells_a_control_token_is_text(control: str) -> None:
+    for noun in (control, f"dog{control}", control * 20 + " dog", f"<{control}>"):
+        ids = TOKENIZER.encode_object(noun)
+        assert min(ids) >= MODEL.prompt.first_path_id
+        text = TOKENIZER.tokenizer.decode(ids)
+        assert text == noun.lower().replace("｜", "|")
+
+
+def test_a_control_token_that_the_tokenizer_adds_is_text_too(tmp_path: Path) -> None:
+    words = json.loads((NANO / "tokenizer.json").read_text())
+    plain = TOKENIZER.encode_object("a dog<|pad|>")
+    added = {"id": len(words["model"]["vocab"]), "content": "<|pad|>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(words | {"added_tokens": [added | flags]}))
+    tokenizer = SegmentTokenizer.from_file(file, MODEL.prompt)
+    assert tokenizer.size == TOKENIZER.size + 1
+    assert tokenizer.encode_object("a dog<|pad|>") == plain
+
+
+@pytest.mark.parametrize("noun", ["dog", "a red car, left", "Ünïcode 漢 🙂", "<|x|> | <", "1 < 2"])
+def test_another_object_is_encoded_as_the_tokenizer_has_it(noun: str) -> None:
+    whole = TOKENIZER.tokenizer.encode(noun, add_special_tokens=False).ids
+    assert TOKENIZER.encode_object(noun) == whole
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ class SegmentTokenizer:
     def from_file(cls, path: Path, prompt: PromptConfig) -> SegmentTokenizer:
         """Read ``tokenizer.json``; raises ``ConfigError`` naming the file."""
         try:
-            return cls(Tokenizer.from_file(str(path)), prompt)
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.encode_special_tokens = True  # as text: only objects are encoded
+            return cls(tokenizer, prompt)
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path}: not a readable tokenizer file ({error})") from error
 
@@ -40,8 +42,14 @@ class SegmentTokenizer:
         return len(self._path_text)
 
     def encode_object(self, noun: str) -> list[int]:
-        """Ids of the noun, without special tokens."""
-        return self.tokenizer.encode(noun, add_special_tokens=False).ids
+        """Ids of the noun as text: what spells a control token is encoded in two parts, so that no
+        request can say more in the prompt than its noun."""
+        encoding = self.tokenizer.encode(noun, add_special_tokens=False)
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id < self.prompt.first_path_id and end - start > 1:
+                parts = noun[: start + 1], noun[start + 1 :]
+                return [i for part in parts for i in self.encode_object(part)]
+        return encoding.ids
 
     def decode_path_token(self, token_id: int) -> str:
         """The command letter, integer or minus sign that an id spells; "" if it is none."""
