@@ -21,10 +21,12 @@ from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
 from kestrel.seg_refiner.result import REASONS
+from kestrel.server.compose import within
 from kestrel.server.room import Place
 from serve_graph import metrics
 from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
+from serve_graph.halves import Deadline
 from serve_graph.hedge import Hedge
 from serve_graph.reconfigured import FormerSettings
 
@@ -117,11 +119,13 @@ class IngressDeployment:
 
     async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer
-        out; raises RequestError. ``timeout_s``: the call's own deadline, seconds."""
+        out; raises RequestError. ``timeout_s``: the call's own deadline, seconds from its
+        arrival."""
         with _counted(), self._backend.room.enter() as place:
-            seconds = api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s)
-            request = await self._taken(fields, place)
-            model, refined = await self._backend.complete(request, _request_id(), seconds)
+            deadline = self._deadline(timeout_s)
+            request = await self._taken(fields, place, deadline)
+            left = deadline.left()
+            model, refined = await self._backend.complete(request, _request_id(), left)
             return segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(
@@ -129,9 +133,9 @@ class IngressDeployment:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
         with _counted() as ended, self._backend.room.enter() as place:
-            seconds = api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s)
-            request = await self._taken(fields, place)
-            events = self._backend.events(request, _request_id(), seconds)
+            deadline = self._deadline(timeout_s)
+            request = await self._taken(fields, place, deadline)
+            events = self._backend.events(request, _request_id(), deadline.left())
             async with contextlib.aclosing(events):
                 async for event in events:
                     if event["type"] == "error":
@@ -148,7 +152,13 @@ class IngressDeployment:
         except RequestError as error:
             await queue.put_async(error)
 
-    async def _taken(self, fields: dict[str, Any], place: Place) -> SegmentRequest:
+    def _deadline(self, timeout_s: Any) -> Deadline:
+        """That of a call which arrives now."""
+        return Deadline(api.timeout_of_call(timeout_s, self._backend.config.request_timeout_s))
+
+    async def _taken(
+        self, fields: dict[str, Any], place: Place, deadline: Deadline
+    ) -> SegmentRequest:
         config = self._backend.config
         request = api.validate_call(
             fields,
@@ -158,7 +168,7 @@ class IngressDeployment:
             refiners=config.refiners,
         )
         place.hold(image_size(request.image))
-        reason = await self._backend.serving()
+        reason = await within(deadline.at, self._backend.serving())
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)
         return request

@@ -1,4 +1,4 @@
-"""A request that is cancelled just as a half answers stays cancelled."""
+"""Requests that end while a half is waited for: cancelled just as it answers, or late."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
-from kestrel.api import DeadlineExceeded
+from kestrel.api import DeadlineExceeded, Overloaded
 from kestrel.config import RuntimeConfig
 from serve_graph import compose, halves
 from serve_graph.compose import GraphBackend
 from serve_graph.halves import Deadline
 from serve_graph.hedge import Hedge
+from serve_graph.ingress import IngressDeployment
 
 
 class Response:
@@ -53,12 +54,21 @@ async def test_a_call_that_nobody_answers_is_late_and_cancelled() -> None:
 
 
 class Handle:
+    """A half that refuses all, and keeps how many seconds it was given for each."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
     def options(self, **_: Any) -> Handle:
         return self
 
+    def remote(self, request: Any, request_id: str, seconds: float) -> Any:
+        self.given.append(seconds)
+        raise Overloaded("busy")
 
-def backend() -> GraphBackend:
-    handle: Any = Handle()
+
+def backend(handle: Any = None) -> GraphBackend:
+    handle = handle or Handle()
     return GraphBackend(RuntimeConfig(), 5.0, Hedge(None, 0), handle, handle)
 
 
@@ -81,3 +91,38 @@ async def test_a_request_waits_for_the_model_and_not_for_ever(
     assert await graph.serving() == "model still starting"
     graph._model_there.set()
     assert await graph.serving() is None
+
+
+async def called(graph: GraphBackend, method: str, timeout_s: float) -> None:
+    """One call by handle of the ingress, to its end."""
+    ingress = IngressDeployment.__new__(IngressDeployment)
+    ingress._backend = graph
+    if method == "segment":
+        await ingress.segment(object="dog", timeout_s=timeout_s)
+    else:
+        async for _ in ingress.stream(object="dog", timeout_s=timeout_s):
+            pass
+
+
+@pytest.mark.parametrize("method", ["segment", "stream"])
+async def test_a_call_by_handle_waits_for_the_model_until_its_deadline(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "STARTING_S", 10.0)
+    handle = Handle()
+    with pytest.raises(DeadlineExceeded):
+        await called(backend(handle), method, 0.2)
+    assert not handle.given
+
+
+@pytest.mark.parametrize("method", ["segment", "stream"])
+async def test_what_a_call_by_handle_waited_for_the_model_is_not_given_to_it_again(
+    method: str,
+) -> None:
+    handle = Handle()
+    graph = backend(handle)
+    asyncio.get_running_loop().call_later(0.5, graph._model_there.set)
+    with pytest.raises(Overloaded, match="busy"):
+        await called(graph, method, 50.0)
+    (seconds,) = handle.given
+    assert 0 < seconds < 49.8
