@@ -317,21 +317,30 @@ class InferenceEngine:
         )
         return SegmentRefineBitmapsResult(reason=reason)
 
-    async def health(self) -> None:
-        """Returns when a built-in picture was segmented, or a request completed just now.
-
-        Raises ``EngineError`` that says what is wrong, also while a refinement has run for over
-        ``refiner_stuck_s``, or ``RequestError``.
-        """
+    def check_failure(self) -> None:
+        """Raises ``EngineError`` that says what is known to be wrong: the engine's thread ended, or
+        a refinement has run for over ``refiner_stuck_s``."""
         if self.failure is not None:
             raise engine_ended(self.failure)
         self._refining.check()
+
+    async def health(self) -> None:
+        """Returns when a built-in picture was segmented, or a request completed just now.
+
+        Raises what ``check_failure`` does, ``EngineError`` that says what is wrong with the
+        picture's answer, or ``RequestError``.
+        """
+        self.check_failure()
         if time.monotonic() - self._scheduler.last_success > HEALTHY_FOR_S:
             # Shared: a check is let in past the bounds of the queue, and anybody may ask for one.
             check = self._checking
             if check is None or check.done() or check.get_loop() != asyncio.get_running_loop():
                 check = self._checking = asyncio.create_task(self._check())
-            await asyncio.shield(check)
+                # Where all who asked have left, nobody hears how it ended; the next one asks anew.
+                check.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            # Not ``shield``, which from Python 3.14 on reports what those who left did not hear.
+            await asyncio.wait({check})
+            check.result()
 
     async def _check(self) -> None:
         request = check_request(self._samples)

@@ -79,7 +79,8 @@ async def test_health_fails_while_a_refinement_is_stuck(ask, hang, switch):
             await engine.health()
         backend = EngineBackend(engine.config)
         backend._engine = engine
-        assert "a refinement has run for over" in str(await backend.ready())
+        for asked in (backend.ready, backend.serving):
+            assert "a refinement has run for over" in str(await asked())
     finally:
         began = time.monotonic()
         await asyncio.wait_for(engine.shutdown(), 30)
@@ -179,6 +180,10 @@ async def test_an_engine_whose_thread_ended_names_the_cause(poisoned):
             await call()
         assert "illegal memory access" in str(caught.value.__cause__)
         assert isinstance(caught.value, Overloaded)  # 503 over HTTP: another may serve it
+    backend = EngineBackend(engine.config)
+    backend._engine = engine
+    for asked in (backend.ready, backend.serving):
+        assert "the engine failed: RuntimeError" in str(await asked())
     await engine.shutdown()
 
 

@@ -1,13 +1,20 @@
-"""Health checks of the engine: however many ask, one picture is segmented for all of them."""
+"""Health checks of the engine: however many ask, one picture is segmented for all of them, and no
+request waits for it."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
+import httpx
 import pytest
+from serving import base64_text
 
 from kestrel import InferenceEngine
 from kestrel.job import EngineError
+from kestrel.server.http import EngineBackend
+from kestrel.server.routes import build_app
 
 pytest_plugins = ["engines"]
 
@@ -74,3 +81,40 @@ def test_a_check_of_another_event_loop_is_not_waited_for(
     asyncio.run(left_behind())
     asyncio.run(engine.health())
     assert checks.begun == 2
+
+
+async def test_a_failed_check_that_all_have_left_is_no_unheard_exception(
+    engine: InferenceEngine, checks: Checks
+) -> None:
+    checks.fault = EngineError("stuck")
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    asking = asyncio.create_task(engine.health())
+    await asyncio.sleep(0.01)
+    asking.cancel()
+    await asyncio.wait({asking})
+    check = engine._checking
+    assert check is not None
+    await asyncio.wait({check})
+    del asking, check  # whose end is the last that could be told of it
+    engine._checking = checks.fault = None
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not unheard
+
+
+async def test_a_request_waits_for_no_check(
+    engine: InferenceEngine, checks: Checks, ask: dict[str, Any]
+) -> None:
+    backend = EngineBackend(engine.config)
+    backend._engine = engine
+    # What a check would find out is for those who ask for one.
+    checks.fault = EngineError("the picture shows nothing")
+    transport = httpx.ASGITransport(build_app(backend))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = {"object": ask["object"], "image_url": base64_text(ask["image"])}
+        answer = await client.post("/v1/segment", json=body, timeout=30)
+        assert (answer.status_code, checks.begun) == (200, 0)
+        health = await client.get("/healthz")
+        assert (health.status_code, checks.begun) == (503, 1)
+        assert "the picture shows nothing" in health.json()["error"]

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
-from kestrel.job import EngineEnded, engine_ended
+from kestrel.job import EngineEnded, EngineError, engine_ended
 from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
 
@@ -57,20 +57,26 @@ class EngineBackend:
 
     async def ready(self) -> str | None:
         """None, or why no request can be served."""
+        reason = await self.serving()
+        if reason is None:
+            try:
+                await self._running().health()
+            except Exception as error:
+                return _unwell(error)
+        return reason
+
+    async def serving(self) -> str | None:
+        """None, or what is known to be wrong. The look at a built-in picture is for ``ready``: a
+        request would wait for it, and its deadline would pass."""
         if self.failure is not None:
             return "the model could not be loaded"
         if self._engine is None:
             return "the model is being loaded"
         try:
-            await self._engine.health()
-        except Exception as error:
-            log.exception("the engine is not well")
-            return f"the engine is not well: {error}"
+            self._engine.check_failure()
+        except EngineError as error:
+            return _unwell(error)
         return None
-
-    async def serving(self) -> str | None:
-        """``ready``: without its engine this process has nothing to serve with."""
-        return await self.ready()
 
     async def ended(self) -> EngineEnded:
         """Waits until the engine's thread has ended by a failure, and gives that."""
@@ -101,6 +107,11 @@ class EngineBackend:
             timeout_s=timeout_s,
             return_base64=request.return_base64,
         )
+
+
+def _unwell(error: Exception) -> str:
+    log.error("the engine is not well", exc_info=error)
+    return f"the engine is not well: {error}"
 
 
 def create_app(
