@@ -83,11 +83,13 @@ class InferenceEngine:
         self._samples = samples
         self._model = model
         self._refiner = make_refiner(config)
-        self._refining = RefineThreads(config.refiner_threads, config.refiner_stuck_s)
         self._reasons: Counter[str] = Counter()
+        # It may find too little memory, and then no threads are there to be left behind.
         self._scheduler = Scheduler(model, config, deliver)
-        # An engine that is dropped, or alive at exit, must not leave its thread in the model.
-        self._finalizer = weakref.finalize(self, self._scheduler.close)
+        self._refining = RefineThreads(config.refiner_threads, config.refiner_stuck_s)
+        # An engine that is dropped, or alive at exit, must leave no thread, least of all in the
+        # model.
+        self._finalizer = weakref.finalize(self, _dropped, self._scheduler, self._refining)
 
     @classmethod
     async def create(cls, config: RuntimeConfig | None = None) -> InferenceEngine:
@@ -262,7 +264,7 @@ class InferenceEngine:
                 yield ModelDone(await mailbox.result())
             finally:
                 if not mailbox.closed:
-                    self._scheduler.cancel(job)
+                    self._leave(job)
 
         async def refine(model: ModelResult) -> Refinement:
             return await self._refine(jobs[0], model)
@@ -414,9 +416,14 @@ class InferenceEngine:
             model = await job.mailbox.result()
         except BaseException:
             # A deadline that the mailbox kept, or a caller that is gone.
-            self._scheduler.cancel(job)
+            self._leave(job)
             raise
         return model, await self._refine(job, model)
+
+    def _leave(self, job: Job) -> None:
+        """Nobody waits for the model half any more. On the event loop of the request."""
+        self._scheduler.cancel(job)
+        job.mailbox.leave()
 
     async def _refine(self, job: Job, model: ModelResult) -> Refinement:
         try:
@@ -430,3 +437,9 @@ class InferenceEngine:
         return EngineResult(
             model.request_id, model.finish_reason, {"segments": [segment]}, model.metrics
         )
+
+
+def _dropped(scheduler: Scheduler, refining: RefineThreads) -> None:
+    """Ends the threads of an engine that nobody has shut down."""
+    scheduler.close()
+    refining.end()

@@ -80,7 +80,8 @@ class RefineThreads:
         """``stuck_s``: a refinement that runs for longer is stuck, seconds."""
         self._stuck_s = stuck_s
         self._busy = Busy()
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may end these threads in one that holds it.
+        self._lock = threading.RLock()
         self._open: set[Future[Any]] = set()
         self._closed = False
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
@@ -116,16 +117,19 @@ class RefineThreads:
         if self._busy.longest_s() > self._stuck_s:
             raise EngineError(f"a refinement has run for over {self._stuck_s:g} s")
 
-    def close(self, wait_s: float) -> None:
-        """Fail what waits with ``Overloaded``; wait ``wait_s`` seconds at most for what runs.
-        Idempotent."""
+    def end(self) -> None:
+        """Fail what waits with ``Overloaded``; each thread ends with what it runs. Idempotent."""
         with self._lock:
             self._closed = True
         self._fail_waiting()
-        with self._lock:
-            running = list(self._open)
         for _ in self._threads:
             self._tasks.put(None)
+
+    def close(self, wait_s: float) -> None:
+        """``end``, and wait ``wait_s`` seconds at most for what runs. Idempotent."""
+        self.end()
+        with self._lock:
+            running = list(self._open)
         began = time.monotonic()
         stuck = wait(running, wait_s).not_done
         if stuck:

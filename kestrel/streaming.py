@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,10 @@ class Mailbox:
     def forget(self) -> None:
         """Drop the events that nobody has taken."""
         self._events.clear()
+
+    def leave(self) -> None:
+        """Nobody will look any more: its timer no longer keeps it until the deadline."""
+        self._timer.cancel()
 
     @property
     def closed(self) -> bool:
@@ -170,6 +175,8 @@ class SegmentStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        # May run on any thread and after the loop's end: only the scheduler's side is touched.
+        # May run on any thread and after the loop's end.
         if not self._mailbox.closed:
             self._scheduler.cancel(self._job)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and its timers with it
+                self._mailbox.loop.call_soon_threadsafe(self._mailbox.leave)

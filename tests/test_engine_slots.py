@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from kestrel.config import RuntimeConfig
 from kestrel.engine import InferenceEngine
 from kestrel.moondream.stacked import StackedLayers
 from kestrel.skills.segment import build_prompt
+from kestrel.streaming import Mailbox
 
 pytest_plugins = ["engines"]
 
@@ -214,6 +216,44 @@ async def test_leaving_a_running_request_frees_its_slot(engine, ask, gate, count
     assert whole["finish_reason"] == "stop"
 
 
+async def read(events: AsyncGenerator[Any, None]) -> None:
+    async for _ in events:
+        pass
+
+
+@pytest.mark.parametrize("leave", ["cancel", "close", "drop", "halves"])
+async def test_a_request_that_is_left_is_kept_until_its_deadline(
+    engine, ask, gate, counted, monkeypatch, leave
+):
+    mailboxes: list[Mailbox] = []
+
+    class Kept(Mailbox):
+        def __init__(self, deadline_s: float) -> None:
+            super().__init__(deadline_s)
+            mailboxes.append(self)
+
+    monkeypatch.setattr("kestrel.engine.Mailbox", Kept)
+    if leave in ("close", "drop"):
+        stream = await engine.segment(**ask, stream=True)
+        await gate.wait()
+        if leave == "close":
+            await stream.aclose()
+        del stream
+    else:
+        request = SegmentRequest(**ask)
+        asking = engine.complete(request) if leave == "cancel" else read(engine.generate(request))
+        task = asyncio.create_task(asking)
+        await gate.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    gate.opened.set()
+    await until(lambda: counted("cancelled") == 1)
+    (mailbox,) = mailboxes
+    # The event loop holds a timer, and by it all of the request, until it is over.
+    await until(mailbox._timer.cancelled)
+
+
 async def test_a_stream_that_is_closed_goes_on(engine, ask):
     stream = await engine.segment(**ask, stream=True)
     await until(lambda: stream._mailbox.closed)
@@ -388,6 +428,19 @@ async def test_shutdown_fails_what_runs_and_leaves_no_thread(engine, ask, gate):
             await stream.result()
     await until(lambda: own_threads() <= others)
     assert (await engine.segment(**ask)).finish_reason == "stop"
+
+
+async def test_an_engine_that_is_dropped_leaves_no_thread(engine):
+    others = own_threads()
+    second = await InferenceEngine.create(RuntimeConfig(max_batch_size=1, **CONFIG))
+    assert own_threads() > others
+    del second
+
+    def gone() -> bool:
+        gc.collect()
+        return own_threads() <= others
+
+    await until(gone)
 
 
 def test_a_script_that_forgets_to_shut_down_still_ends_well() -> None:
