@@ -6,11 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
+from kestrel.server.compose import within
 from serve_graph.launch import LOOPBACK
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
 
 # Both are read when Ray is imported. A driver on the loopback address of a local cluster needs the
 # first; the second lets a program that shares the server's environment use handles from threads.
@@ -19,6 +24,10 @@ if os.environ.get("RAY_ADDRESS", "").startswith("127."):
 os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
 
 T = TypeVar("T")
+
+LATE_S = 1.0
+"""How long a reader who comes after the deadline waits for an event, seconds: it may have come in
+time, and takes a moment to be fetched."""
 
 
 async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
@@ -37,6 +46,34 @@ async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]
         if waiting is not None and not waiting.done():
             await asyncio.wait({waiting})
         await asyncio.to_thread(items.close)
+
+
+@contextlib.contextmanager
+def own_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop for this thread to wait in; what still waits in it at the end is cancelled."""
+    loop = asyncio.new_event_loop()
+    try:
+        yield loop
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
+        loop.close()
+
+
+class Patience:
+    """How long the events of a stream are waited for."""
+
+    def __init__(self, seconds: float) -> None:
+        """``seconds``: the deadline of the request, from now."""
+        self._deadline = time.monotonic() + seconds
+
+    def until(self) -> float:
+        """Up to when the next event is waited for, by ``time.monotonic()``."""
+        now = time.monotonic()
+        return self._deadline if now < self._deadline else now + LATE_S
 
 
 class HandleDoor:
@@ -111,14 +148,18 @@ class HandleDoor:
         if self._through_queue:
             yield from self._queued_events(fields)
             return
-        response: Any = self._handle.options(stream=True).stream.remote(
-            timeout_s=self._timeout_s, **fields
-        )
-        try:
-            with self._plain_errors():
-                yield from response
-        finally:
-            response.cancel()
+        patience, response = Patience(self._timeout_s), self._streamed(fields)
+        # Not ``next(response)``, whose wait nothing can end.
+        with own_loop() as loop:
+            try:
+                with self._plain_errors():
+                    while True:
+                        awaited = within(patience.until(), response.__anext__())
+                        yield loop.run_until_complete(awaited)
+            except StopAsyncIteration:
+                return
+            finally:
+                response.cancel()
 
     async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         if self._through_queue:
@@ -126,31 +167,29 @@ class HandleDoor:
                 async for event in events:
                     yield event
             return
-        response: Any = self._handle.options(stream=True).stream.remote(
-            timeout_s=self._timeout_s, **fields
-        )
+        patience, response = Patience(self._timeout_s), self._streamed(fields)
         try:
             with self._plain_errors():
-                async for event in response:
-                    yield event
+                while True:
+                    yield await within(patience.until(), response.__anext__())
+        except StopAsyncIteration:
+            return
         finally:
             response.cancel()
 
-    def _queued_events(self, fields: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        from ray.util.queue import Empty, Queue
+    def _streamed(self, fields: dict[str, Any]) -> Any:
+        handle = self._handle.options(stream=True)
+        return handle.stream.remote(timeout_s=self._timeout_s, **fields)
 
-        queue = Queue(actor_options={"num_cpus": 0})
+    def _queued_events(self, fields: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        from ray.util.queue import Queue
+
+        patience, queue = Patience(self._timeout_s), Queue(actor_options={"num_cpus": 0})
         response = self._handle.stream_into.remote(queue, timeout_s=self._timeout_s, **fields)
         try:
             with self._plain_errors():
                 while True:
-                    try:
-                        event = queue.get(timeout=1.0)
-                    except Empty:
-                        # Still running: a timeout. An ingress that died cannot say so in the queue.
-                        with contextlib.suppress(*self._late):
-                            response.result(timeout_s=0.0)
-                        continue
+                    event = self._queued(queue, response, patience.until())
                     if isinstance(event, RequestError):
                         raise event
                     yield event
@@ -159,6 +198,20 @@ class HandleDoor:
         finally:
             response.cancel()
             queue.shutdown(force=True)
+
+    def _queued(self, queue: Queue, response: Any, until: float) -> Any:
+        """The next item of the queue that ``response`` fills, waited for ``until`` then."""
+        from ray.util.queue import Empty
+
+        while (left := until - time.monotonic()) > 0:
+            try:
+                # As ``queue.get`` does, but bounded also where the queue's actor does not start.
+                return self._ray.get(queue.actor.get.remote(min(1.0, left)), timeout=left)
+            except Empty:
+                # Still running: a timeout. An ingress that died cannot say so in the queue.
+                with contextlib.suppress(*self._late):
+                    response.result(timeout_s=0.0)
+        raise DeadlineExceeded()
 
     def close(self) -> None:
         if self._connected_here:

@@ -8,6 +8,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Generator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,117 @@ async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_clo
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert closed.is_set()
+
+
+class NeverTaken:
+    """A call of a handle that no replica takes."""
+
+    def __init__(self, *_: Any, **fields: Any) -> None:
+        self.fields = fields
+        self.cancelled = False
+
+    def __aiter__(self) -> NeverTaken:
+        return self
+
+    async def __anext__(self) -> Any:
+        # As Ray does, which leaves a task to wait for the item.
+        await asyncio.wait({asyncio.ensure_future(asyncio.sleep(60))})
+
+    def __iter__(self) -> NeverTaken:
+        return self
+
+    def __next__(self) -> Any:
+        threading.Event().wait(60)
+
+    def result(self, timeout_s: float) -> Any:
+        threading.Event().wait(timeout_s)
+        raise TimeoutError
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class EmptyQueue:
+    """A queue of Ray into which nobody puts anything, and its actor."""
+
+    def __init__(self, **_: Any) -> None:
+        self.actor = self
+        self.get = SimpleNamespace(remote=lambda timeout: timeout)
+
+    def shutdown(self, force: bool) -> None: ...
+
+
+@pytest.fixture
+def handled(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[NeverTaken]]:
+    """The door of a handle whose calls nobody takes, deadline 0.3 s; and the calls."""
+    pytest.importorskip("ray.serve")
+    from ray.util.queue import Empty
+
+    from serve_graph.handle_door import HandleDoor
+
+    calls: list[NeverTaken] = []
+
+    def waited(seconds: float, timeout: float) -> Any:
+        assert seconds <= timeout
+        threading.Event().wait(seconds)
+        raise Empty
+
+    def remote(*args: Any, **fields: Any) -> NeverTaken:
+        calls.append(NeverTaken(*args, **fields))
+        return calls[-1]
+
+    handle = SimpleNamespace(stream=SimpleNamespace(remote=remote))
+    handle.stream_into, handle.options = handle.stream, lambda **_: handle
+    door: Any = HandleDoor.__new__(HandleDoor)
+    door._handle, door._timeout_s, door._through_queue = handle, 0.3, False
+    door._late = (TimeoutError, asyncio.TimeoutError)
+    door._busy = door._task_error = door._lost = ()
+    door._ray = SimpleNamespace(get=waited)
+    monkeypatch.setattr("ray.util.queue.Queue", EmptyQueue)
+    return door, calls
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("through_queue", [False, True])
+def test_a_stream_by_handle_that_nobody_serves_is_late_and_cancelled(handled, through_queue):
+    door, calls = handled
+    door._through_queue = through_queue
+    threads = set(threading.enumerate())
+    with pytest.raises(DeadlineExceeded):
+        list(door.events({"object": "disc"}))
+
+    async def read() -> None:
+        async for _ in door.aevents({"object": "disc"}):
+            pass
+
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(read())
+    assert [call.cancelled for call in calls] == [True, True]
+    assert [call.fields["timeout_s"] for call in calls] == [0.3, 0.3]
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.mark.parametrize("through_queue", [False, True])
+def test_a_late_reader_of_a_stream_by_handle_gets_what_came_in_time(
+    handled, monkeypatch, through_queue
+):
+    door, calls = handled
+    door._through_queue = through_queue
+    come = [{"type": "bbox"}, {"type": "final", "completed": True}]
+
+    async def anext_(_: Any) -> Any:
+        await asyncio.sleep(0.01)
+        if not come:
+            raise StopAsyncIteration
+        return come.pop(0)
+
+    monkeypatch.setattr(NeverTaken, "__anext__", anext_)
+    door._ray.get = lambda _, timeout: come.pop(0)
+    events = door.events({"object": "disc"})
+    assert next(events)["type"] == "bbox"
+    threading.Event().wait(0.4)
+    assert [event["type"] for event in events] == ["final"]
+    assert calls[0].cancelled
 
 
 def test_a_client_breaks_in_a_second_event_loop(address: str) -> None:
