@@ -26,8 +26,8 @@ os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
 T = TypeVar("T")
 
 LATE_S = 1.0
-"""How long a reader who comes after the deadline waits for an event, seconds: it may have come in
-time, and takes a moment to be fetched."""
+"""How long an event is waited for when the deadline is over, seconds: the ingress says so in an
+event of its own, and what came in time takes a moment to be fetched."""
 
 
 async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
@@ -72,8 +72,7 @@ class Patience:
 
     def until(self) -> float:
         """Up to when the next event is waited for, by ``time.monotonic()``."""
-        now = time.monotonic()
-        return self._deadline if now < self._deadline else now + LATE_S
+        return max(self._deadline, time.monotonic()) + LATE_S
 
 
 class HandleDoor:
