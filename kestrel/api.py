@@ -11,7 +11,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -371,7 +371,7 @@ def check_model(name: Any, served: str) -> None:
         raise UnknownModel(f"model {name[:128]!r} is not served here; served: {served}", "model")
 
 
-def check_auth(headers: Mapping[str, str], api_keys: Iterable[ApiKey | str]) -> ApiKey | None:
+def check_auth(headers: Mapping[str, str], api_keys: Sequence[ApiKey | str]) -> ApiKey | None:
     """The key that the request carries; None when no key is configured. ``Unauthorized`` unless
     it carries one of those that are.
 

@@ -66,14 +66,14 @@ class ApiKey:
     """Whether the configuration had it in the clear."""
 
 
-def parse_keys(entries: Iterable[Any]) -> tuple[ApiKey, ...]:
-    """The keys of a configuration.
+def parse_keys(entries: Any) -> tuple[ApiKey, ...]:
+    """The keys of a configuration, from a list or a tuple of entries.
 
     An entry is a string (``sha256:...`` or the key itself), a mapping with ``key`` and, when
     wanted, ``name``, ``rate_per_s`` and ``burst``, or an ``ApiKey``. ValueError names the entry by
     its position and never shows it.
     """
-    if isinstance(entries, (str, bytes, Mapping)):
+    if not isinstance(entries, (list, tuple)):
         raise ValueError("api_keys must be a list")
     keys = tuple(_parse(entry, f"api_keys[{i}]") for i, entry in enumerate(entries))
     seen: dict[str, int] = {}

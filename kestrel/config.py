@@ -353,9 +353,11 @@ class RuntimeConfig:
             if not isinstance(part, kind) and (part is not None or key == "limits"):
                 object.__setattr__(self, key, from_mapping(kind, part, key))
         self._resolve_source()
+        # A key without a value is null in YAML.
+        keys: Any = self.api_keys
         try:
-            object.__setattr__(self, "api_keys", parse_keys(self.api_keys))
-        except (TypeError, ValueError) as error:
+            object.__setattr__(self, "api_keys", parse_keys(() if keys is None else keys))
+        except ValueError as error:
             raise ConfigError(str(error)) from None
         _check(
             isinstance(self.model, str) and bool(self.model),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -155,7 +154,7 @@ class RefinerPool(Pool):
         return options
 
 
-def _only_hashes(keys: Iterable[Any]) -> tuple[ApiKey, ...]:
+def _only_hashes(keys: Any) -> tuple[ApiKey, ...]:
     """The keys of a configuration. ValueError, which shows none, where one is in the clear: Serve
     shows and logs its config as it was written, and a key that was there is no secret any more."""
     parsed = parse_keys(keys)
@@ -278,8 +277,6 @@ class GraphArgs(BaseModel):
                 raise ValueError(f"runtime.{key}: a graph has it as {place}")
         if "limits" in fields:
             fields["limits"] = from_mapping(Limits, fields["limits"], "runtime.limits")
-        if "api_keys" in fields:
-            fields["api_keys"] = fields["api_keys"] or ()
         return from_mapping(RuntimeConfig, {**fields, "refiner": None}, "runtime")
 
     @field_validator("refiner", mode="before")

@@ -118,11 +118,39 @@ def test_a_broken_entry_is_named_by_its_place_and_not_shown(entry, part):
         assert entry not in message
 
 
-@pytest.mark.parametrize("keys", [SECRET, {"key": SECRET}, 3])
+NO_LISTS = [SECRET, {"key": SECRET}, {SECRET}, 3, 0, False, "", {}, 1.5]
+
+
+@pytest.mark.parametrize("keys", NO_LISTS)
 def test_keys_that_are_no_list_are_refused_and_not_split_into_letters(keys):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"^api_keys must be a list$"):
         RuntimeConfig(api_keys=keys)
-    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", NO_LISTS)
+def test_a_graph_refuses_keys_that_are_no_list_by_their_field(keys):
+    pytest.importorskip("ray.serve")
+    from pydantic import ValidationError
+
+    from serve_graph.args import GraphArgs, IngressSettings
+
+    for model, settings in (
+        (GraphArgs, {"runtime": {"api_keys": keys}}),
+        (IngressSettings, {"api_keys": keys}),
+    ):
+        with pytest.raises(ValidationError, match="api_keys must be a list") as caught:
+            model.model_validate(settings)
+        assert SECRET not in str(caught.value)
+
+
+def test_keys_without_a_value_are_none_at_every_door():
+    """A key without a value is null in YAML."""
+    pytest.importorskip("ray.serve")
+    from serve_graph.args import GraphArgs, IngressSettings
+
+    assert RuntimeConfig(api_keys=None).api_keys == ()
+    assert GraphArgs.model_validate({"runtime": {"api_keys": None}}).runtime.api_keys == ()
+    assert IngressSettings.model_validate({"api_keys": None}).api_keys is None
 
 
 def test_the_same_key_twice_is_refused_even_when_one_is_hashed():
