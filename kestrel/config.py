@@ -174,8 +174,7 @@ class RefinerConfig:
         if isinstance(vision, str) and vision:
             object.__setattr__(self, "seghead_vision", ModelSource(path=vision))
         elif vision is not None and not isinstance(vision, ModelSource):
-            source = from_mapping(ModelSource, vision, "seghead_vision")
-            object.__setattr__(self, "seghead_vision", source)
+            object.__setattr__(self, "seghead_vision", _source(vision, "seghead_vision"))
         for key in ("seghead_weights", "hq_sam_model"):
             value = getattr(self, key)
             _check(
@@ -258,7 +257,7 @@ class ModelSource:
             raise ConfigError("model must give either path or repo")
         for key in ("filename", "revision"):
             if self.path is not None and getattr(self, key) is not None:
-                raise ConfigError(f"model.{key} belongs to model.repo, not to model.path")
+                raise ConfigError(f"model.{key} belongs to repo, not to path")
 
     @property
     def served_name(self) -> str:
@@ -351,7 +350,8 @@ class RuntimeConfig:
         for key, kind in (("source", ModelSource), ("refiner", RefinerConfig), ("limits", Limits)):
             part = getattr(self, key)
             if not isinstance(part, kind) and (part is not None or key == "limits"):
-                object.__setattr__(self, key, from_mapping(kind, part, key))
+                built = _source(part, key) if kind is ModelSource else from_mapping(kind, part, key)
+                object.__setattr__(self, key, built)
         self._resolve_source()
         # A key without a value is null in YAML.
         keys: Any = self.api_keys
@@ -447,12 +447,20 @@ class RuntimeConfig:
         )
 
     def _resolve_source(self) -> None:
-        """Where ``model`` is a mapping, make it a name and ``source`` what it says."""
+        """Where ``model`` is a mapping, make it a name and ``source`` what it says; one place at
+        most may name the checkpoint."""
         named: Any = self.model if isinstance(self.model, dict) else None
-        if (named is not None) + (self.source is not None) + bool(self.model_path) > 1:
+        path: Any = self.model_path
+        _check(
+            path is None or (isinstance(path, str) and bool(path)),
+            "model_path",
+            "must be a non-empty string or null",
+            path,
+        )
+        if sum(given is not None for given in (named, self.source, path)) > 1:
             raise ConfigError("model, source and model_path name more than one checkpoint")
         if named is not None:
-            source = from_mapping(ModelSource, named, "model")
+            source = _source(named, "model")
             object.__setattr__(self, "model", source.served_name)
             object.__setattr__(self, "source", source)
 
@@ -467,6 +475,15 @@ class RuntimeConfig:
         if self.source is not None:
             return self.source
         return ModelSource(path=self.model_path or str(SHIPPED_MODELS / "nano"))
+
+
+def _source(values: Any, where: str) -> ModelSource:
+    """The ``ModelSource`` that the mapping at ``where`` says; errors name its keys there."""
+    try:
+        source: ModelSource = from_mapping(ModelSource, values, "model")
+    except ConfigError as error:
+        raise ConfigError(where + str(error).removeprefix("model")) from None
+    return source
 
 
 def from_mapping(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -59,7 +59,10 @@ def notify(condition: threading.Condition) -> None:
         ({"refiner": "guided"}, "refiner must be a mapping"),
         ({"refiner": {"turdsiz": 1}}, "refiner: unknown key"),
         ({"source": "x"}, "source must be a mapping"),
-        ({"source": {}}, "either path or repo"),
+        ({"source": {}}, "source must give either path or repo"),
+        ({"source": {"repo": "a/b", "revision": 7}}, r"source\.revision must be"),
+        ({"refiner": {"seghead_vision": {"path": 5}}}, r"^seghead_vision\.path must be .* not 5$"),
+        ({"refiner": {"seghead_vision": {}}}, "^seghead_vision must give either path or repo"),
         ({"limits": None}, "limits must be a mapping"),
         ({"limits": {"max_body_bytes": 0}}, "limits.max_body_bytes must be"),
         (
@@ -73,6 +76,12 @@ def notify(condition: threading.Condition) -> None:
 def test_a_part_of_another_type_is_taken(values: dict[Any, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping(RuntimeConfig, values, "runtime")
+
+
+@pytest.mark.parametrize("value", [False, True, "", [], {}, 5, 0, b"/models/a"])
+def test_a_model_path_that_is_none_serves_the_shipped_model(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^model_path must be a non-empty string or null, not"):
+        RuntimeConfig(model_path=value)
 
 
 def test_a_part_that_is_a_mapping_stays_one() -> None:

@@ -599,8 +599,8 @@ def test_a_model_of_the_config_is_not_served_under_its_name(model, tmp_path):
     [
         ({"model": {}}, "either path or repo"),
         ({"model": {"path": "/x", "repo": "a/b"}}, "either path or repo"),
-        ({"model": {"path": "/x", "revision": "0" * 40}}, "model.revision belongs to model.repo"),
-        ({"model": {"path": "/x", "filename": "m.pt"}}, "model.filename belongs to model.repo"),
+        ({"model": {"path": "/x", "revision": "0" * 40}}, "model.revision belongs to repo"),
+        ({"model": {"path": "/x", "filename": "m.pt"}}, "model.filename belongs to repo"),
         ({"model": {"path": 3}}, "model.path must be a non-empty string"),
         ({"model": {"url": "x"}}, "unknown key 'url'"),
         ({"model": {"path": "/x"}, "model_path": "/y"}, "more than one checkpoint"),
