@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
 from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
@@ -16,19 +16,40 @@ FULL_RETRY_S = 0.05
 leave them idle for most of it, where answers take less."""
 
 
-class Pool(BaseModel):
+LARGEST_COUNT = 2**31 - 1
+"""Serve keeps counts of replicas and requests in 32 bits."""
+RAY_S_OWN = ("CPU", "GPU", "memory", "object_store_memory", "bundle")
+"""Names that Ray takes for no custom resource."""
+
+
+def _in_grains(value: float) -> float:
+    if value and value * 10_000 < 1:
+        raise ValueError(f"must be 0 or at least 0.0001, not {value:g}: Ray counts no finer")
+    return value
+
+
+Amount = Annotated[float, Field(ge=0), AfterValidator(_in_grains)]
+"""Of a resource that one replica reserves."""
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+
+
+class Settings(BaseModel):
+    """What an operator sets: no unknown key, and every number finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Pool(Settings):
     """How many replicas of one deployment, what each holds, and how long its queue may get."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_cpus: float = Field(default=1.0, ge=0)
+    num_cpus: Amount = 1.0
     """Logical CPUs that one replica reserves (0: none, it is only placed by memory)."""
-    num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs that one replica reserves; a fraction shares a GPU between replicas."""
-    min_replicas: int = Field(default=1, ge=0)
+    num_gpus: Amount = 0.0
+    """GPUs that one replica reserves; a fraction under 1 shares a GPU between replicas."""
+    min_replicas: int = Field(default=1, ge=0, le=LARGEST_COUNT)
     """Replicas kept when idle. At least 1, but for refiners: a model takes longer to load than any
     request waits."""
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: Count = 1
     """Replicas at most. Equal to ``min_replicas``: a fixed pool, no autoscaling."""
     target_ongoing_requests: float = Field(default=2.0, gt=0)
     """Autoscaling aims at this many running and queued requests per replica."""
@@ -40,9 +61,9 @@ class Pool(BaseModel):
     """How often load is reported to the autoscaler, seconds."""
     look_back_period_s: float = Field(default=10.0, gt=0)
     """The autoscaler sees the mean load of this long, seconds."""
-    max_ongoing_requests: int = Field(default=16, ge=1)
+    max_ongoing_requests: Count = 16
     """Requests that one replica runs at once."""
-    max_queued_requests: int = Field(default=64, ge=1)
+    max_queued_requests: Count = 64
     """Requests that may wait, per caller, for a free replica; more are refused (503)."""
     graceful_shutdown_timeout_s: float = Field(default=20.0, gt=0)
     """A replica that is taken down may finish its requests for this long, seconds."""
@@ -53,10 +74,29 @@ class Pool(BaseModel):
     the replica is replaced. One that hangs keeps its requests for ``graceful_shutdown_timeout_s``
     more; then they are tried elsewhere. So three periods and timeouts and that together should be
     some seconds shorter than ``runtime.request_timeout_s``."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, Amount] = Field(default_factory=dict)
     """Custom Ray resources of one replica, to pin a pool to marked nodes."""
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
     """Replicas of one node at most; 1 spreads a pool over the nodes."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"must be a whole number where it is over 1, not {value:g}")
+        return value
+
+    @field_validator("resources")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name in RAY_S_OWN:
+                raise ValueError(
+                    f"{name} is not a custom resource; CPUs and GPUs are num_cpus and num_gpus"
+                )
+            if not name.isascii():
+                raise ValueError(f"{name!r} must be ASCII")
+        return value
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Pool:
@@ -106,10 +146,8 @@ class Pool(BaseModel):
         return options
 
 
-class LookAhead(BaseModel):
+class LookAhead(Settings):
     """Aims of the look-ahead policy, for the refiner pool of an application that names it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     start_s: float = Field(default=10.0, gt=0)
     """How long a refiner takes from the decision to its first request, seconds: how far ahead the
@@ -125,7 +163,7 @@ class LookAhead(BaseModel):
 class RefinerPool(Pool):
     """The refiner pool; it may shrink to nothing."""
 
-    max_ongoing_requests: int = Field(default=16, ge=1)
+    max_ongoing_requests: Count = 16
     """Requests that one replica holds: those it runs and some that wait, so that its threads never
     wait for the next."""
     threads: int = Field(default=2, ge=1)
@@ -164,10 +202,10 @@ def _only_hashes(keys: Any) -> tuple[ApiKey, ...]:
     return parsed
 
 
-class IngressSettings(BaseModel):
+class IngressSettings(Settings):
     """The ``user_config`` of the deployment ``Ingress``: what changes without a new replica."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     refine_timeout_s: float | None = Field(default=None, gt=0)
     """In place of the one in ``args``."""
@@ -229,7 +267,7 @@ ELSEWHERE = {
 """Fields of ``RuntimeConfig`` that a graph's ``runtime`` does not take, and where they are."""
 
 
-class GraphArgs(BaseModel):
+class GraphArgs(Settings):
     """Everything that an operator sets for one segmentation application.
 
     ``runtime``, ``refiner`` and ``limits`` take the keys of the dataclasses of ``kestrel.config``;
@@ -237,8 +275,6 @@ class GraphArgs(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
         arbitrary_types_allowed=True,
         # Serve logs the error of a config that is refused, and an input may hold API keys.
         hide_input_in_errors=True,

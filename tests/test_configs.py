@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 pytest.importorskip("ray.serve")
 
+from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
@@ -170,6 +171,92 @@ def test_cluster_config_keeps_the_gpu_for_the_model() -> None:
 )
 def test_wrong_args_are_refused_by_name(args: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
+        GraphArgs.model_validate(args)
+
+
+INF, NAN = float("inf"), float("nan")
+WHOLE = "num_gpus\n.*must be a whole number where it is over 1, not 1.5"
+GRAINS = "must be 0 or at least 0.0001, not 1e-05"
+FINITE = "should be a finite number"
+FITS = "less than or equal to 2147483647"
+
+
+@pytest.mark.parametrize(
+    ("pool", "named"),
+    [
+        ({"num_gpus": 1.5}, WHOLE),
+        ({"num_cpus": 1e-5}, f"num_cpus\n.*{GRAINS}"),
+        ({"num_gpus": 1e-5}, f"num_gpus\n.*{GRAINS}"),
+        ({"resources": {"a": 1e-5}}, rf"resources\.a\n.*{GRAINS}"),
+        ({"resources": {"a": -1}}, r"resources\.a\n.*greater than or equal to 0"),
+        ({"resources": {"a": NAN}}, r"resources\.a\n.*finite number"),
+        *(
+            ({"resources": {name: 1}}, rf"resources\n.*{name} is not a custom resource")
+            for name in ("CPU", "GPU", "memory", "object_store_memory", "bundle")
+        ),
+        ({"resources": {"gerät": 1}}, "resources\n.*'gerät' must be ASCII"),
+        *(
+            ({name: value}, f"{name}\n.*{FINITE}")
+            for name in (
+                "num_cpus",
+                "num_gpus",
+                "target_ongoing_requests",
+                "upscale_delay_s",
+                "downscale_delay_s",
+                "metrics_interval_s",
+                "look_back_period_s",
+                "graceful_shutdown_timeout_s",
+                "health_check_period_s",
+                "health_check_timeout_s",
+            )
+            for value in (INF, NAN)
+        ),
+        *(
+            ({"max_replicas": 2**31, name: 2**31}, f"{name}\n.*{FITS}")
+            for name in (
+                "min_replicas",
+                "max_replicas",
+                "max_ongoing_requests",
+                "max_queued_requests",
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["ingress_pool", "refiner_pool"])
+def test_a_pool_that_ray_would_refuse_is_refused_by_its_field(
+    name: str, pool: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValidationError, match=rf"{name}\.{named}"):
+        GraphArgs.model_validate({name: pool})
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        {"num_cpus": 0, "num_gpus": 0},
+        {"num_cpus": 1e-4, "num_gpus": 0.5},
+        {"num_cpus": 1.5, "num_gpus": 3},
+        {"resources": {"a": 1e-4, "b": 1.5, "c": 0, "node:10.0.0.1": 0.001, "bytes": 8e10}},
+        {"max_replicas": 2**31 - 1, "max_ongoing_requests": 2**31 - 1},
+    ],
+)
+def test_a_pool_that_ray_takes_is_taken(pool: dict[str, Any]) -> None:
+    deployment = serve.deployment(**Pool.model_validate(pool).options())(type("Any", (), {}))
+    assert deployment.ray_actor_options is not None
+    deployment._deployment_config.to_proto_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"refine_timeout_s": INF}, "refine_timeout_s"),
+        ({"refine_silence_s": INF}, "refine_silence_s"),
+        ({"refiner_pool": {"stuck_s": INF}}, r"refiner_pool\.stuck_s"),
+        ({"refiner_pool": {"lookahead": {"start_s": INF}}}, r"lookahead\.start_s"),
+    ],
+)
+def test_a_time_that_never_ends_is_refused_by_its_field(args: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{named}\n.*{FINITE}"):
         GraphArgs.model_validate(args)
 
 
