@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from kestrel.diagnosis import Finding, Machine, Wanted, bad, ok
+from kestrel.ports import written
 
 PICKED = "(python -m serve_graph up takes a free one)"
 PORTS = {
@@ -36,11 +37,11 @@ def check_ray(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         yield bad("Ray", text, remedy, needed=wanted.graph)
     else:
         yield ok("Ray", version)
-    host, port = wanted.http
-    if machine.port_free(host, port):
-        yield ok("port", f"{host}:{port} is free")
+    address = written(*wanted.http)
+    if machine.port_free(*wanted.http):
+        yield ok("port", f"{address} is free")
     else:
-        text = f"{host}:{port} is taken (by a server that already runs?)"
+        text = f"{address} is taken (by a server that already runs?)"
         yield bad("port", text, "stop it, or set http_options.port", needed=False)
     if wanted.graph:
         if machine.platform() == "linux":

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.ports import is_taken
 from kestrel.serve_config import HTTP, graph_of, http_address
 
 
@@ -113,13 +113,8 @@ class Machine:
         return [folder for folder in found if glob.glob(str(folder / "*.so*"))]
 
     def port_free(self, host: str, port: int) -> bool:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                return False
-        return True
+        """Whether nobody listens there."""
+        return not is_taken(host, port)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 from kestrel.config import ConfigError
 
 IMPORT_PATHS = ("serve_graph.app:build", "serve_graph.app.build")
 """How a Serve config names the graph."""
+LONGEST_HOST = 253
+"""Bytes of a host's name."""
+NOT_IN_HOSTS = frozenset(string.whitespace + "\0")
 HTTP = ("127.0.0.1", 8000)
 """Where Serve listens unless it is told otherwise."""
 
@@ -50,6 +54,14 @@ def graph_of(config: dict[str, Any]) -> dict[str, Any]:
     return found[0]
 
 
+def _names_a_host(host: str) -> bool:
+    """Whether it can be looked up as a name or an address: no label is empty or over 63 bytes."""
+    try:
+        return 0 < len(host.encode("idna")) <= LONGEST_HOST and not set(host) & NOT_IN_HOSTS
+    except UnicodeError:
+        return False
+
+
 def http_address(config: dict[str, Any]) -> tuple[str, int]:
     """Host and port of its ``http_options``; ConfigError where they are none."""
     options = config.get("http_options")
@@ -58,7 +70,7 @@ def http_address(config: dict[str, Any]) -> tuple[str, int]:
     if not isinstance(options, dict):
         raise ConfigError(f"http_options must be a mapping, not {options!r}")
     host, port = options.get("host", HTTP[0]), options.get("port", HTTP[1])
-    if not isinstance(host, str) or not host or max(map(len, host.split("."))) > 63:
+    if not isinstance(host, str) or not _names_a_host(host):
         raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
         raise ConfigError(f"http_options.port must be an integer in 0..65535, not {port!r}")

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from kestrel.config import SHIPPED_MODELS
+from kestrel.ports import written
 from kestrel.serve_config import graph_of, http_address
 from serve_graph import plan
 from serve_graph.args import check
@@ -63,7 +64,7 @@ def service_url(config: dict[str, Any]) -> str:
     """Where this machine reaches the graph of a config over HTTP, without a slash at the end."""
     host, port = http_address(config)
     prefix = graph_of(config).get("route_prefix", "/").rstrip("/")
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}{prefix}"
+    return f"http://{written('127.0.0.1' if host in ('0.0.0.0', '::') else host, port)}{prefix}"
 
 
 def sample_request(folder: Path) -> tuple[str, Path]:

@@ -7,7 +7,6 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kestrel.ports import is_taken, written
 from kestrel.serve_config import deployments_of, graph_of
 from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
@@ -95,21 +95,11 @@ def require_free(host: str, port: int, what: str, option: str) -> None:
     """
     if port not in range(1, 65536):
         raise LaunchError(f"{option} must be a port from 1 to 65535, not {port!r}")
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        ):
-            with socket.socket(family, kind, protocol) as probe:
-                # Else connections count whose server has ended, for a minute.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-    except OSError as error:
-        # Whoever listens in the end knows better what else may be wrong with an address.
-        if error.errno == errno.EADDRINUSE:
-            raise LaunchError(
-                f"{host}:{port}, for {what}, is taken (by a service that already runs?): stop "
-                f"what listens there, or give another port with {option}"
-            ) from None
+    if is_taken(host, port):
+        raise LaunchError(
+            f"{written(host, port)}, for {what}, is taken (by a service that already runs?): stop "
+            f"what listens there, or give another port with {option}"
+        )
 
 
 def draining(config: dict[str, Any]) -> dict[str, Any]:

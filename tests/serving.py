@@ -48,6 +48,15 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def has_ipv6() -> bool:
+    """Whether this machine can listen on its own IPv6 address."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     """The picture as a file's bytes."""
     buffer = io.BytesIO()

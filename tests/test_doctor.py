@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from project import PROJECT
+from serving import has_ipv6
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
 
 from kestrel import doctor
@@ -500,8 +501,24 @@ def test_a_port_that_is_taken_is_called_free():
         port = listener.getsockname()[1]
         assert not Machine().port_free("127.0.0.1", port)
     assert Machine().port_free("127.0.0.1", port)
+    if has_ipv6():
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            port = listener.getsockname()[1]
+            assert not Machine().port_free("::1", port)
+        assert Machine().port_free("::1", port)
     findings = found(doctor.check_ray, Fake(taken=(8000,)))
     assert findings[1].verdict is Verdict.WARN and "http_options.port" in findings[1].remedy
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "a\0b"])
+def test_an_address_of_another_machine_is_called_taken(host):
+    assert Machine().port_free(host, 18999)
+
+
+@pytest.mark.parametrize("taken", [(), (8000,)])
+def test_an_ipv6_address_runs_into_its_port(taken):
+    asked = Wanted(RuntimeConfig(), None, http=("::1", 8000))
+    assert found(doctor.check_ray, Fake(taken=taken), asked)[1].text.startswith("[::1]:8000 is ")
 
 
 def test_a_check_that_breaks_hides_the_others(monkeypatch):

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from serving import has_ipv6
 
 from serve_graph import __main__, launch
 from serve_graph.errors import LaunchError
@@ -143,6 +144,18 @@ def test_the_service_is_where_the_graph_s_prefix_says(tmp_path: Path, prefix: st
     assert __main__.service_url(config) == f"http://127.0.0.1:8080{prefix}"
 
 
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]"), ("here", "here")],
+)
+def test_the_service_is_reached_at_the_address_where_it_listens(
+    tmp_path: Path, host: str, reached: str
+) -> None:
+    config = {"http_options": {"host": host}, "applications": [graph()]}
+    config = __main__.read_config(written(tmp_path, config), None)
+    assert __main__.service_url(config) == f"http://{reached}:8000"
+
+
 @pytest.mark.parametrize("path", ["serve_graph.app.build", "their.app:around_build"])
 def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) -> None:
     applications = [graph(import_path=path, route_prefix="/seg")]
@@ -160,6 +173,13 @@ UNSERVABLE = {
     "options": ({"http_options": [8000], "applications": [graph()]}, "http_options"),
     "host": ({"http_options": {"host": 1}, "applications": [graph()]}, "http_options.host"),
     "label": ({"http_options": {"host": 64 * "a"}, "applications": [graph()]}, "http_options.host"),
+    **{
+        f"host {host[:9]!r}": (
+            {"http_options": {"host": host}, "applications": [graph()]},
+            r"http_options\.host must be a name or an address",
+        )
+        for host in ("a..b", "...", ".a", "a\0b", "a b", "a\n", 60 * "é", 200 * "a.")
+    },
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
     "mapping": ({"applications": {"a": 1}}, "applications must be a list of mappings"),
@@ -281,6 +301,28 @@ def test_up_names_the_option_of_a_port_that_somebody_else_has(
 def test_a_port_is_taken_for_every_address_that_covers_it(taken: int, host: str) -> None:
     with pytest.raises(LaunchError, match=f"{taken}.*--port"):
         launch.require_free(host, taken, "HTTP", "--port")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
+def test_a_port_of_an_ipv6_address_is_told_from_that_of_another(taken: int) -> None:
+    launch.require_free("::1", taken, "HTTP", "--port")
+    with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"\[::1\]:{port}, for HTTP, is taken"):
+            launch.require_free("::1", port, "HTTP", "--port")
+
+
+def test_an_address_that_cannot_be_listened_to_hides_none_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """A name has several, and a machine need not have each: localhost without IPv6."""
+    of_localhost = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, taken))
+        for host in ("203.0.113.1", "127.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: of_localhost)
+    with pytest.raises(LaunchError, match=f"localhost:{taken}"):
+        launch.require_free("localhost", taken, "HTTP", "--port")
 
 
 @pytest.mark.parametrize("port", [0, 65536, "8000", None])

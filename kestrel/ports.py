@@ -1,0 +1,35 @@
+"""TCP ports: how an address is written, and whether somebody listens there."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+
+def written(host: str, port: int) -> str:
+    """``host:port`` as a URL has it: an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens on ``port`` of an address that ``host`` names.
+
+    What else may be wrong with an address, whoever listens there in the end knows better.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return any(_in_use(family, address) for family, _, _, _, address in found)
+
+
+def _in_use(family: int, address: tuple[Any, ...]) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Else connections count whose server has ended, for a minute.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
