@@ -27,8 +27,14 @@ def applications_of(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def deployments_of(application: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an application says of its deployments; ConfigError as above."""
-    return _mappings(application.get("deployments"), "deployments")
+    """What an application says of its deployments; ConfigError as above, or where one that has no
+    name could not be told from the others."""
+    found = _mappings(application.get("deployments"), "deployments")
+    for i, deployment in enumerate(found):
+        name = deployment.get("name")
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"deployments[{i}].name must be a non-empty string, not {name!r}")
+    return found
 
 
 def _mappings(value: Any, key: str) -> list[dict[str, Any]]:

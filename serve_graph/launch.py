@@ -104,7 +104,7 @@ def require_free(host: str, port: int, what: str, option: str) -> None:
 
 def draining(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with the graph's ingress told to refuse new requests; other applications stay as
-    they are. ValueError: see ``graph_of``."""
+    they are. ValueError: see ``graph_of`` and ``deployments_of``."""
     config = copy.deepcopy(config)
     application = graph_of(config)
     deployments = application["deployments"] = deployments_of(application)

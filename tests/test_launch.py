@@ -250,6 +250,19 @@ def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: An
     assert last == {"name": "Ingress", "user_config": {"draining": True}}
 
 
+@pytest.mark.parametrize("name", [{}, {"name": None}, {"name": 5}, {"name": ""}])
+def test_a_deployment_without_a_name_is_refused_by_its_place(
+    tmp_path: Path, name: dict[str, Any]
+) -> None:
+    nameless = {"num_replicas": 1, **name}
+    config = {"applications": [graph(deployments=[{"name": "Model"}, nameless])]}
+    rule = r"deployments\[1\]\.name must be a non-empty string"
+    with pytest.raises(ValueError, match=rule):
+        launch.draining(config)
+    with pytest.raises(LaunchError, match=rule):
+        __main__.read_config(written(tmp_path, config), None)
+
+
 def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
