@@ -24,6 +24,9 @@ VISIBLE_RULE = "visible ASCII characters without spaces, as an HTTP header carri
 SHORT_KEY_CHARS = 20
 """A key with fewer characters can be guessed from its hash."""
 
+SLOWEST_RATE, LARGEST_RATE = 1e-6, 1e9
+"""Bounds of ``rate_per_s``, requests per second, between which no wait or burst is infinite."""
+
 
 def hash_key(key: str) -> str:
     """``sha256:`` and the SHA-256 of the key's UTF-8, 64 hexadecimal digits.
@@ -94,22 +97,29 @@ def _parse(entry: Any, where: str) -> ApiKey:
     known = ("key", "name", "rate_per_s", "burst")
     if any(part not in known for part in entry):
         raise ValueError(f"{where} has an unknown part; known are {', '.join(known)}")
-    key = entry.get("key")
+    key, name = entry.get("key"), entry.get("name")
     if not isinstance(key, str) or not VISIBLE.fullmatch(key):
         raise ValueError(f"{where}.key must be {VISIBLE_RULE}")
     if key.startswith(PREFIX) and not HASHED.fullmatch(key):
         raise ValueError(f"{where}.key must be sha256: and 64 lower-case hexadecimal digits")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{where}.name must be a string or null")
     rate, burst = entry.get("rate_per_s"), entry.get("burst")
-    if rate is not None and not (_is_number(rate) and math.isfinite(rate) and rate > 0):
-        raise ValueError(f"{where}.rate_per_s must be over 0 requests per second, or null")
-    if burst is not None and (isinstance(burst, bool) or not isinstance(burst, int) or burst < 1):
-        raise ValueError(f"{where}.burst must be an integer of at least 1")
+    if rate is not None and not (_is_number(rate) and SLOWEST_RATE <= rate <= LARGEST_RATE):
+        raise ValueError(
+            f"{where}.rate_per_s must be a number of requests per second, "
+            f"{SLOWEST_RATE:g} to {LARGEST_RATE:g}, or null"
+        )
+    if burst is not None and (
+        isinstance(burst, bool) or not isinstance(burst, int) or not 1 <= burst <= LARGEST_RATE
+    ):
+        raise ValueError(f"{where}.burst must be an integer, 1 to {LARGEST_RATE:g}")
     if burst is not None and rate is None:
         raise ValueError(f"{where}.burst needs rate_per_s")
     plain = not key.startswith(PREFIX)
     return ApiKey(
         hashed=hash_key(key) if plain else key,
-        name=str(entry.get("name") or where),
+        name=name or where,
         rate_per_s=None if rate is None else float(rate),
         burst=burst or max(1, math.ceil(rate or 1)),
         plain=plain,
