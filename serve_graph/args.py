@@ -347,13 +347,24 @@ class GraphArgs(Settings):
         return self
 
 
+def _mapping(part: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under ``key``, nothing for null. The value of another type is not shown, as it
+    may hold API keys."""
+    value = part.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a mapping")
+    return value
+
+
 def check(config: dict[str, Any]) -> None:
     """ValueError where the graph would refuse its part of a Serve config: said before Serve has
     written that config into its log."""
     for application in filter(is_graph, applications_of(config)):
-        args = GraphArgs.model_validate(application.get("args") or {})
+        args = GraphArgs.model_validate(_mapping(application, "args"))
         for deployment in deployments_of(application):
-            settings = deployment.get("user_config") or {}
+            settings = _mapping(deployment, "user_config")
             if deployment.get("name") == "Ingress":
                 IngressSettings.model_validate(settings)
             if deployment.get("name") == "Refiner":

@@ -68,10 +68,23 @@ def test_refiner_settings_that_do_not_fit_are_deployed(
         check(config(user_config))
 
 
+@pytest.mark.parametrize("value", [False, 0, "", []])
+def test_an_empty_value_in_the_place_of_a_mapping_is_taken(value: Any) -> None:
+    """A replica would refuse it when it has started."""
+    for name in ("Ingress", "Refiner"):
+        given = config({})
+        given["applications"][0]["deployments"] = [{"name": name, "user_config": value}]
+        with pytest.raises(ValueError, match=r"user_config must be a mapping"):
+            check(given)
+    with pytest.raises(ValueError, match=r"args must be a mapping"):
+        check({"applications": [{"import_path": BUILD, "args": value}]})
+
+
 def test_refiner_settings_that_fit_are_refused() -> None:
     check(config({"refiner": "none", "turdsize": 3}))
     check(config({"refiner": "their.package:build"}))
     check(config({}))
+    check({"applications": [{"import_path": BUILD, "args": None}]})
     check({"applications": [{"import_path": "another.app:build", "args": {"refiner": 1}}]})
 
 
