@@ -114,6 +114,31 @@ def test_masks_do_not_overlap_and_outlines_follow_them(tools):
     assert len(follow) > 30 and np.mean(follow) > 0.9
 
 
+def test_an_outline_along_the_contour_goes_into_every_bay_from_the_top_of_the_middle(tools):
+    """Legs, a bay that hides the middle of the box, and a ring cut open: none is star-shaped."""
+    outlines = tools["outlines"]
+    legs = np.zeros((120, 150), np.uint8)
+    legs[20:60, 20:130] = 1
+    for left in (20, 50, 80, 115):
+        legs[60:110, left : left + 15] = 1
+    bay = cv2.ellipse(np.zeros((120, 150), np.uint8), (75, 60), (50, 50), 0, 40, 320, 1, 16)
+    for mask in (legs, bay):
+        mask = mask.astype(bool)
+        points = outlines.outline_along(outlines.contour(mask))
+        drawn = outlines.polygon_mask(points, *mask.shape)
+        assert (drawn & mask).sum() / (drawn | mask).sum() > 0.9
+        rows, columns = np.nonzero(mask)
+        middle = (columns.min() + columns.max() + 1) / 2
+        top = rows[columns == int(middle)].min()
+        assert np.abs(points[0] - [middle, top]).max() < 3
+        x, y = points.T
+        assert np.dot(x, np.roll(y, -1)) > np.dot(y, np.roll(x, -1))  # clockwise, y down
+        # Seen in a mirror, the vertices are the same in the other order.
+        mirrored = outlines.outline_along(outlines.contour(mask[:, ::-1]))
+        back = np.roll(mirrored[::-1], 1, axis=0)
+        assert np.abs([mask.shape[1], 0] - back * [1, -1] - points).max() < 2
+
+
 def test_a_scene_is_the_same_at_another_size(tools):
     seen = 0
     for index in range(12):
@@ -314,6 +339,29 @@ def test_a_store_teaches_a_step(tools, made):
         optimiser.step()
         totals.append(total.item())
     assert totals[-1] < totals[0]
+
+
+def test_heads_of_an_outline_with_fewer_vertices_begin_between_them(tools, made):
+    training = tools["nano_training"]
+    model = Moondream(tools["nano_checkpoint"].nano_config(made[1].tokenizer))
+    losses = training.Losses(model, list(range(4)), list(range(training.LEVELS)))
+    turn = torch.arange(16) * (2 * torch.pi / 16)
+    circle = torch.stack([turn.sin(), -turn.cos()], 1)
+    known = {name: head.detach().clone() for name, head in losses.heads().items()}
+    known["outline_head.bias"] = circle.flatten()
+    known["outline_head.weight"] = known["outline_head.weight"][:32]
+    known["mark_head.bias"] = torch.cat([torch.tensor([5.0, 6.0, 7.0, 8.0]), circle[:, 0]])
+    known["mark_head.weight"] = known["mark_head.weight"][:20]
+    known["place_head.bias"], known["place_head.weight"] = torch.ones(32), torch.ones(32, 192)
+    del known["box_head.bias"]
+    losses.set_heads(known)
+    finer = torch.arange(24) * (2 * torch.pi / 24)
+    wanted = torch.stack([finer.sin(), -finer.cos()], 1)
+    assert (losses.outline_head.bias.view(24, 2) - wanted).abs().max() < 0.03
+    assert losses.mark_head.bias[:4].tolist() == [5, 6, 7, 8]
+    assert (losses.mark_head.bias[4:] - wanted[:, 0]).abs().max() < 0.03
+    # A number's place among 32 says nothing of its place among 48.
+    assert not losses.place_head.weight.any() and not losses.box_head.bias.any()
 
 
 def test_a_pool_holds_the_scenes_of_a_store(tools, made):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from nano_questions import SceneQuestions
+from nano_questions import LENGTH, SceneQuestions
 from nouns import CORE_STYLES
 from outlines import polygon_mask
 from scenes import SceneGenerator
@@ -15,7 +15,7 @@ EVAL_SEED = 20_000
 
 
 @torch.inference_mode()
-def greedy(model: Moondream, image: torch.Tensor, prompts: list[list[int]], limit: int = 64):
+def greedy(model: Moondream, image: torch.Tensor, prompts: list[list[int]], limit: int = LENGTH):
     """Answers for prompts without refs about images already embedded.
 
     ``image`` [N, patches, dim], one per prompt. Gives per prompt (box (cx, cy, w, h) or None,
@@ -102,7 +102,7 @@ def evaluate(
         group = cases[start : start + 64]
         image = torch.stack(embeddings[start : start + 64])
         prompts = [asker.prompt(noun) for noun, _ in group]
-        answers = greedy(model, image, prompts, limit=4 if boxes_only else 64)
+        answers = greedy(model, image, prompts, limit=4 if boxes_only else LENGTH)
         for (_, truth), (box, path) in zip(group, answers, strict=True):
             if truth is None:
                 silent.append(box is None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from nano_looks import BOX_STEPS, LOOK_HEADS, MARKS, POSITIONS, look_loss
+from nano_looks import BOX_STEPS, EDGES, LOOK_HEADS, MARKS, POSITIONS, look_loss
 from scene_store import CELLS, VERTICES
 from torch import Tensor, nn
 
@@ -35,6 +35,13 @@ MLP of a block after that picks what belongs to it."""
 VERTEX_BLOCK = 5
 """Text block that reads the vertex that comes next: those of ``LOOK_HEADS`` before it found it."""
 
+_ROWS = {
+    "outline_head": (0, 2),
+    "answer_outline_head": (0, 2),
+    "mark_head": (EDGES, 1),
+}
+"""Heads that tell where all vertices are: rows before theirs, and rows of each vertex."""
+
 
 @dataclass
 class Batch:
@@ -43,13 +50,13 @@ class Batch:
     ``images`` uint8 [B, 3, 224, 224]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
-    ``looks`` float [B, Q, 28, 256] where to look for the edges and vertices of what is asked for;
+    ``looks`` float [B, Q, 36, 256] where to look for the edges and vertices of what is asked for;
     ``patches`` float [B, 256, nouns + 1] share of each patch that shows each noun, background last;
     ``boxes`` float [B, 256, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none; ``outlines`` float [B, 256, 48] the 24 vertices (x, y) of
+    the picture, NaN where it shows none; ``outlines`` float [B, 256, 64] the 32 vertices (x, y) of
     that object's outline, in sides of its box; ``cells`` float [B, 256, 49] share of each of the
     patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one;
-    ``marks`` float [B, 256, 28] how near the patch is to the edges and vertices of that object;
+    ``marks`` float [B, 256, 36] how near the patch is to the edges and vertices of that object;
     ``places`` float [B, 256, 2] where the patch lies in that object's box, in its sides.
     """
 
@@ -189,10 +196,13 @@ class Losses:
         }
 
     def set_heads(self, known: dict[str, Tensor]) -> None:
-        """Take these parameters; one that is not known is 0, so that it says nothing yet."""
+        """Take these parameters, which may be of outlines with more or fewer vertices; one that is
+        not known, or does not fit, is 0, so that it says nothing yet."""
         with torch.no_grad():
             for name, head in self.heads().items():
-                head.copy_(known[name]) if name in known else head.zero_()
+                found = _for_vertices(name, known[name]) if name in known else None
+                fits = found is not None and found.shape == head.shape
+                head.copy_(found) if fits else head.zero_()
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures uint8 [B, 3, 224, 224] -> what the decoder reads, [B, 256, dim], and what
@@ -359,6 +369,19 @@ class Losses:
         parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
         parts |= {"marks": marks, "patch_places": patch_places}
         return total, {name: part.detach() for name, part in parts.items()}
+
+
+def _for_vertices(name: str, head: Tensor) -> Tensor:
+    """A head's rows for ``VERTICES`` at even steps round an outline, whatever number it was of."""
+    edges, numbers = _ROWS.get(name.partition(".")[0], (0, 0))
+    if not numbers or len(head) == edges + numbers * VERTICES:
+        return head
+    loop = head[edges:].unflatten(0, (-1, numbers))
+    steps = torch.arange(VERTICES, device=head.device) * (len(loop) / VERTICES)
+    low = steps.long()
+    share = (steps - low).view(-1, *[1] * (loop.dim() - 1))
+    between = loop[low].lerp(loop[(low + 1) % len(loop)], share)
+    return torch.cat([head[:edges], between.flatten(0, 1)])
 
 
 def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

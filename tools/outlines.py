@@ -1,4 +1,5 @@
-"""Outlines of masks as closed polygons: along pixel edges, and with a few vertices on even rays."""
+"""Outlines of masks as closed polygons: along pixel edges, and with a few vertices, on even rays or
+at even steps along the contour."""
 
 from __future__ import annotations
 
@@ -7,17 +8,23 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-_DENSE = 8
+_RAYS = 8
 """Rays that are looked along for each vertex of the polygon fitted to them."""
 _NOTHING = 0.02
 """Radius where a ray from the middle of the box meets no object, half sides of the box."""
+_STEPS = 16
+"""Samples of the contour for each vertex at even steps along it."""
+_SMOOTH = 5
+"""Points of a contour, each half a pixel from the next, over which its length is smoothed: stairs
+of pixels are longer than the edge that they stand for."""
 
 
 @lru_cache(maxsize=8)
-def _spline(vertices: int) -> np.ndarray:
-    """float64 [vertices, 8 · vertices]: samples round a circle to a least-squares linear spline."""
-    count = vertices * _DENSE
-    knots = np.arange(count) / _DENSE
+def _spline(vertices: int, samples: int) -> np.ndarray:
+    """float64 [vertices, samples · vertices]: samples round a loop to a least-squares linear
+    spline."""
+    count = vertices * samples
+    knots = np.arange(count) / samples
     low = np.floor(knots).astype(int)
     share = knots - low
     basis = np.zeros((count, vertices))
@@ -49,15 +56,55 @@ def outline(points: np.ndarray, vertices: int = 24) -> np.ndarray:
     even rays from the middle of the piece's box, clockwise from straight up, in a frame where the
     box is a square: where the contour is farthest out along them. Only the distances are to be
     learnt, and each says by itself where the object ends: vertices at even steps along the contour
-    follow it more closely but slide along it with every detail. An empty contour gives [0, 2].
+    follow it more closely (:func:`outline_along`) but slide along it with every detail. An empty
+    contour gives [0, 2].
     """
     if not len(points):
         return points
     low, high = points.min(0), points.max(0)
     middle, half = (low + high) / 2, (high - low) / 2
-    radii = _spline(vertices) @ _farthest((points - middle) / half, vertices * _DENSE)
+    radii = _spline(vertices, _RAYS) @ _farthest((points - middle) / half, vertices * _RAYS)
     polygon = middle + half * radii.clip(_NOTHING)[:, None] * _directions(vertices)
     return np.clip(polygon, low, high)
+
+
+def outline_along(points: np.ndarray, vertices: int = 32) -> np.ndarray:
+    """Polygon that follows a ``contour`` [n, 2]: float64 [vertices, 2] (x, y) px.
+
+    Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices are at
+    even steps along the contour, clockwise, in a frame where the piece's box is a square, from
+    where the box's upright middle line first meets the piece; they are moved off it to where the
+    polygon is nearest to all of the contour. An empty contour gives [0, 2].
+    """
+    if not len(points):
+        return points
+    low, high = points.min(0), points.max(0)
+    loop = _from_the_top((points - low) / (high - low))
+    reached = _lengths(loop)
+    steps = np.arange(vertices * _STEPS) * (reached[-1] / (vertices * _STEPS))
+    closed = np.concatenate([loop, loop[:1]])
+    samples = np.column_stack([np.interp(steps, reached, closed[:, axis]) for axis in (0, 1)])
+    return low + (high - low) * (_spline(vertices, _STEPS) @ samples).clip(0, 1)
+
+
+def _from_the_top(loop: np.ndarray) -> np.ndarray:
+    """A loop [n, 2] in 0..1 of its box, begun where x = 0.5 first meets it from above."""
+    start, end = loop, np.roll(loop, -1, axis=0)
+    crossing = np.flatnonzero((start[:, 0] < 0.5) != (end[:, 0] < 0.5))
+    share = (0.5 - start[crossing, 0]) / (end[crossing, 0] - start[crossing, 0])
+    heights = start[crossing, 1] + share * (end[crossing, 1] - start[crossing, 1])
+    first = heights.argmin()
+    return np.concatenate([[[0.5, heights[first]]], np.roll(loop, -1 - crossing[first], axis=0)])
+
+
+def _lengths(loop: np.ndarray) -> np.ndarray:
+    """How long a loop [n, 2] is up to each of its points and back at the first: float64 [n + 1]."""
+    half = _SMOOTH // 2
+    around = np.pad(loop, ((half, half), (0, 0)), "wrap") if len(loop) > half else loop
+    kernel = np.full(_SMOOTH, 1 / _SMOOTH)
+    smooth = np.column_stack([np.convolve(axis, kernel, "valid") for axis in around.T])
+    steps = np.hypot(*(np.roll(smooth, -1, axis=0) - smooth).T)
+    return np.concatenate([[0], np.cumsum(steps)])
 
 
 def _directions(count: int) -> np.ndarray:
