@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
+import kestrel.image as image_module
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
 from kestrel.image import decode, plain_jpeg, probe
@@ -139,6 +140,7 @@ def test_pillow_s_own_limit_warns_of_nothing_and_no_filter_is_touched(
     with warnings.catch_warnings(), monkeypatch.context() as patched:
         warnings.simplefilter("error")
         patched.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        patched.setattr(image_module, "_BAND_PIXELS", 300)
         patched.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("it sets filters"))
         assert probe(content).width == 30 and decode(content).shape == (20, 30, 3)
 
