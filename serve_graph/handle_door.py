@@ -202,10 +202,11 @@ class HandleDoor:
         """The next item of the queue that ``response`` fills, waited for ``until`` then."""
         from ray.util.queue import Empty
 
+        actor: Any = queue.actor
         while (left := until - time.monotonic()) > 0:
             try:
                 # As ``queue.get`` does, but bounded also where the queue's actor does not start.
-                return self._ray.get(queue.actor.get.remote(min(1.0, left)), timeout=left)
+                return self._ray.get(actor.get.remote(min(1.0, left)), timeout=left)
             except Empty:
                 # Still running: a timeout. An ingress that died cannot say so in the queue.
                 with contextlib.suppress(*self._late):
