@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tracemalloc
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -26,7 +27,7 @@ from kestrel.seg_refiner import (
     jpeg_box,
 )
 from kestrel.seg_refiner.boundary import BoundaryRefiner
-from kestrel.seg_refiner.box import Size
+from kestrel.seg_refiner.box import Size, mask_iou
 from kestrel.seg_refiner.enlarge import reduction_for
 from kestrel.seg_refiner.guided import GuidedRefiner
 from kestrel.seg_refiner.jpeg_box import decode_box
@@ -219,6 +220,30 @@ def test_boxes_keep_enough_pixels_on_both_sides(module: Any) -> None:
     assert by(4 * least, 60) == 1  # long, and too narrow to spare any
     assert by(4 * least, 4 * least, (5 * least, 5 * least)) == 1  # most of the picture
     assert by(4 * least, 4 * least, (6 * least, 5 * least)) == 4
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("long", "short"), [(60_000, 1), (40_000, 7), (30_000, 40)])
+def test_a_strip_takes_the_guided_filter_no_more_memory_than_its_pixels_do(
+    long: int, short: int, turned: bool
+) -> None:
+    rng = np.random.default_rng(long)
+    picture = rng.integers(0, 60, (short, long, 3), np.uint8)
+    truth = np.zeros((short, long), np.uint8)
+    truth[:, long // 4 : -long // 4] = 1
+    picture[truth > 0] += 180
+    coarse = np.roll(truth, long // 150, axis=1)
+    if turned:
+        picture, coarse, truth = picture.transpose(1, 0, 2), coarse.T, truth.T
+    backend = GuidedRefiner(RefinerConfig())
+    tracemalloc.start()
+    try:
+        refined = backend(picture, np.ascontiguousarray(coarse))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * coarse.size + 2**21
+    assert mask_iou(refined, truth) > mask_iou(coarse, truth)
 
 
 def test_a_backend_that_says_nothing_gets_every_pixel(

@@ -55,14 +55,15 @@ class GuidedRefiner:
 
     def _refine_crop(self, image: np.ndarray, mask: np.ndarray, reduction: int) -> np.ndarray:
         height, width = mask.shape
-        if reduction > 1:
-            return self._refine_reduced(np.ascontiguousarray(image), mask, reduction)
         # A whole factor, so that tiles of both sizes line up and averaging takes its fast path.
         factor = math.ceil(max(height, width) / WORKING_SIDE)
+        below, right = -height % factor, -width % factor
+        # Rounded up to whole factors, a strip may become many times as large: it stays as it is.
+        if reduction > 1 or below > height or right > width:
+            return self._refine_reduced(np.ascontiguousarray(image), mask, reduction)
         if factor == 1:
             soft, _ = self.passes(planes(image), mask.astype(np.float32))
             return (soft > 0.5).astype(np.uint8)
-        below, right = -height % factor, -width % factor
         image = _padded(image, below, right)
         small_size = (image.shape[1] // factor, image.shape[0] // factor)
         small = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
