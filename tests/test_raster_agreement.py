@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,12 +11,13 @@ from kestrel.config import Limits
 from kestrel.seg_refiner import SegmentRefiner, render_svg_to_soft_mask, svg_from_path
 from kestrel.seg_refiner.raster import (
     RasterizerMissing,
+    _within_reach,
     check_length,
     load_rasterizer,
     rasterize,
     rasterize_relative,
 )
-from kestrel.svg import Path, SvgPathError, parse_path
+from kestrel.svg import Path, SvgPathError, parse_path, place_path
 
 WHOLE = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
 
@@ -130,6 +133,61 @@ def test_pictures_wider_than_skia_s_anti_aliasing_are_painted_in_tiles(size):
     mask = rasterize_relative("M0 0L1 1H0Z", WHOLE, width, height, "skia")
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     assert np.mean((mask > 0) != (x < y)) < 0.01
+
+
+def by_samples(path: Path, width: int, height: int) -> np.ndarray:
+    """The mask by winding numbers of 4 x 4 samples a pixel, curves as 20,000 lines: no painter."""
+    winding = np.zeros((4 * height, 4 * width + 1), np.int32)
+    t = np.linspace(0, 1, 20_001)[1:, None]
+    points = [np.array(path.commands[0][1])[None]]
+    for _, coords in path.commands[1:]:
+        control = [points[-1][-1], *np.reshape(coords, (-1, 2))]
+        while len(control) > 1:
+            control = [a + (b - a) * t for a, b in itertools.pairwise(control)]
+        points.append(control[0])
+    outline = 4 * np.concatenate([*points, points[0]])
+    rows = np.clip(np.ceil(outline[:, 1] - 0.5), 0, 4 * height).astype(int)
+    for i in np.flatnonzero(np.diff(rows)):
+        (x0, y0), (x1, y1) = outline[i], outline[i + 1]
+        crossed = np.arange(*sorted(rows[i : i + 2]))
+        x = x0 + (crossed + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+        at = np.clip(np.ceil(x - 0.5), 0, 4 * width).astype(int)
+        np.add.at(winding, (crossed, at), 1 if y0 < y1 else -1)
+    inside = np.cumsum(winding, axis=1)[:, :-1] != 0
+    return (inside.reshape(height, 4, width, 4).mean((1, 3)) > 0.5).astype(np.uint8)
+
+
+@pytest.mark.parametrize("painter", [pytest.param("skia", marks=needs_skia), "resvg"])
+@pytest.mark.parametrize("size", [(200, 160), (90, 700)])
+@pytest.mark.parametrize(
+    "d",
+    [
+        "M.1 .1C.5 .2 3000 .8 .1 .9",
+        "M.1 .1C.5 .2 900000 .8 .1 .9",
+        "M.9 .3L.5 .1L.2-.1C.7 1 3028 95 .5 .3",
+        "M.1 .1Q400000 .2 .1 .9",
+        "M.1 .1C.5 9000-200000-.3 .9 .8L.2 .9",
+        # Lines of both ends afar, the last of them unsaid.
+        "M-799999.7-449999.6L800000.3 450000.4L-600000 900000",
+        "M-9e5-9e5C-3e5 4e5 300000.8-399999.2 900000.8 900000.8L9e5-9e5",
+    ],
+)
+def test_what_reaches_far_beyond_the_image_is_painted_where_it_is(d, size, painter):
+    width, height = size
+    path = place_path(parse_path(d), WHOLE, width, height)
+    mask = rasterize(path, width, height, painter)
+    truth = by_samples(path, width, height)
+    assert 0 < truth.sum() < truth.size
+    assert np.count_nonzero(mask != truth) <= 0.01 * truth.sum() + 0.2 * (width + height)
+
+
+def test_a_path_within_reach_is_painted_as_it_is():
+    path = place_path(parse_path("M.1.1C300-300 .2.4.8.9L-90 5"), WHOLE, 90, 90)
+    assert _within_reach(path, 90, 90) is path
+    far = place_path(parse_path("M.1.1C3000-3000 .2.4.8.9L-90 5"), WHOLE, 90, 90)
+    pieces = _within_reach(far, 90, 90).commands
+    assert len(pieces) < 60
+    assert pieces[0] == ("M", (9.0, 9.0)) and pieces[-1] == ("Z", ())
 
 
 @pytest.mark.parametrize("path", [Path(), parse_path("M1 1"), parse_path("M1 1ZM5 5Z")])

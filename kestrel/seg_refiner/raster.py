@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SVG_DECIMALS = 3
 """Digits of pixel coordinates in a written SVG: a thousandth of a pixel."""
+
+Point = tuple[float, float]
 
 Painter = Callable[[Path, int, int], np.ndarray]
 """``(path in pixels, width, height) -> mask uint8 [height, width], 0/1``."""
@@ -130,7 +132,7 @@ def rasterize(path: Path, width: int, height: int, rasterizer: str = "auto") -> 
     """
     if width < 1 or height < 1:
         raise ValueError(f"cannot rasterise at {width}x{height}")
-    return load_rasterizer(rasterizer)(path, width, height)
+    return load_rasterizer(rasterizer)(_within_reach(path, width, height), width, height)
 
 
 def rasterize_relative(
@@ -155,6 +157,68 @@ def points_of(commands: Sequence[Command]) -> np.ndarray:
     """Every point of the commands, control points included: float64 [n, 2]."""
     values = itertools.chain.from_iterable(coords for _, coords in commands)
     return np.fromiter(values, np.float64).reshape(-1, 2)
+
+
+REACH = 65_536.0
+"""Longest side of a line or curve that is painted in one piece, pixels: from some hundred thousand
+on, painters put it in the wrong place or leave it out."""
+
+
+def _within_reach(path: Path, width: int, height: int) -> Path:
+    """A path that paints the same on the image, without lines and curves that reach too far; unsaid
+    closings are then said."""
+    points = points_of(path.commands)
+    if not len(points) or np.ptp(points, axis=0).max() <= REACH:
+        return path
+    commands: list[Command] = []
+    start = at = (0.0, 0.0)
+    # A close more ends the last piece; after another it draws nothing.
+    for name, coords in (*path.commands, ("Z", ())):
+        if name in "MZ":
+            if at != start:
+                commands += _pieces([at, start], width, height)
+            if name == "M":
+                start = (coords[0], coords[1])
+            commands.append((name, coords))
+            at = start
+        else:
+            control = [at, *zip(coords[::2], coords[1::2], strict=True)]
+            commands += _pieces(control, width, height)
+            at = control[-1]
+    # What lies beyond stays on the same sides of the image when it is drawn nearer.
+    most = (width + REACH, height + REACH)
+    nearer = [
+        (name, tuple(min(max(v, -REACH), most[i & 1]) for i, v in enumerate(coords)))
+        for name, coords in commands
+    ]
+    return Path(tuple(nearer), path.error)
+
+
+def _pieces(control: list[Point], width: int, height: int) -> Iterator[Command]:
+    """A line or Bezier curve by its control points, cut where it reaches too far."""
+    waiting = [control]
+    while waiting:
+        piece = waiting.pop()
+        xs, ys = zip(*piece, strict=True)
+        if max(xs) <= 0 or min(xs) >= width or max(ys) <= 0 or min(ys) >= height:
+            # All on one side of the image, so that its chord winds around the same pixels.
+            yield "L", piece[-1]
+        elif max(max(xs) - min(xs), max(ys) - min(ys)) <= REACH:
+            yield "MLQC"[len(piece) - 1], tuple(itertools.chain.from_iterable(piece[1:]))
+        else:
+            waiting += reversed(_halves(piece))
+
+
+def _halves(control: list[Point]) -> tuple[list[Point], list[Point]]:
+    """Both halves of a Bezier curve (de Casteljau)."""
+    first, second = [control[0]], [control[-1]]
+    while len(control) > 1:
+        control = [
+            ((ax + bx) / 2, (ay + by) / 2) for (ax, ay), (bx, by) in itertools.pairwise(control)
+        ]
+        first.append(control[0])
+        second.append(control[-1])
+    return first, second[::-1]
 
 
 def check_length(path: Path, width: int, height: int, limits: Limits) -> None:
