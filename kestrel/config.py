@@ -139,9 +139,10 @@ class RefinerConfig:
     max_vertices: int = 4096
     """Lines and curves of a path at most; a mask that has more is traced at half its size."""
     guided_radius: float = 0.08
-    """Guided filter radius as a fraction of the object's size (square root of its area)."""
+    """Guided filter radius as a fraction of the object's size (square root of its area), over 0 and
+    at most 0.5."""
     guided_eps: float = 1e-4
-    """Guided filter regularisation, squared intensity with channels in 0..1."""
+    """Guided filter regularisation, squared intensity with channels in 0..1: 1e-6 to 1."""
     min_agreement: float = 0.6
     """A refined mask whose IoU with the coarse mask is lower has drifted and is rejected."""
 
@@ -220,8 +221,19 @@ class RefinerConfig:
         ):
             value = getattr(self, key)
             _check(_in_range(value, 0, high), key, rule, value)
-        _check(_positive(self.guided_radius), "guided_radius", "must be over 0", self.guided_radius)
-        _check(_positive(self.guided_eps), "guided_eps", "must be over 0", self.guided_eps)
+        _check(
+            _positive(self.guided_radius) and self.guided_radius <= 0.5,
+            "guided_radius",
+            "must be over 0 and at most 0.5",
+            self.guided_radius,
+        )
+        # Less is lost in float32; a channel's variance is never more than 0.25.
+        _check(
+            _in_range(self.guided_eps, 1e-6, 1),
+            "guided_eps",
+            "must be a number in 1e-6..1",
+            self.guided_eps,
+        )
 
 
 @dataclass(frozen=True)

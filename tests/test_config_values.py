@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kestrel.config import (
@@ -23,6 +25,7 @@ from kestrel.config import (
 )
 from kestrel.diagnosis import read_config
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig
+from kestrel.seg_refiner import SegmentRefiner
 
 NANO = json.loads((SHIPPED_MODELS / "nano" / "config.json").read_text())
 
@@ -117,6 +120,32 @@ def test_an_integer_larger_than_any_float_is_a_number_out_of_range() -> None:
             RuntimeConfig(**{key: 10**400})
     with pytest.raises(ConfigError, match="guided_radius"):
         RefinerConfig(guided_radius=10**400)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("guided_eps", 1e-14, "1e-6..1"),
+        ("guided_eps", 1e9, "1e-6..1"),
+        ("guided_radius", 0, "over 0 and at most 0.5"),
+        ("guided_radius", 1e6, "over 0 and at most 0.5"),
+    ],
+)
+def test_guided_values_with_which_nothing_would_be_refined_are_refused(
+    key: str, value: float, rule: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be .*{re.escape(rule)}, not"):
+        RefinerConfig(refiner="guided", **{key: value})
+
+
+@pytest.mark.parametrize(("radius", "eps"), [(1e-9, 1e-6), (0.08, 1), (0.5, 1e-4)])
+def test_the_guided_filter_works_at_the_ends_of_its_ranges(radius: float, eps: float) -> None:
+    refiner = SegmentRefiner(RefinerConfig("guided", guided_radius=radius, guided_eps=eps))
+    refiner.self_check()
+    picture = np.random.default_rng(0).integers(0, 60, (300, 400, 3), np.uint8)
+    picture[70:230, 90:310] += 150
+    box = {"x_min": 0.22, "y_min": 0.23, "x_max": 0.77, "y_max": 0.76}
+    assert refiner.refine_with_bitmaps(picture, "M0 0H1V1H0Z", box).reason == "refined"
 
 
 @pytest.mark.parametrize(
