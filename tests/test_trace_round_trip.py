@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from kestrel.config import Limits
-from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, trace, tracers
+from kestrel.seg_refiner import bitmap_to_path, render_svg_to_soft_mask, trace, trace_work, tracers
 from kestrel.seg_refiner.box import mask_iou
-from kestrel.seg_refiner.raster import rasterize_relative
+from kestrel.seg_refiner.clean import clean_mask
+from kestrel.seg_refiner.raster import rasterize, rasterize_relative
 from kestrel.seg_refiner.tracers import TracerMissing, load_tracer, pack_words
 from kestrel.svg import parse_path, path_to_string, place_path
 
@@ -312,8 +313,8 @@ def test_what_is_surely_faithful_gives_the_mask_back(seed):
     again = trace.load_rasterizer("auto")(path, 500, 500)
     assert np.count_nonzero(again != crop) <= length * farthest
     large = np.ones((4000, 4000), np.uint8)
-    assert trace._surely_faithful(path, large, farthest)
-    assert not trace._surely_faithful(path, crop[:60, :60], farthest)
+    assert trace._surely_faithful(path, large, large, farthest)
+    assert not trace._surely_faithful(path, crop[:60, :60], crop[:60, :60], farthest)
 
 
 def test_details_that_half_the_size_would_lose_are_kept():
@@ -354,6 +355,72 @@ def test_a_long_mask_is_not_traced_at_a_size_that_takes_minutes(monkeypatch, siz
     d, bbox = bitmap_to_path(mask, max_vertices=most)
     assert max(sides) <= trace.LONGEST
     assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= 0.9
+
+
+def stripes(width: int, height: int, count: int) -> np.ndarray:
+    """So many diagonal stripes, as wide as the gaps between them."""
+    y, x = np.mgrid[:height, :width]
+    return ((x / width + y / height) * 2 * count % 2 < 1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("most", [None, 16])
+@pytest.mark.parametrize(
+    ("size", "count", "iou"), [((1500, 2000), 40, 0.97), ((3000, 4000), 20, 0.97)]
+)
+def test_many_diagonal_edges_are_traced_with_no_more_work_than_that_of_a_second_or_three(
+    monkeypatch, size, count, iou, most
+):
+    load, looks = trace.load_tracer, []
+
+    def noted(name):
+        def traced(crop, *options):
+            looks.append(trace_work.work(crop))
+            return load(name)(crop, *options)
+
+        return traced
+
+    monkeypatch.setattr(trace, "load_tracer", noted)
+    mask = stripes(size[1], size[0], count)
+    assert trace_work.work(mask) > trace_work.MOST_WORK
+    d, bbox = bitmap_to_path(mask, max_vertices=most)
+    assert sum(looks) <= (2 if most else 1) * trace_work.MOST_WORK
+    if most is None:
+        assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= iou
+
+
+def test_work_is_that_of_the_looks_along_straight_edges():
+    def least(mask: np.ndarray) -> float:
+        """Without what each step counts by itself."""
+        return trace_work.work(mask) - 60 * trace_work._outline_steps(mask)
+
+    # Two diagonals of 3,000 corners each look 3,000 times 3,000 / 2 corners ahead, twice over: a
+    # pixel that an outline goes through has two steps.
+    y, x = np.mgrid[:3000, :3000]
+    band = (np.abs(x - y) < 300).astype(np.uint8)
+    expected = 2 * (2 * 2700) * (2 * 2700) / 2
+    assert expected / 2 < least(band) < 2 * expected
+    # Along rows and columns there are no corners.
+    box = np.zeros((3000, 3000), np.uint8)
+    box[10:-10, 10:-10] = 1
+    assert trace_work.work(box) < trace_work.MOST_WORK / 10
+
+
+@pytest.mark.parametrize("apart", [6, 8])
+def test_what_halving_lost_is_not_surely_given_back(apart):
+    """Whiskers on a block, one pixel of each two by two: at half the size they are gone."""
+    mask = np.zeros((2600, 2600), np.uint8)
+    mask[:-300] = 1
+    y, x = np.mgrid[-300:0, :2600]
+    mask[-300:] |= (x - y) % apart == 1
+    mask = clean_mask(mask)
+    halved = trace._halved(mask)
+    path = trace._Tracing(load_tracer(), 2, 0.2)(halved, 0.5, 1.0, (2600, 2600))
+    assert mask_iou(mask, rasterize(path, 2600, 2600)) < trace.FAITHFUL_IOU
+    farthest = (trace.FARTHEST + 0.2) / 0.5
+    assert not trace._surely_faithful(path, mask, halved, farthest)
+    # The block alone loses nothing in halving.
+    mask[-300:] = 0
+    assert trace._surely_faithful(path, mask, trace._halved(mask), farthest)
 
 
 def sine(length: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from kestrel.config import Limits
 from kestrel.seg_refiner.box import mask_box, mask_iou
 from kestrel.seg_refiner.raster import Painter, load_rasterizer, points_of
+from kestrel.seg_refiner.trace_work import MOST_WORK, work
 from kestrel.seg_refiner.tracers import Tracer, load_tracer
 from kestrel.svg import Command, Path, path_to_string, transform
 
@@ -33,10 +34,9 @@ Potrace takes grows with the square of a straight edge."""
 
 LONGEST = 16_384
 """No trace is of a crop with a longer side; longer masks are halved until theirs is not. A native
-call cannot be cancelled. One of this length took 0.3 s for the worst of smooth edges, 1.5 s for a
-ragged one, 4 s where every other pixel of the edge is missing; at 1,000,000 it is minutes. Twice
-the size of masks up to half this length is still traced, and the whole of a 12,000 x 8,000
-photograph."""
+call cannot be cancelled, and its work (``trace_work``) grows with the square of a straight edge.
+Twice the size of masks up to half this length is still traced, and the whole of a 12,000 x 8,000
+photograph, where they are within ``MOST_WORK``."""
 
 
 def bitmap_to_path(
@@ -71,8 +71,9 @@ def bitmap_to_path(
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
     if need be every step of the outline; where none of these does, the smoothest is given of those
     about as good as the best. Where all have too many vertices or are too long, the mask is halved
-    until its path is not. Masks with a side over ``LONGEST`` are halved first: their paths may be
-    some pixels off.
+    until its path is not. Masks with a side over ``LONGEST`` are halved first, and so are those
+    with so many long diagonal edges that the trace alone would take more than ``MOST_WORK``: their
+    paths may be some pixels off. Traces with sharper corners that would are left out.
 
     Raises ``TracerMissing`` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
     that is not 2-D.
@@ -138,16 +139,22 @@ def _faithful(
     vertices, best first; the smoothest alone where it has more, none where nothing is traced."""
     height, width = crop.shape
     found: list[tuple[float, Path]] = []
+    left = MOST_WORK
     for zoomed, scale, corners in _attempts(crop, alphamax):
+        looks = work(zoomed)
+        if looks > left and found:
+            break
+        while looks > left:
+            zoomed, scale = _halved(zoomed), scale / 2
+            looks = work(zoomed)
+        left -= looks
         path = tracing(zoomed, scale, corners, (width, height))
         if path is None:
             break
         if _vertices(path) > most:
             found = found or [(0.0, path)]
             break
-        # Each halving moves the outline by up to a pixel of what it halves.
-        farthest = (FARTHEST + tracing.opttolerance) / scale + max(0.0, 1 / scale - 1)
-        sure = _surely_faithful(path, crop, farthest)
+        sure = _surely_faithful(path, crop, zoomed, (FARTHEST + tracing.opttolerance) / scale)
         found.append((1.0 if sure else mask_iou(crop, paint(path, width, height)), path))
         if found[-1][0] >= FAITHFUL_IOU:
             break
@@ -175,6 +182,8 @@ def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: f
     of one pixel; none where nothing is traced."""
     height, width = crop.shape
     crop, scale = _traceable(crop)
+    while work(crop) > MOST_WORK:
+        crop, scale = _halved(crop), scale / 2
     while True:
         path = tracing(crop, scale, alphamax, (width, height))
         if path is None:
@@ -221,13 +230,27 @@ def _vertices(path: Path) -> int:
     return sum(name not in "MZ" for name, _ in path.commands)
 
 
-def _surely_faithful(path: Path, crop: np.ndarray, farthest: float) -> bool:
-    """Whether a path that stays within ``farthest`` pixels of the crop's outline surely gives the
-    crop back: the object is so large for its outline that painting can be left out."""
+def _surely_faithful(path: Path, crop: np.ndarray, traced: np.ndarray, farthest: float) -> bool:
+    """Whether a path that stays within ``farthest`` pixels of the outline of ``traced``, the crop
+    or what became of it in halving, surely gives the crop back: the object is so large for its
+    outline that painting can be left out."""
     points = points_of(path.commands)
     # Steps between control points are no shorter than the curve; moves to the next piece only add.
     length = float(np.hypot(*np.diff(points, axis=0).T).sum())
-    return bool(length * farthest <= (1 - FAITHFUL_IOU) * cv2.countNonZero(crop))
+    wrong = length * farthest
+    allowed = (1 - FAITHFUL_IOU) * cv2.countNonZero(crop)
+    if wrong > allowed:
+        return False
+    height, width = crop.shape
+    if len(traced) < height or traced.shape[1] < width:
+        # What halving lost or added has no outline in the path.
+        times = 1
+        while len(traced) * times < height or traced.shape[1] * times < width:
+            times *= 2
+        size = (traced.shape[1] * times, len(traced) * times)
+        again = cv2.resize(traced, size, interpolation=cv2.INTER_NEAREST)[:height, :width]
+        wrong += cv2.countNonZero(cv2.absdiff(crop, again))
+    return bool(wrong <= allowed)
 
 
 def _within(commands: Sequence[Command], size: tuple[int, int], scale: float) -> Path:
