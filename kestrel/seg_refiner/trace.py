@@ -141,12 +141,12 @@ def _faithful(
     found: list[tuple[float, Path]] = []
     left = MOST_WORK
     for zoomed, scale, corners in _attempts(crop, alphamax):
-        looks = work(zoomed)
+        looks = work(zoomed, left / 2)
         if looks > left and found:
             break
         while looks > left:
             zoomed, scale = _halved(zoomed), scale / 2
-            looks = work(zoomed)
+            looks = work(zoomed, left / 2)
         left -= looks
         path = tracing(zoomed, scale, corners, (width, height))
         if path is None:
@@ -182,7 +182,7 @@ def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: f
     of one pixel; none where nothing is traced."""
     height, width = crop.shape
     crop, scale = _traceable(crop)
-    while work(crop) > MOST_WORK:
+    while work(crop, MOST_WORK) > MOST_WORK:
         crop, scale = _halved(crop), scale / 2
     while True:
         path = tracing(crop, scale, alphamax, (width, height))

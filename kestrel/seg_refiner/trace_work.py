@@ -25,16 +25,16 @@ _UPRIGHT = 0.01
 """Corners that count for each step of an edge without any: it is not free."""
 
 
-def work(mask: npt.NDArray[np.uint8]) -> float:
-    """About how many looks a trace takes, or a bound where that is little of ``MOST_WORK``.
+def work(mask: npt.NDArray[np.uint8], enough: float = 0.0) -> float:
+    """About how many looks a trace takes; or a bound of them, which is found sooner, where that is
+    within ``enough``.
 
     ``mask`` uint8 [H, W] of 0 and 1.
     """
     steps = _outline_steps(mask)
     alone = float(steps) * _OF_A_STEP
     bound = alone + float(steps) * max(mask.shape)
-    # All traces of a mask, one of which is of twice its size, are eight of this one at most.
-    if bound <= MOST_WORK / 8 or alone > MOST_WORK:
+    if bound <= enough or alone > MOST_WORK:
         return bound
     contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return alone + _along_edges(np.concatenate(contours)[:, 0].astype(np.float32))
