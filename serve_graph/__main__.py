@@ -25,6 +25,7 @@ from serve_graph.environment import BEFORE_RAY, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.launch import LocalCluster, free_port, require_free
+from serve_graph.serve_keys import check_keys
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = (
@@ -50,6 +51,7 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
     if port is not None and isinstance(http, dict):
         http["port"] = port
     try:
+        check_keys(config)
         check(config)
         http_address(config)
         prefix = graph_of(config).get("route_prefix", "/")

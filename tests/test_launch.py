@@ -180,6 +180,19 @@ UNSERVABLE = {
         )
         for host in ("a..b", "...", ".a", "a\0b", "a b", "a\n", 60 * "é", 200 * "a.")
     },
+    "misspelt": ({"http_option": {"port": 80}, "applications": [graph()]}, "unknown key http_opt"),
+    "misspelt host": (
+        {"http_options": {"hots": "127.0.0.1"}, "applications": [graph()]},
+        r"unknown key http_options\.hots; known keys are host, ",
+    ),
+    "misspelt prefix": (
+        {"applications": [graph(route_prefx="/seg")]},
+        r"unknown key applications\[0\]\.route_prefx",
+    ),
+    "misspelt settings": (
+        {"applications": [graph(deployments=[{"name": "Refiner", "user_confg": {}}])]},
+        r"unknown key applications\[0\]\.deployments\[0\]\.user_confg",
+    ),
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
     "mapping": ({"applications": {"a": 1}}, "applications must be a list of mappings"),
