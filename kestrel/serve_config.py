@@ -13,7 +13,9 @@ LONGEST_HOST = 253
 """Bytes of a host's name."""
 NOT_IN_HOSTS = frozenset(string.whitespace + "\0")
 HTTP = ("127.0.0.1", 8000)
-"""Where Serve listens unless it is told otherwise."""
+"""Where a server of this project listens unless it is told otherwise."""
+SERVE_HOST = "0.0.0.0"
+"""Where Serve listens, by a config without a host: every interface."""
 
 
 def is_graph(application: dict[str, Any]) -> bool:
@@ -75,7 +77,7 @@ def http_address(config: dict[str, Any]) -> tuple[str, int]:
         options = {}
     if not isinstance(options, dict):
         raise ConfigError(f"http_options must be a mapping, not {options!r}")
-    host, port = options.get("host", HTTP[0]), options.get("port", HTTP[1])
+    host, port = options.get("host", SERVE_HOST), options.get("port", HTTP[1])
     if not isinstance(host, str) or not _names_a_host(host):
         raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:

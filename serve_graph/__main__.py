@@ -18,7 +18,7 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from kestrel.ports import written
-from kestrel.serve_config import graph_of, http_address
+from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
 from serve_graph.args import check
 from serve_graph.environment import BEFORE_RAY, SERVE_PROXY
@@ -37,8 +37,9 @@ SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
-    """A Serve config with its HTTP port replaced when ``port`` is given; LaunchError where it
-    cannot be read, the graph would refuse it, or HTTP would not lead to the graph."""
+    """A Serve config with its HTTP port replaced when ``port`` is given, on the loopback interface
+    where it names no host; LaunchError where it cannot be read, the graph would refuse it, or HTTP
+    would not lead to the graph."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -48,8 +49,10 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
         raise LaunchError(f"{path} is not a Serve config: it must be a mapping with applications")
     # A key without a value is null in YAML.
     http = config["http_options"] = config.get("http_options") or {}
-    if port is not None and isinstance(http, dict):
-        http["port"] = port
+    if isinstance(http, dict):
+        http.setdefault("host", HTTP[0])  # Serve's own default is every interface
+        if port is not None:
+            http["port"] = port
     try:
         check_keys(config)
         check(config)

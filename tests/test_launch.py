@@ -20,6 +20,7 @@ import pytest
 import yaml
 from serving import has_ipv6
 
+from kestrel.serve_config import http_address
 from serve_graph import __main__, launch
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
@@ -128,13 +129,21 @@ def test_a_key_in_the_clear_never_reaches_ray_s_log(
 
 
 @pytest.mark.parametrize("port", [None, 8080])
-def test_http_options_without_a_value_are_serve_s_defaults(
-    tmp_path: Path, port: int | None
+@pytest.mark.parametrize("options", [{}, {"http_options": None}, {"http_options": {}}])
+def test_without_a_host_the_door_is_on_the_loopback_interface(
+    tmp_path: Path, port: int | None, options: dict[str, Any]
 ) -> None:
-    path = written(tmp_path, {"http_options": None, "applications": [graph()]})
+    path = written(tmp_path, {**options, "applications": [graph()]})
     config = __main__.read_config(path, port)
-    assert config["http_options"] == ({} if port is None else {"port": port})
+    # Said to Serve, which would listen on every interface.
+    assert config["http_options"]["host"] == "127.0.0.1"
+    assert config["http_options"].get("port") == port
     assert __main__.service_url(config) == f"http://127.0.0.1:{port or 8000}"
+
+
+def test_a_config_without_a_host_is_known_to_be_open_to_all() -> None:
+    serve = pytest.importorskip("ray.serve.schema").HTTPOptionsSchema()
+    assert http_address({"applications": [graph()]}) == (serve.host, serve.port)
 
 
 @pytest.mark.parametrize("prefix", ["/seg", "/a/b"])
