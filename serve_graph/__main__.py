@@ -34,6 +34,8 @@ HAPROXY_HELP = (
 )
 TOKEN_HELP = "start although RAY_AUTH_MODE turns Ray's token off: ports then run anybody's code"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
+MOST = 86_400
+"""Largest count of CPUs and GPUs, and of seconds to drain: a day."""
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
@@ -81,8 +83,19 @@ def sample_request(folder: Path) -> tuple[str, Path]:
     return sample["noun"], path
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """LaunchError for what Ray or a clock would refuse later, or wait for without an end."""
+    for name, least in (("num_cpus", 1), ("num_gpus", 0), ("drain_s", 0)):
+        value = getattr(options, name)
+        if not least <= value <= MOST:
+            raise LaunchError(
+                f"--{name.replace('_', '-')} must be in {least}..{MOST}, not {value:g}"
+            )
+
+
 def up(options: argparse.Namespace) -> None:
     """Start, say how to call it, wait for a signal, let requests finish, stop."""
+    _check_numbers(options)
     stop, at_once = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: at_once.set() if stop.is_set() else stop.set())

@@ -245,6 +245,21 @@ def test_a_config_that_cannot_be_read_ends_up_in_one_line(
     assert said.startswith(f"error: {path}") and reason in said and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num-cpus", "-1"), ("num-cpus", "0"), ("num-gpus", "-1"), ("drain-s", "-1"),
+     ("drain-s", "nan"), ("drain-s", "inf")],
+)  # fmt: skip
+def test_up_refuses_a_number_that_nothing_can_be_started_with(
+    monkeypatch: pytest.MonkeyPatch, option: str, value: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", f"--{option}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    said = str(ended.value.code)
+    assert said.startswith(f"error: --{option} must be in") and said.endswith(f"not {value}")
+
+
 def test_only_the_graph_is_drained() -> None:
     config = {"applications": [OTHER, graph()]}
     other, drained = launch.draining(config)["applications"]
