@@ -26,7 +26,7 @@ import numpy as np
 
 from kestrel.config import SHIPPED_MODELS
 from serve_graph.cpu_time import CpuTime
-from serve_graph.profile import PlanError, Profile, at_full_speed, quantiles
+from serve_graph.profile import PlanError, Profile, at_full_speed, quantiles, require_writable
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 WARMUP = 0.2
@@ -304,6 +304,8 @@ def measure_to_file(options: argparse.Namespace) -> None:
     except OSError as error:
         raise PlanError(f"--image cannot be read: {error}") from error
     refiners = Refiners(options.refiners, options.refiner_cpus, options.refiner_threads)
+    path = options.profiles / f"{options.gpu}.json"
+    require_writable(path, "--profiles")
     try:
         levels = asyncio.run(
             measure(
@@ -328,6 +330,5 @@ def measure_to_file(options: argparse.Namespace) -> None:
         "seconds per level": options.level_seconds,
     }
     profile = profile_of(options.gpu, levels, options.slots, refiners, measured)
-    path = options.profiles / f"{options.gpu}.json"
     profile.save(path)
     print(f"wrote {path}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve_graph.args import LookAhead
 from serve_graph.arrivals import Poisson
-from serve_graph.profile import SHIPPED, PlanError, Profile, find
+from serve_graph.profile import SHIPPED, PlanError, Profile, find, require_writable
 from serve_graph.simulated_pool import PoolPlan
 from serve_graph.simulation import Outcome, Scenario, Simulation
 
@@ -320,6 +320,10 @@ def run(options: argparse.Namespace) -> None:
         raise PlanError("--refined-share must be in 0..1")
     if (options.gpu_price is None) != (options.cpu_price is None):
         raise PlanError("--gpu-price and --cpu-price belong together")
+    if options.plot:
+        if options.plot.suffix.lower() != ".png":
+            raise PlanError(f"--plot writes a PNG: {options.plot} must end in .png")
+        require_writable(options.plot, "--plot")
     profile = find(options.gpu, [options.profiles, SHIPPED])
     starts = Starts(
         options.model_start,

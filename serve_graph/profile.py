@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,17 @@ class Profile:
         """Write the JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def require_writable(path: Path, option: str) -> None:
+    """PlanError, which names the option, where no file can be written there, its folder made where
+    it is not there: said before minutes of measuring or simulation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{option}: {path.parent} cannot be made: {error.strerror}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PlanError(f"{option}: {path} cannot be written")
 
 
 def load(path: Path) -> Profile:

@@ -328,11 +328,16 @@ AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
         ((*NOBODY, "--slots", "4", "--refiners", "0"), "--refiners must be at least 1"),
         ((*AIMED, "--lose-models", "-1"), "--lose-models must be at least 0"),
         (NOBODY, "--slots"),
-        ((*NOBODY, "--slots", "4"), "is the graph there"),
+        ((*AIMED, "--plot", "/dev/null/plan.png"), "--plot: /dev/null cannot be made"),
+        ((*AIMED, "--plot", "plan.foo"), "must end in .png"),
+        ((*NOBODY, "--slots", "4", "--profiles", "/dev/null"), "--profiles: /dev/null cannot be"),
+        ((*NOBODY, "--slots", "4", "--profiles", "{folder}"), "is the graph there"),
         ((*NOBODY, "--slots", "4", "--object", "dog", "--image", "no.jpg"), "cannot be read"),
     ],
 )
-def test_command_says_in_one_line_what_is_missing(arguments: tuple[str, ...], said: str) -> None:
-    done = command(*arguments)
+def test_command_says_in_one_line_what_is_missing(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    done = command(*(argument.format(folder=tmp_path) for argument in arguments))
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
