@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -124,7 +125,11 @@ def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{arguments.output} cannot be made: {error.strerror}") from error
+        raise InputError(
+            f"the folder {arguments.output} (--output) cannot be made: {error.strerror}"
+        ) from error
+    if not os.access(arguments.output, os.W_OK):  # before the model is loaded
+        raise InputError(f"the folder {arguments.output} (--output) is not yours to write")
     model, refined, load_ms = asyncio.run(_answer(config, request))
     started = time.perf_counter()
     try:

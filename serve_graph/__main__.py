@@ -6,6 +6,7 @@ import argparse
 import base64
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -144,6 +145,14 @@ def demo(options: argparse.Namespace) -> None:
     """Serve the local config on free ports, run the samples through it, stop."""
     from serve_graph.demo import run
 
+    try:  # before Ray is up
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"--output {options.output} cannot be made: {error.strerror}; name a folder"
+        ) from error
+    if not os.access(options.output, os.W_OK):
+        raise LaunchError(f"--output {options.output} is not yours to write; name another folder")
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()

@@ -240,6 +240,16 @@ def test_a_mistake_is_one_line_and_the_status_of_bad_input(
     assert not out.exists() or not any(out.iterdir())
 
 
+def test_a_folder_without_permission_is_refused_before_the_model_is_loaded(
+    png_file, tmp_path, monkeypatch, capsys
+) -> None:
+    # Root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    monkeypatch.setattr("kestrel.engine.InferenceEngine.create", None)
+    assert main(["segment", str(png_file), "dog", "-o", str(tmp_path)]) == 2
+    assert f"{tmp_path} (--output) is not yours to write" in capsys.readouterr().err
+
+
 def test_a_picture_that_breaks_in_decoding_is_one_line(tmp_path) -> None:
     whole = picture(300, 200)
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])

@@ -260,6 +260,20 @@ def test_up_refuses_a_number_that_nothing_can_be_started_with(
     assert said.startswith(f"error: --{option} must be in") and said.endswith(f"not {value}")
 
 
+@pytest.mark.parametrize("mine", [True, False])
+def test_the_demo_looks_at_its_folder_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mine: bool
+) -> None:
+    folder = tmp_path / "out"
+    if mine:
+        folder.write_text("a file")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != folder)  # as if not root
+    monkeypatch.setattr("sys.argv", ["serve_graph", "demo", "--output", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert str(ended.value.code).startswith(f"error: --output {folder} ")
+
+
 def test_only_the_graph_is_drained() -> None:
     config = {"applications": [OTHER, graph()]}
     other, drained = launch.draining(config)["applications"]
