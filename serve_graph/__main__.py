@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from kestrel.config import SHIPPED_MODELS
 from kestrel.ports import written
@@ -62,10 +63,24 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
         http_address(config)
         prefix = graph_of(config).get("route_prefix", "/")
     except ValueError as error:
-        raise LaunchError(f"{path}: {error}") from None
+        raise LaunchError(f"{path}: {_reason(error)}") from None
     if not isinstance(prefix, str):
         raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
     return config
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong with which key, in one line, without pydantic's names and addresses."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    reasons = []
+    for found in error.errors(include_url=False, include_input=False):
+        key = ".".join(map(str, found["loc"]))
+        said = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            said = "unknown key"
+        reasons.append(said if not key or said.startswith(key) else f"{key}: {said}")
+    return "; ".join(reasons)
 
 
 def service_url(config: dict[str, Any]) -> str:

@@ -222,6 +222,23 @@ def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
     assert str(path) in str(refused.value)
 
 
+def test_args_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
+    args = {
+        "runtime": {"max_queu": 1},
+        "model_pool": {"num_cpu": 1, "max_replicas": 0},
+        "refiner_pool": {"threads": 2, "max_ongoing_requests": 1},
+    }
+    path = written(tmp_path, {"applications": [graph(args=args)]})
+    with pytest.raises(LaunchError) as refused:
+        __main__.read_config(path, None)
+    said = str(refused.value)
+    assert said.startswith(f"{path}: runtime: unknown key 'max_queu'; known keys are ")
+    assert "; model_pool.num_cpu: unknown key" in said
+    assert "; model_pool.max_replicas: Input should be greater than or equal to 1" in said
+    assert "; refiner_pool: threads (2) must not exceed" in said
+    assert "\n" not in said and "pydantic" not in said
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
