@@ -112,7 +112,8 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
         "responses": {
             "200": {
                 "description": "The path and its box. Server-sent events when `stream` is true: "
-                "one `bbox`, then `path_delta`s, then exactly one `final` or `error`.",
+                "one `bbox`, then `path_delta`s, then exactly one `final` or `error`; the last "
+                "alone where nothing was found.",
                 "headers": _REQUEST_ID
                 | {
                     "X-Refinement": {
@@ -351,7 +352,10 @@ def _response_schema() -> Schema:
                 "description": "SVG path data in 0..1 coordinates relative to `bbox`: refined "
                 "where refinement succeeded, else the model's.",
             },
-            "bbox": {"anyOf": [_ref("Bbox"), {"type": "null"}]},
+            "bbox": {
+                "anyOf": [_ref("Bbox"), {"type": "null"}],
+                "description": "null where nothing was found; `path` is empty then.",
+            },
             "metrics": _ref("Metrics"),
             "parse_error": {
                 "type": "string",
