@@ -196,6 +196,8 @@ def _write(
     answer: dict[str, Any] = segment_response(model, refined, return_base64=True)
     # First: no picture to look at is to keep the answer from being written.
     (folder / "response.json").write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
+    if not answer["path"] and "parse_error" not in answer:
+        print(f"the model finds no {request.object!r} in the picture", file=sys.stderr)
     masks = {}
     for kind in ("coarse", "refined"):
         target = folder / f"{kind}.png"

@@ -20,6 +20,7 @@ from PIL import Image
 from serving import encoded, picture, until
 
 from kestrel import __version__
+from kestrel.api import ModelMetrics, ModelResult
 from kestrel.cli import main
 from kestrel.config import SHIPPED_MODELS, RuntimeConfig
 from kestrel.overlay import LARGEST_SIDE, overlay
@@ -133,6 +134,17 @@ def test_masks_of_an_earlier_run_do_not_outlive_one_without_masks(
     assert {found.name for found in tmp_path.iterdir()} == WRITTEN | {"notes.txt"}
     said = capsys.readouterr().err
     assert "no coarse mask: " in said and "no refined mask: " in said
+
+
+def test_a_noun_that_is_not_in_the_picture_is_said_in_words(
+    png_file, tmp_path, monkeypatch, capsys
+) -> None:
+    async def nothing(*_: Any) -> tuple[ModelResult, None, float]:
+        return ModelResult("id", "stop", "dog", "", None, ModelMetrics()), None, 0.0
+
+    monkeypatch.setattr("kestrel.cli._answer", nothing)
+    assert main(["segment", str(png_file), "dog", "-o", str(tmp_path)]) == 0
+    assert "the model finds no 'dog' in the picture" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_one_line(photo, tmp_path) -> None:
