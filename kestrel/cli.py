@@ -71,8 +71,15 @@ def _parser() -> argparse.ArgumentParser:
 
     segment = commands.add_parser("segment", parents=[common], help="segment one picture")
     segment.add_argument("image", type=Path, help="JPEG, PNG or WebP file")
-    segment.add_argument("noun", help="what to segment")
-    segment.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    segment.add_argument("noun", help="what to segment; quote one of several words")
+    segment.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the answer's files",
+    )
     segment.add_argument(
         "--spatial-ref",
         action="append",
@@ -81,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     serve = commands.add_parser("serve", parents=[common], help="serve HTTP from this process")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="0: a free one (8000)")
 
     doctor = commands.add_parser("doctor", help="check that this machine can serve a config")
     doctor.add_argument("--config", type=Path, metavar="FILE", help="Serve config (YAML)")

@@ -190,14 +190,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m serve_graph", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("up", help="start Ray and the graph, wait for Ctrl-C")
-    command.add_argument("--config", type=Path, default=LOCAL, help="Serve config to deploy")
-    command.add_argument("--port", type=int, help="HTTP port in place of the config's")
-    command.add_argument("--num-cpus", type=int, default=2, help="logical CPUs given to Ray")
-    command.add_argument("--num-gpus", type=int, default=0, help="GPUs given to Ray")
-    command.add_argument("--dashboard-port", type=int, default=8265)
-    command.add_argument("--client-port", type=int, default=10001, help="port of the Ray Client")
     command.add_argument(
-        "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish"
+        "--config",
+        type=Path,
+        default=LOCAL,
+        help="Serve config to deploy; by default configs/local.yaml",
+    )
+    command.add_argument("--port", type=int, help="HTTP port in place of the config's")
+    command.add_argument("--num-cpus", type=int, default=2, help="logical CPUs given to Ray (2)")
+    command.add_argument("--num-gpus", type=int, default=0, help="GPUs given to Ray (0)")
+    command.add_argument(
+        "--dashboard-port", type=int, default=8265, help="of Ray's dashboard (8265)"
+    )
+    command.add_argument(
+        "--client-port", type=int, default=10001, help="port of the Ray Client (10001)"
+    )
+    command.add_argument(
+        "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish (30)"
     )
     command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=up)
@@ -206,7 +215,9 @@ def main() -> None:
     )
     command.set_defaults(run=env)
     command = commands.add_parser("demo", help="run the sample pictures through a fresh graph")
-    command.add_argument("--output", type=Path, default=Path("demo_out"), help="where files go")
+    command.add_argument(
+        "--output", type=Path, default=Path("demo_out"), help="folder for its files (demo_out)"
+    )
     command.add_argument("--without-token", action="store_true", help=TOKEN_HELP)
     command.set_defaults(run=demo)
     command = commands.add_parser(
