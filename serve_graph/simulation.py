@@ -324,7 +324,9 @@ class Simulation:
     def outcome(self, now: float) -> Outcome:
         for pool in (self.model, self.refiner):
             pool.count(now)
-        span = max(now - self.scenario.warmup_s, 1e-9)
+        # To the last answer: replicas that come back after it are no part of the load.
+        last = max((end for end, _ in self.finished), default=now)
+        span = max(last - self.scenario.warmup_s, 1e-9)
         return Outcome(
             latency=np.array([took for _, took in self.finished]),
             finished=self.finished,

@@ -87,6 +87,11 @@ def test_replicas_that_may_be_lost_are_planned_for() -> None:
     assert ready.models > calm.models and ready.refiners > calm.refiners
 
 
+def test_the_rate_of_a_plan_is_that_of_its_load_although_replicas_come_back_later() -> None:
+    plan = search(MADE_UP, replace(AIM, lost_models=2), STARTS, threads=2)
+    assert plan.outcome.answered_per_s == pytest.approx(AIM.rps, rel=0.1)
+
+
 def test_deadline_that_no_pool_can_hold_is_refused() -> None:
     with pytest.raises(PlanError, match="is not reached"):
         search(MADE_UP, replace(AIM, p99_s=0.1, seconds=5), STARTS, threads=2)
