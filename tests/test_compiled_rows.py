@@ -169,6 +169,44 @@ def test_rounding_to_bfloat16_differs_from_torchs():
     )
 
 
+def test_vectors_hold_other_bits_than_single_numbers():
+    numba = pytest.importorskip("numba")
+    from kestrel.ops.compiled import _copy, _exp, _gelu, _gelus, _softmax
+    from kestrel.ops.lanes import store_one
+
+    @numba.njit(error_model="numpy")
+    def by_vectors(numbers, halves, gelus, shares):
+        _copy(numbers, halves, len(numbers))
+        _gelus(numbers, 0, gelus, 0, len(numbers))
+        shares[:] = numbers
+        _softmax(shares)
+
+    @numba.njit(error_model="numpy")
+    def one_by_one(numbers, halves, gelus, shares):
+        top = numbers.max()
+        for i in range(len(numbers)):
+            store_one(halves, i, numbers[i])
+            gelus[i] = _gelu(numbers[i])
+            shares[i] = _exp(numbers[i] - top)
+
+    spread = np.random.default_rng(3).normal(0, 30, 4001).astype(np.float32)
+    # No whole number of vectors, halfway between two of bfloat16, and numbers out of range.
+    odd = np.float32([0, -0.0, 1.00390625, 1.01171875, 87, 88, 89, 1e30, -87, -88, -1e30])
+    numbers = np.concatenate([spread, odd])
+    found, expected = (
+        [np.zeros(len(numbers), kind) for kind in (np.uint16, np.float32, np.float32)]
+        for _ in range(2)
+    )
+    by_vectors(numbers, *found)
+    one_by_one(numbers, *expected)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[2], expected[2] / expected[2].sum(), rtol=1e-5)
+    nothing = np.full(33, np.nan, np.float32)
+    by_vectors(nothing, found[0][:33], found[1][:33], found[2][:33])
+    assert (found[0][:33] == 0x7FC0).all() and np.isnan(found[1][:33]).all()
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["bfloat16", "float32"])
 @torch.inference_mode()
 def test_a_small_model_steps_otherwise_in_one_call(monkeypatch, exact):

@@ -94,7 +94,8 @@ class CachedText:
                 )
             else:
                 self._rows = compiled(lambda made: made.layer_rows(kept))
-            self._prefix_rows = compiled(lambda made: made.prefix_rows(kept))
+            kind = kept if half_prefix else "float32"
+            self._prefix_rows = compiled(lambda made: made.prefix_rows(kind, kept))
             self._tables = tables
         if self.stacked is None and self._rows is None:
             # Torch's operators would widen all that they read.
@@ -203,22 +204,23 @@ class CachedText:
         kind = torch.bfloat16 if self._half else x.dtype
         shape = (c.n_layers, 2, length, c.n_kv_heads, c.head_dim)
         kept = x.new_empty(shape, dtype=self.kv_dtype)
+        q = x.new_empty(length, c.n_heads, c.head_dim, dtype=kind)
         for number, (layer, tables) in enumerate(zip(self._layers, self._tables, strict=True)):
-            (into,), (out,) = layer.into, layer.out
+            into, out = self._half[number] if self._half else (*layer.into, *layer.out)
             normed = F.layer_norm(x, x.shape[-1:], layer.ln_weight, layer.ln_bias, 1e-5)
-            if self._half:
-                into, out = self._half[number]
-            joined = into(normed.to(kind)).to(x.dtype)
-            seen = x.new_empty(length, joined.shape[1] - self._packed + c.n_heads * c.head_dim)
-            rows(joined.numpy(), *tables, bits_of(kept[number]), c.n_heads, seen.numpy())
+            joined = into(normed.to(kind))
+            seen = q.new_empty(length, joined.shape[1] - self._packed + q[0].numel())
+            written = bits_of(kept[number]), c.n_heads, bits_of(q.flatten(1)), bits_of(seen)
+            rows(bits_of(joined), *tables, *written)
             if number + 1 == c.n_layers:  # its output is nobody's input
                 break
-            heads = joined[:, : self._packed].unflatten(1, (self._all_heads, -1))
-            attended = attend(*self._split(heads[None]))[0].transpose(0, 1)
-            seen[:, : c.n_heads * c.head_dim].unflatten(1, (c.n_heads, -1)).copy_(attended)
+            # One image, heads before positions.
+            asking, keys, values = (t.transpose(0, 1)[None] for t in (q, *kept[number].to(kind)))
+            attended = attend(asking, keys, values)[0].transpose(0, 1)
+            seen[:, : q[0].numel()].unflatten(1, (c.n_heads, -1)).copy_(attended)
             if layer.mixture is not None:
                 x = x + layer.mixture(normed)
-            x = x + out(seen.to(kind)) if self._half else out.plus(seen, x)
+            x = x + out(seen) if self._half else out.plus(seen, x)
         return kept
 
     def extend(

@@ -23,12 +23,16 @@ from kestrel.ops.lanes import (
     LANES,
     add_times,
     fetch,
+    floor,
     larger,
     largest,
     load,
     load_one,
     pairs,
     plus,
+    power_of_two,
+    ratio,
+    smaller,
     splat,
     store,
     store_one,
@@ -75,6 +79,45 @@ def _gelu(x):
     # The tanh form; tanh(u) = 2 / (1 + exp(-2 u)) - 1.
     u = np.float32(0.7978845608028654) * add_times(x, np.float32(0.044715) * x * x, x)
     return x / (_ONE + _exp(-_TWO * u))
+
+
+@njit(inline="always", **_OPTIONS)
+def _exps(x):
+    """``_exp`` of a vector, to the same bits."""
+    x = larger(smaller(x, splat(np.float32(88))), splat(np.float32(-87)))
+    k = floor(add_times(splat(np.float32(0.5)), x, splat(np.float32(1.4426950408889634))))
+    f = add_times(x, k, splat(np.float32(-0.693359375)))
+    f = add_times(f, k, splat(np.float32(2.1219444005469057e-4)))
+    series = add_times(splat(np.float32(1 / 120)), splat(np.float32(1 / 720)), f)
+    series = add_times(splat(np.float32(1 / 24)), series, f)
+    series = add_times(splat(np.float32(1 / 6)), series, f)
+    series = add_times(splat(np.float32(0.5)), series, f)
+    series = add_times(splat(_ONE), series, f)
+    series = add_times(splat(_ONE), series, f)
+    return times(series, power_of_two(k))
+
+
+@njit(inline="always", **_OPTIONS)
+def _gelus(numbers, start, out, to, count):
+    """``_gelu`` of ``count`` numbers from ``start`` on, into ``out`` from ``to`` on."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        x = load(numbers, start + i)
+        u = add_times(x, times(times(splat(np.float32(0.044715)), x), x), x)
+        e = _exps(times(splat(-_TWO), times(splat(np.float32(0.7978845608028654)), u)))
+        store(out, to + i, ratio(x, plus(splat(_ONE), e)))
+    for i in range(whole, count):
+        store_one(out, to + i, _gelu(numbers[start + i]))
+
+
+@njit(inline="always", **_OPTIONS)
+def _copy(numbers, out, count):
+    """The first ``count`` numbers of an array [n], whichever of the two types each is of."""
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load(numbers, i))
+    for i in range(whole, count):
+        store_one(out, i, load_one(numbers, i))
 
 
 @njit(inline="always", **_OPTIONS)
@@ -224,18 +267,21 @@ def _softmax(line):
         top = max(top, largest(tops))
     for s in range(whole, count):
         top = max(top, line[s])
-    for s in range(count):
-        line[s] = _exp(line[s] - top)
     everything = np.float32(0)
     if whole:
-        sums = load(line, 0)
-        for s in range(LANES, whole, LANES):
-            sums = plus(sums, load(line, s))
+        less, sums = splat(-top), splat(np.float32(0))
+        for s in range(0, whole, LANES):
+            numbers = _exps(plus(load(line, s), less))
+            sums = plus(sums, numbers)
+            store(line, s, numbers)
         everything = total(sums)
     for s in range(whole, count):
+        line[s] = _exp(line[s] - top)
         everything += line[s]
     share = _ONE / everything
-    for s in range(count):
+    for s in range(0, whole, LANES):
+        store(line, s, times(load(line, s), splat(share)))
+    for s in range(whole, count):
         line[s] *= share
 
 
@@ -247,11 +293,9 @@ def _before_attention(
     [packed + inner], its ``keys`` and ``values`` [kv_heads * dim], GELU into ``out`` [heads * dim +
     inner]. ``gate`` [packed] is scratch."""
     width, seen, half = gate.shape[0], heads * dim, cos.shape[1]
-    for i in range(joined.shape[0] - width):
-        out[seen + i] = _gelu(joined[width + i])
+    _gelus(joined, width, out, seen, joined.shape[0] - width)
     if tau_weights.shape[0]:
-        for i in range(width):
-            gate[i] = _gelu(joined[i])
+        _gelus(joined, 0, gate, 0, width)
         for h in range(heads + kv_heads):
             factor = _tau(tau_rows[position, h], tau_weights[h], gate)
             start = (h if h < heads else h + kv_heads) * dim
@@ -263,9 +307,14 @@ def _before_attention(
             a, b = joined[i], joined[i + half]
             joined[i] = a * cos[position, d] - b * sin[position, d]
             joined[i + half] = a * sin[position, d] + b * cos[position, d]
-    for i in range(kv_heads * dim):
+    count = kv_heads * dim
+    whole = count - count % LANES
+    for i in range(0, whole, LANES):
+        store(keys, i, load(joined, seen + i))
+        store(values, i, load(joined, seen + count + i))
+    for i in range(whole, count):
         store_one(keys, i, joined[seen + i])
-        store_one(values, i, joined[seen + kv_heads * dim + i])
+        store_one(values, i, joined[seen + count + i])
 
 
 def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, heads, out):
@@ -309,27 +358,32 @@ def layer_rows(kv: str) -> Callable[..., None]:
 _rows_of_layer = njit(**_OPTIONS)(_layer_rows)
 
 
-def _prefix_rows(joined, tau_weights, tau_rows, cos, sin, kv, heads, out):
+def _prefix_rows(joined, tau_weights, tau_rows, cos, sin, kv, heads, q, out):
     """``_layer_rows`` of positions 0..N-1 as far as they do not look at each other.
 
-    ``joined`` as there, ``kv`` [2, N, kv_heads, head_dim] is written. Of ``out`` [N, heads *
-    head_dim + inner] the inner values' GELU is written.
+    ``joined`` [N, packed + inner] as there, float32 or the bits of bfloat16, is only read; ``kv``
+    [2, N, kv_heads, head_dim] and ``q`` [N, heads * head_dim] are written. Of ``out`` [N, heads *
+    head_dim + inner] the inner values' GELU is written. ``q`` and ``out`` are as ``joined`` is.
     """
     kv_heads, dim = kv.shape[2], kv.shape[3]
     gate = np.empty((heads + 2 * kv_heads) * dim, np.float32)
+    row = np.empty(joined.shape[1], np.float32)
     for n in range(joined.shape[0]):
+        _copy(joined[n], row, joined.shape[1])
         _before_attention(
-            joined[n], n, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim,
-            kv[0, n].ravel(), kv[1, n].ravel(), gate, out[n],
+            row, n, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim, kv[0, n].ravel(),
+            kv[1, n].ravel(), gate, out[n],
         )  # fmt: skip
+        _copy(row, q[n], heads * dim)
 
 
 @cache
-def prefix_rows(kv: str) -> Callable[..., None]:
-    """``_prefix_rows`` of a cache that is float32 or uint16, compiled."""
+def prefix_rows(kind: str, kv: str) -> Callable[..., None]:
+    """``_prefix_rows`` of products and a cache that are float32 or uint16, compiled."""
+    products = f"{kind}[:, ::1]"
     signature = (
-        f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, ::1], "
-        f"int64, {_MATRIX})"
+        f"void({products}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, ::1], "
+        f"int64, {products}, {products})"
     )
     return compiled(signature, _prefix_rows, **_OPTIONS)
 

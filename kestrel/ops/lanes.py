@@ -71,9 +71,7 @@ def load(_: Any, array: Any, index: Any) -> Any:
             return builder.load(place, align=4)
         place = _place(context, builder, kind, args[0], args[1], _integers(16))
         halves = builder.load(place, align=2)
-        bits = builder.shl(
-            builder.zext(halves, _integers(32)), ir.Constant(_integers(32), [16] * LANES)
-        )
+        bits = builder.shl(builder.zext(halves, _integers(32)), _every(_integers(32), 16))
         return builder.bitcast(bits, _FLOATS)
 
     return _vector(array, types.intp), generate
@@ -81,11 +79,17 @@ def load(_: Any, array: Any, index: Any) -> Any:
 
 @_inlined
 def store(_: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Write a vector into a contiguous float32 array [n] from ``index`` on. Nothing is checked."""
+    """Write a vector into an array as ``load`` reads it, from ``index`` on, rounded as by
+    ``store_one``. Nothing is checked."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _place(context, builder, signature.args[0], args[0], args[1], _FLOATS)
-        builder.store(args[2], place, align=4)
+        kind = signature.args[0]
+        if kind.dtype == types.float32:
+            place = _place(context, builder, kind, args[0], args[1], _FLOATS)
+            builder.store(args[2], place, align=4)
+        else:
+            place = _place(context, builder, kind, args[0], args[1], _integers(16))
+            builder.store(_halved(builder, args[2], _every), place, align=2)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -116,13 +120,7 @@ def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
         kind, value = signature.args[0], args[2]
         place = _one(context, builder, kind, args[0], args[1])
         if kind.dtype != types.float32:
-            bits = builder.bitcast(value, _INDEX)
-            odd = builder.and_(builder.lshr(bits, _SIXTEEN), ir.Constant(_INDEX, 1))
-            up = builder.add(builder.add(bits, ir.Constant(_INDEX, 0x7FFF)), odd)
-            # What is no number would overflow into one.
-            none = builder.fcmp_unordered("uno", value, value)
-            up = builder.select(none, ir.Constant(_INDEX, 0x7FC00000), up)
-            value = builder.trunc(builder.lshr(up, _SIXTEEN), ir.IntType(16))
+            value = _halved(builder, value, ir.Constant)
         builder.store(value, place)
         return context.get_dummy_value()
 
@@ -235,6 +233,69 @@ def largest(_: Any, vector: Any) -> Any:
         return _folded(builder, args[0], partial(_larger, builder))
 
     return types.float32(vector), generate
+
+
+@_inlined
+def smaller(_: Any, a: Any, b: Any) -> Any:
+    """The smaller of ``a`` and ``b``; ``b`` where ``a`` is no number."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+    return _vector(a, b), generate
+
+
+@_inlined
+def ratio(_: Any, a: Any, b: Any) -> Any:
+    """``a / b``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(*args)
+
+    return _vector(a, b), generate
+
+
+@_inlined
+def floor(_: Any, vector: Any) -> Any:
+    """The whole numbers that are not above."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = ir.FunctionType(_FLOATS, [_FLOATS])
+        name = f"llvm.floor.v{LANES}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+    return _vector(vector), generate
+
+
+@_inlined
+def power_of_two(_: Any, vector: Any) -> Any:
+    """2 to the power of whole numbers in -126..127."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integers = _integers(32)
+        exponent = builder.add(builder.fptosi(args[0], integers), _every(integers, 127))
+        return builder.bitcast(builder.shl(exponent, _every(integers, 23)), _FLOATS)
+
+    return _vector(vector), generate
+
+
+def _every(kind: Any, number: int) -> Any:
+    """A number in every lane."""
+    return ir.Constant(kind, [number] * LANES)
+
+
+def _halved(builder: Any, value: Any, constant: Callable[[Any, int], Any]) -> Any:
+    """The bits of bfloat16 of one float32, or a vector: rounded to the nearest, of two to the even
+    one. ``constant`` gives one of such a kind."""
+    one = constant is ir.Constant
+    whole, half = (ir.IntType(n) if one else _integers(n) for n in (32, 16))
+    bits, sixteen = builder.bitcast(value, whole), constant(whole, 16)
+    odd = builder.and_(builder.lshr(bits, sixteen), constant(whole, 1))
+    up = builder.add(builder.add(bits, constant(whole, 0x7FFF)), odd)
+    # What is no number would overflow into one.
+    none = builder.fcmp_unordered("uno", value, value)
+    up = builder.select(none, constant(whole, 0x7FC00000), up)
+    return builder.trunc(builder.lshr(up, sixteen), half)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
