@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import json
+import logging
 import math
 import os
 import sys
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return doctor_command(arguments.config)
         config = _config(arguments)
+        _tell_of_compiling()
         if arguments.command == "serve":
             return _serve(config, arguments.host, arguments.port)
         return _segment(config, arguments)
@@ -96,6 +98,17 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("hash-key", help="read an API key from stdin, print its hash for a config")
     return parser
+
+
+def _tell_of_compiling() -> None:
+    """A first start takes a minute in which nothing else is said."""
+    from kestrel.ops.jit import log
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kestrel: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _config(arguments: argparse.Namespace) -> RuntimeConfig:
