@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,15 +105,42 @@ def test_boxes_lie_in_the_picture_as_it_is_seen(
         assert np.array_equal(decode_box(content, box), pixels(content, box))
 
 
-@pytest.mark.parametrize("calls", [1, 400, 7 * WIDTH + 5])
-def test_rows_of_any_number_are_read_in_a_call(
-    calls: int, monkeypatch: pytest.MonkeyPatch, whole: list[bytes], skia: Any
+@pytest.mark.parametrize("rows", [0, 7, 40, 100])
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1"])
+def test_rows_of_any_number_are_gone_through_in_a_call(
+    subsampling: str,
+    reduction: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: list[bytes],
+    skia: Any,
 ) -> None:
-    monkeypatch.setattr(jpeg_box, "CALL_PIXELS", calls)
-    content = file()
-    for box in BOXES:
-        assert np.array_equal(decode_box(content, box), pixels(content, box))
+    monkeypatch.setattr(jpeg_box, "CALL_PIXELS", rows * WIDTH)
+    factor = getattr(cv2, "IMWRITE_JPEG_SAMPLING_FACTOR_" + subsampling.replace(":", ""))
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
+    content = cv2.imencode(".jpg", decode(file()), sampling)[1].tobytes()
+    height, width = decode(content, reduction=reduction).shape[:2]
+    for top in (height - 3, height * 2 // 3, height // 3 + 1, 0):
+        box = (width // 4, top, width * 3 // 4, min(height, top + height // 3))
+        part = decode_box(content, box, reduction=reduction)
+        assert np.array_equal(part, pixels(content, box, reduction)), box
     assert not whole
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_a_large_picture_s_box_lies_where_the_whole_one_s_does(
+    subsampling: str, reduction: int, whole: list[bytes], skia: Any
+) -> None:
+    rng = np.random.default_rng(6)
+    small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+    content = io.BytesIO()
+    small.resize((4000, 3000)).save(content, "JPEG", quality=80, subsampling=subsampling)
+    box = tuple(side // reduction for side in (700, 1900, 1300, 2700))
+    part = decode_box(content.getvalue(), box, reduction=reduction)
+    assert not whole
+    assert np.array_equal(part, pixels(content.getvalue(), box, reduction))
 
 
 @pytest.mark.parametrize(

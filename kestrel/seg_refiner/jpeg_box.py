@@ -19,6 +19,9 @@ MARGIN = 32
 """Columns on either side that are decoded too: colours there are interpolated over the edge."""
 CALL_PIXELS = 2**19
 """Pixels of the file's rows that one call goes through, about: Skia keeps the GIL meanwhile."""
+BLOCK_ROWS = 32
+"""A call goes through a multiple of so many rows: the highest row of a JPEG's blocks. What skips
+part of one and then more rows misses some of them without a word."""
 
 
 def decode_box(content: bytes, box: PixelBox, limits: Limits, reduction: int = 1) -> np.ndarray:
@@ -70,7 +73,8 @@ def decode_stored_box(
     options.fSubset = columns
     if codec.startScanlineDecode(info, options) != skia.Codec.Result.kSuccess:
         return None
-    rows = max(1, CALL_PIXELS // (size[0] * reduction))
+    blocks = CALL_PIXELS // (size[0] * reduction * BLOCK_ROWS)
+    rows = BLOCK_ROWS * max(1, blocks)
     band = np.empty((rows, right - left, 4), np.uint8)
     pixels = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
 
