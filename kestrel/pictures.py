@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from kestrel.config import RuntimeConfig
+from kestrel.image import ImageHeader, probe
 from kestrel.image import decode as decode_image
-from kestrel.image import probe
 from kestrel.moondream.config import VisionConfig
 from kestrel.moondream.crops import crop_reduction, overlap_crops
 
@@ -27,6 +27,9 @@ CROP_THREADS = 4
 thread: rows that share a step need it less than their pictures do."""
 KEEP_PIXELS = 8_000_000
 """Larger pictures are not held for the refiner, which then decodes them again."""
+KEEP_SIDE = 2047
+"""Nor those with a longer side of the kind that it may decode smaller than they are: its answer
+would depend on whether they are held."""
 HELD_BYTES = 256 * 2**20
 """Decoded pictures held for the refiner, bytes in all: eleven of the largest, ninety of a
 megapixel. Those past it are decoded again too."""
@@ -153,6 +156,10 @@ class Pictures:
             assert image is not None
             if asking.cancelled:
                 return
+            if isinstance(image, np.ndarray):
+                # The caller's own, who may write into it as soon as his request is over: others
+                # about the same picture go on with what is made of it.
+                image = image.copy()
             key = digest(image)
             with self._wake:
                 picture = self._live.get(key)
@@ -176,24 +183,25 @@ class Pictures:
             picture.prepared = True
         return picture
 
-    def _reduction(self, image: bytes | np.ndarray) -> tuple[int, tuple[float, float] | None]:
-        """By what an image is smaller when it is decoded, and its rows and columns then: a large
-        JPEG, decoded and shrunk, takes several times as long whole."""
-        if not isinstance(image, bytes):
-            return 1, None
-        header = probe(image, self._limits)
-        reduction = crop_reduction(header.width, header.height, header.reduction, self._vision)
-        return reduction, (header.height / reduction, header.width / reduction)
+    def _reduction(self, header: ImageHeader) -> int:
+        """By what an image is smaller when it is decoded: a large JPEG, decoded and shrunk, takes
+        several times as long whole."""
+        return crop_reduction(header.width, header.height, header.reduction, self._vision)
 
     def _fill(self, picture: Picture, image: bytes | np.ndarray) -> None:
         try:
-            reduction, extent = self._reduction(image)
+            header = probe(image, self._limits) if isinstance(image, bytes) else None
+            reduction, extent = 1, None
+            if header is not None:
+                reduction = self._reduction(header)
+                extent = header.height / reduction, header.width / reduction
             pixels = decode_image(image, self._limits, reduction=reduction)
             picture.crops, picture.tiling = overlap_crops(pixels, self._vision, extent)
             if picture.tiling == (1, 1):
                 picture.crops = picture.crops[:1]
-            if reduction == 1:
-                self._hold(picture, pixels, image)
+            smaller = header is not None and header.reduction > 1
+            if reduction == 1 and not (smaller and max(pixels.shape) > KEEP_SIDE):
+                self._hold(picture, pixels)
             if self._encode is not None:
                 picture.prefix = self._encode(picture.crops, picture.tiling)
                 picture.crops = None
@@ -205,16 +213,15 @@ class Pictures:
             picture.prepared = True
             self._wake.notify()
 
-    def _hold(self, picture: Picture, pixels: np.ndarray, image: bytes | np.ndarray) -> None:
+    def _hold(self, picture: Picture, pixels: np.ndarray) -> None:
         """Leave whole pixels to the refiner, within the budget."""
         if not self._keep_pixels or pixels.shape[0] * pixels.shape[1] > KEEP_PIXELS:
             return
         with self._wake:
-            if pixels is not image:  # the caller's own array takes nothing more
-                held = sum(other.nbytes for other in self._held.values())
-                if held + pixels.nbytes > HELD_BYTES:
-                    return
-                self._held[id(pixels)] = pixels
+            held = sum(other.nbytes for other in self._held.values())
+            if held + pixels.nbytes > HELD_BYTES:
+                return
+            self._held[id(pixels)] = pixels
             picture.pixels = pixels
 
 
