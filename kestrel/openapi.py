@@ -293,7 +293,8 @@ def _settings_schema(config: RuntimeConfig) -> Schema:
             "maximum": longest,
             "default": min(defaults.max_tokens, longest),
             "description": "Of the answer, box and path together. At most the model's context (see "
-            "`/v1/models`), which is also the default where it is smaller.",
+            "`/v1/models`), which is also the default where it is smaller. An answer that is cut "
+            "off by it has no path.",
         },
         "refiner": {
             "enum": [*config.refiners, None],
@@ -359,7 +360,8 @@ def _response_schema() -> Schema:
             "metrics": _ref("Metrics"),
             "parse_error": {
                 "type": "string",
-                "description": "There when the model's tokens were no SVG path.",
+                "description": "There when the model's tokens were no SVG path, or were cut off "
+                "(`finish_reason` is `length`) before it was whole: `path` is empty then.",
             },
             "coarse_mask_base64": mask,
             "refined_mask_base64": mask,

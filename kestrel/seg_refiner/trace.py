@@ -117,7 +117,8 @@ def bitmap_to_path(
 
 @dataclass(frozen=True)
 class _Tracing:
-    """A tracer with the options that all traces of a mask share, in pixels of the mask."""
+    """A tracer with the options that all traces of a mask share: ``turdsize`` in pixels of the
+    mask, ``opttolerance`` in those of what is traced."""
 
     tracer: Tracer
     turdsize: int
