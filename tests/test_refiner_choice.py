@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
+
 import numpy as np
 import pytest
 
@@ -107,6 +111,29 @@ def test_every_loaded_backend_is_checked_at_start(monkeypatch):
     with pytest.raises(RuntimeError, match=said):
         refiner.self_check()
     assert not refiner.outcomes
+
+
+@pytest.mark.parametrize("reason", ["rejected", "refine_failed", "no_path"])
+def test_a_picture_that_was_not_refined_is_freed_at_once(reason, monkeypatch, caplog):
+    def behave(image, mask):
+        if reason == "refine_failed":
+            raise RuntimeError("no such kernel")
+        return 1 - mask
+
+    monkeypatch.setitem(BACKENDS, "odd", lambda config: behave)
+    # What is logged is kept for the test's report.
+    caplog.set_level(logging.CRITICAL, "kestrel.seg_refiner.refiner")
+    refiner = SegmentRefiner(RefinerConfig(refiner="odd"))
+    image = np.zeros((50, 50, 3), np.uint8)
+    freed = weakref.ref(image)
+    path = "M0 0H" if reason == "no_path" else SQUARE
+    gc.disable()
+    try:
+        assert refiner.refine_with_bitmaps(image, path, BOX).reason == reason
+        del image
+        assert freed() is None, "it waits for the garbage collector"
+    finally:
+        gc.enable()
 
 
 def test_a_backend_without_its_libraries_gives_no_mask_and_one_that_fails_the_coarse_one(

@@ -153,6 +153,8 @@ class SegmentRefiner:
                 stop,
                 exc_info=stop.__cause__,
             )
+            # Its traceback leads back to this frame: that loop would hold the picture for long.
+            del stop
         return result
 
     def _attempt(
