@@ -51,21 +51,27 @@ def test_five_rounds_give_the_reference_s_masks_and_scores(features, expected, d
     head = load_seg_head(FIXTURES / "seghead" / "weights.safetensors", device, torch.float32)
     final, early = (given.to(device) for given in features)
     expected = {name: tensor.to(device) for name, tensor in expected.items()}
-    mask = start = disc().to(device)
+    mask, rounds, predict = disc().to(device), [], head.predict
+
+    def watched(fused: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rounds.append((mask, *predict(fused, mask)))
+        return rounds[-1][1:]
+
+    monkeypatch.setattr(head, "predict", watched)
     with torch.inference_mode():
-        fused = head.fuse(final, early)
-        for i in range(5):
-            logits, scores = head.predict(fused, mask)
-            whole = F.interpolate(logits[None], size=(378, 378), mode="bilinear")
-            if i == 0:
-                torch.testing.assert_close(
-                    whole[0, :, ::7, ::7], expected["logits_first"], atol=1e-3, rtol=0
-                )
-                torch.testing.assert_close(scores, expected["iou_first"], atol=1e-3, rtol=0)
-            torch.testing.assert_close(scores, expected["iou_each"][i], atol=1e-3, rtol=0)
-            assert scores.argmax() == expected["best_each"][i]
-            mask = torch.sigmoid(whole[:, scores.argmax()][None])
-        refined = head.refine(final, early, start)
+        refined = head.refine(final, early, mask)
+    assert len(rounds) == 5
+    for i, (given, logits, scores) in enumerate(rounds):
+        torch.testing.assert_close(given, mask)
+        whole = F.interpolate(logits[None], size=(378, 378), mode="bilinear")
+        if i == 0:
+            torch.testing.assert_close(
+                whole[0, :, ::7, ::7], expected["logits_first"], atol=1e-3, rtol=0
+            )
+            torch.testing.assert_close(scores, expected["iou_first"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores, expected["iou_each"][i], atol=1e-3, rtol=0)
+        assert scores.argmax() == expected["best_each"][i]
+        mask = torch.sigmoid(whole[:, scores.argmax()][None])
     torch.testing.assert_close(refined, mask)
     torch.testing.assert_close(refined[0, 0, ::3, ::3], expected["final"], atol=1e-3, rtol=0)
 
