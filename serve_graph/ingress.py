@@ -69,6 +69,7 @@ class IngressDeployment:
             metrics.begin(spec, **tags)
         self._backend = GraphBackend(config, refine_timeout_s, hedge, model, refiner)
         self._former = FormerSettings()
+        self._keyed = False
         # Kept, because asyncio itself holds its tasks weakly.
         self._tasks = [asyncio.create_task(self._backend.wait_for_halves())]
         self._tasks.append(asyncio.create_task(self._count_replicas()))
@@ -111,11 +112,22 @@ class IngressDeployment:
             await asyncio.sleep(COUNT_PERIOD_S)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this with the deployment's ``user_config`` (``IngressSettings``)."""
+        """Serve calls this with the deployment's ``user_config`` (``IngressSettings``).
+
+        Raises ValueError at a start where API keys may be meant by what does not fit.
+        """
+        if not self._keyed:
+            # A door must not open for a typing error. Under a mistyped name too, keys are no
+            # number: all else has to fit before the replica starts.
+            self._take({k: v for k, v in user_config.items() if not isinstance(v, (int, float))})
+            self._keyed = True
         with self._former.stay():
-            settings = IngressSettings.model_validate(user_config)
-            self._backend.change(settings.refine_timeout_s, settings.api_keys)
-            self._backend.draining = settings.draining
+            self._take(user_config)
+
+    def _take(self, user_config: dict[str, Any]) -> None:
+        settings = IngressSettings.model_validate(user_config)
+        self._backend.change(settings.refine_timeout_s, settings.api_keys)
+        self._backend.draining = settings.draining
 
     async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer

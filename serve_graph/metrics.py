@@ -132,7 +132,7 @@ REFINERS_WANTED = Spec(
 FORMER_SETTINGS = Spec(
     "segment_former_settings_replicas",
     Gauge,
-    "1 where a replica was last given a user_config that does not fit, and goes on as before.",
+    "1 where a replica was last given a user_config that does not fit, and goes on without it.",
 )
 
 METRICS = (

@@ -1,4 +1,4 @@
-"""A running replica that is given a ``user_config`` which does not fit."""
+"""A replica that is given a ``user_config`` which does not fit."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ logger = logging.getLogger("ray.serve")
 
 
 class FormerSettings:
-    """What a replica goes on with where its new settings do not fit.
+    """What a replica goes on with where new settings do not fit: those that it has, at its start
+    those of ``args``.
 
-    Serve stops a replica whose settings raise, and would stop all of a pool for one typing error.
+    Serve stops a replica whose settings raise, and would stop all of a pool for one typing error;
+    nor would one start in the place of a replica that dies.
     """
 
     def __init__(self) -> None:
-        self._serving = self._refused = False
+        self._refused = False
 
     @contextmanager
     def stay(self) -> Iterator[None]:
-        """Around what takes a ``user_config``: once one has been taken, the error of another is
-        logged and told as a metric, and the replica goes on as before.
-
-        The first does raise: the deployment says why it has no more replicas.
-        """
+        """Around what takes a ``user_config``: its error is logged and told as a metric, and the
+        replica goes on as before."""
         try:
             yield
         except Exception as error:
-            if not self._serving:
-                raise
             self._refused = True
-            logger.error("user_config is refused, the former settings stay: %s", error)
+            logger.error(
+                "user_config is refused, the former settings stay, at a start those of args: %s",
+                error,
+            )
         else:
-            self._serving, self._refused = True, False
+            self._refused = False
         self.export()
 
     def export(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +14,19 @@ pytest.importorskip("ray.serve")
 
 from serving import picture
 
+from kestrel.api_keys import ApiKey, hash_key, parse_keys
 from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig
 from kestrel.seg_refiner.backends import BACKENDS
 from kestrel.seg_refiner.result import REASONS
 from serve_graph import metrics
 from serve_graph.args import GraphArgs, check, refiner_settings
+from serve_graph.compose import GraphBackend
+from serve_graph.ingress import IngressDeployment
 from serve_graph.reconfigured import FormerSettings
 from serve_graph.refiner import RefinerDeployment
 
 BUILD = "serve_graph.app:build"
+HASH = hash_key("a key that nobody guesses")
 SQUARE = "M0 0L1 0L1 1L0 1Z"
 BOX = {"x_min": 0.3, "y_min": 0.3, "x_max": 0.6, "y_max": 0.6}
 
@@ -167,32 +172,69 @@ def test_a_refiner_that_serves_stops_for_settings_that_do_not_fit(
     asyncio.run(run())
 
 
-def test_a_refiner_starts_with_settings_that_do_not_fit(levels: dict[str, float]) -> None:
+def test_a_refiner_cannot_start_with_settings_that_do_not_fit(
+    levels: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pool could not replace a replica that dies, nor grow."""
+
     async def run() -> None:
         replica = RefinerDeployment(RefinerConfig(refiner="none"), Limits(), 1, 30.0)
-        with pytest.raises(ConfigError, match="turdsiez"):
+        with caplog.at_level("ERROR", "ray.serve"):
             await replica.reconfigure({"turdsiez": 1})
+        assert levels == {"segment_former_settings_replicas": 1}
+        assert "turdsiez" in caplog.text
+        assert (await replica.refine(picture(), SQUARE, BOX, False)).reason in REASONS
 
     asyncio.run(run())
-    assert not levels
+
+
+def ingress(**args: Any) -> Any:
+    """An ingress replica that Serve has given no settings yet."""
+    backend = GraphBackend.__new__(GraphBackend)
+    backend._built = backend.config, _ = RuntimeConfig(refiner=None, **args), 10.0
+    backend._refiner = SimpleNamespace(timeout_s=10.0)  # type: ignore[assignment]
+    replica = IngressDeployment.__new__(IngressDeployment)
+    replica._backend, replica._former, replica._keyed = backend, FormerSettings(), False
+    return replica
+
+
+def keys(replica: Any) -> tuple[ApiKey, ...]:
+    return tuple(replica._backend.config.api_keys)
+
+
+def test_an_ingress_cannot_start_with_settings_that_do_not_fit(levels: dict[str, float]) -> None:
+    for user_config in ({"refine_timout_s": 30}, {"refine_timeout_s": -1}):
+        replica = ingress(api_keys=[HASH])
+        replica.reconfigure(user_config)
+        assert levels == {"segment_former_settings_replicas": 1}
+        assert keys(replica) == parse_keys([HASH])
+        replica.reconfigure({"refine_timeout_s": 30})
+        assert levels == {"segment_former_settings_replicas": 0}
+
+
+def test_an_ingress_that_starts_opens_its_door_for_a_typing_error(levels: dict[str, float]) -> None:
+    replica = ingress()
+    replica.reconfigure({"api_keys": [HASH], "refine_timout_s": 30})
+    assert levels == {"segment_former_settings_replicas": 1}
+    assert keys(replica) == parse_keys([HASH])
+    replica.reconfigure({"api_kyes": []})
+    assert keys(replica) == parse_keys([HASH])
+    for user_config in ({"api_kyes": [HASH]}, {"api_keys": ["in the clear"]}, {"api_keys": HASH}):
+        with pytest.raises(ValueError, match="api_k"):
+            ingress().reconfigure(user_config)
 
 
 def test_settings_of_who_serves_hurt_it(levels: dict[str, float]) -> None:
     former = FormerSettings()
-    with pytest.raises(ValueError, match="no"), former.stay():
-        raise ValueError("no")
-    assert not levels
-    with former.stay():
-        pass
-    assert levels.pop("segment_former_settings_replicas") == 0
-    with former.stay():
-        raise ValueError("no")
-    assert levels.pop("segment_former_settings_replicas") == 1
-    former.export()  # as Ray forgets what is not set again
-    assert levels.pop("segment_former_settings_replicas") == 1
-    with former.stay():
-        pass
-    assert levels == {"segment_former_settings_replicas": 0}
+    for _ in range(2):
+        with former.stay():
+            raise ValueError("no")
+        assert levels.pop("segment_former_settings_replicas") == 1
+        former.export()  # as Ray forgets what is not set again
+        assert levels.pop("segment_former_settings_replicas") == 1
+        with former.stay():
+            pass
+        assert levels.pop("segment_former_settings_replicas") == 0
 
 
 def test_the_gauges_of_an_idle_refiner_are_forgotten(levels: dict[str, float]) -> None:
