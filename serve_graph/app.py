@@ -28,9 +28,9 @@ def build(args: GraphArgs) -> Application:
     """
     # A policy that looks ahead for the refiners sees the model pool, of fixed size or not.
     model_options = args.model_pool.options(watched=args.refiner_pool.scales)
-    model = serve.deployment(name="Model", **model_options)(ModelDeployment)
     # A ``user_config`` of the Serve config takes the place of the empty one and leaves it again;
     # without any, Serve would not say that there is none any more.
+    model = serve.deployment(name="Model", user_config={}, **model_options)(ModelDeployment)
     refiner = serve.deployment(name="Refiner", user_config={}, **args.refiner_pool.options())(
         RefinerDeployment
     )

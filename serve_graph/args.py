@@ -238,6 +238,17 @@ def refiner_settings(args: RefinerConfig, user_config: dict[str, Any]) -> Refine
     return replace(config, selectable=args.loaded)
 
 
+def model_settings(user_config: dict[str, Any]) -> None:
+    """ConfigError, which names the keys and their places, where the deployment ``Model``'s
+    ``user_config`` holds any: a model that is loaded changes in nothing."""
+    if user_config:
+        keys = ", ".join(f"user_config.{key}" for key in user_config)
+        raise ConfigError(
+            f"{keys}: the deployment Model takes no user_config; change args.runtime or "
+            "args.model_pool, which replaces its replicas"
+        )
+
+
 def _known_backends(config: RefinerConfig) -> None:
     """ConfigError for a backend's name that nothing is registered as. Those that are named by where
     they are may be on the refiners' machines alone, and so may the refiner's libraries: a refiner
@@ -257,6 +268,9 @@ def _gpu_for(config: RefinerConfig, pool: Pool) -> None:
     if uses and config.device.startswith("cuda") and not pool.num_gpus:
         raise ValueError("refiner.device is cuda, so refiner_pool.num_gpus must be over 0")
 
+
+DEPLOYMENTS = ("Ingress", "Model", "Refiner")
+"""Their names, which ``serve_graph.app`` gives."""
 
 ELSEWHERE = {
     "refiner": "args.refiner",
@@ -364,10 +378,15 @@ def check(config: dict[str, Any]) -> None:
     for application in filter(is_graph, applications_of(config)):
         args = GraphArgs.model_validate(_mapping(application, "args"))
         for deployment in deployments_of(application):
-            settings = _mapping(deployment, "user_config")
-            if deployment.get("name") == "Ingress":
+            name, settings = deployment["name"], _mapping(deployment, "user_config")
+            if name not in DEPLOYMENTS:
+                known = ", ".join(DEPLOYMENTS)
+                raise ConfigError(f"there is no deployment {name!r}; the deployments are {known}")
+            if name == "Ingress":
                 IngressSettings.model_validate(settings)
-            if deployment.get("name") == "Refiner":
+            if name == "Model":
+                model_settings(settings)
+            if name == "Refiner":
                 refiner = refiner_settings(args.refiner, settings)
                 _known_backends(refiner)
                 _gpu_for(refiner, args.refiner_pool)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kestrel import api
 from kestrel.api import ModelDone
 from serve_graph import metrics, tracing
+from serve_graph.args import model_settings
+from serve_graph.reconfigured import FormerSettings
 
 if TYPE_CHECKING:
     from kestrel.api import ModelEvent, ModelResult, SegmentRequest
@@ -30,6 +32,7 @@ class ModelDeployment:
 
         self._engine = await InferenceEngine.create(config)
         metrics.log_with_serve()
+        self._former = FormerSettings()
         self._running = 0
         self._exported = {"steps": 0, "tokens": 0}
         # Kept, because asyncio itself holds its tasks weakly.
@@ -40,6 +43,7 @@ class ModelDeployment:
     async def _watch(self) -> None:
         """Export what the engine counts, once a second."""
         while True:
+            self._former.export()
             stats = self._engine.stats()
             metrics.level(metrics.MODEL_RUNNING, stats["running"])
             metrics.level(metrics.MODEL_WAITING, stats["waiting"])
@@ -48,6 +52,12 @@ class ModelDeployment:
                 metrics.count(spec, by=stats.get(key, 0) - self._exported[key])
                 self._exported[key] = stats.get(key, 0)
             await asyncio.sleep(1.0)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this with the deployment's ``user_config``, and would stop every replica of a
+        deployment without it. Nothing of a model changes in place."""
+        with self._former.stay():
+            model_settings(user_config)
 
     async def generate(
         self, request: SegmentRequest, request_id: str, timeout_s: float

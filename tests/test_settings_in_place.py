@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
+from ray.serve._private.build_app import build_app
 from serving import picture
 
 from kestrel.api_keys import ApiKey, hash_key, parse_keys
@@ -19,9 +20,11 @@ from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig
 from kestrel.seg_refiner.backends import BACKENDS
 from kestrel.seg_refiner.result import REASONS
 from serve_graph import metrics
-from serve_graph.args import GraphArgs, check, refiner_settings
+from serve_graph.app import build
+from serve_graph.args import DEPLOYMENTS, GraphArgs, check, refiner_settings
 from serve_graph.compose import GraphBackend
 from serve_graph.ingress import IngressDeployment
+from serve_graph.model import ModelDeployment
 from serve_graph.reconfigured import FormerSettings
 from serve_graph.refiner import RefinerDeployment
 
@@ -31,8 +34,8 @@ SQUARE = "M0 0L1 0L1 1L0 1Z"
 BOX = {"x_min": 0.3, "y_min": 0.3, "x_max": 0.6, "y_max": 0.6}
 
 
-def config(user_config: dict[str, Any], **args: Any) -> dict[str, Any]:
-    deployments = [{"name": "Refiner", "user_config": user_config}]
+def config(user_config: dict[str, Any], name: str = "Refiner", **args: Any) -> dict[str, Any]:
+    deployments = [{"name": name, "user_config": user_config}]
     application = {"import_path": BUILD, "args": args, "deployments": deployments}
     return {"applications": [application]}
 
@@ -83,6 +86,26 @@ def test_an_empty_value_in_the_place_of_a_mapping_is_taken(value: Any) -> None:
             check(given)
     with pytest.raises(ValueError, match=r"args must be a mapping"):
         check({"applications": [{"import_path": BUILD, "args": value}]})
+
+
+def test_settings_of_a_model_are_deployed_in_place() -> None:
+    error = r"user_config\.max_batch_size: .*Model.* args\.runtime or args\.model_pool"
+    with pytest.raises(ValueError, match=error):
+        check(config({"max_batch_size": 4}, "Model"))
+    check(config({}, "Model"))
+
+
+def test_settings_of_a_deployment_that_is_not_there_are_deployed() -> None:
+    with pytest.raises(ValueError, match=r"'Refinr'; the deployments are Ingress, Model, Refiner"):
+        check(config({"refiner": "none"}, "Refinr"))
+    there = build_app(build(GraphArgs()), name="segment").deployments
+    assert {deployment.name for deployment in there} == set(DEPLOYMENTS)
+
+
+def test_a_deployment_is_not_told_that_its_settings_are_gone() -> None:
+    """Serve says nothing to a replica whose ``user_config`` is none."""
+    there = build_app(build(GraphArgs()), name="segment").deployments
+    assert [deployment.user_config for deployment in there] == [{}] * len(DEPLOYMENTS)
 
 
 def test_refiner_settings_that_fit_are_refused() -> None:
@@ -170,6 +193,18 @@ def test_a_refiner_that_serves_stops_for_settings_that_do_not_fit(
         assert levels["segment_former_settings_replicas"] == 0
 
     asyncio.run(run())
+
+
+def test_a_model_that_serves_stops_for_settings_that_do_not_fit(
+    levels: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has none that fit; its replicas serve, and new ones start."""
+    replica: Any = SimpleNamespace(_former=FormerSettings())
+    for user_config, refused in (({"max_batch_size": 4}, 1), ({}, 0), ({"device": "cuda"}, 1)):
+        with caplog.at_level("ERROR", "ray.serve"):
+            ModelDeployment.reconfigure(replica, user_config)
+        assert levels == {"segment_former_settings_replicas": refused}
+    assert "user_config.max_batch_size" in caplog.text
 
 
 def test_a_refiner_cannot_start_with_settings_that_do_not_fit(
