@@ -256,15 +256,22 @@ def test_settings_change_without_a_new_replica(graph: Graph, expected: list[Expe
         assert wait_for(
             lambda: graph.http.post("/v1/segment", json=ask).json()["path"] != expected[0].path
         )
-        # What does not fit stops nobody: replicas go on with what they have.
+        # What does not fit stops nobody: replicas go on with what they have, and one that dies is
+        # replaced.
+        config["applications"][0]["deployments"] += [{"name": "Model"}]
         for deployment in config["applications"][0]["deployments"]:
             deployment["user_config"] = {"refine_timout_s": 30}
         graph.deploy(config)
-        assert wait_for(lambda: told(graph, "former settings stay") == {"Ingress", "Refiner"})
+        refused = {"Ingress", "Model", "Refiner"}
+        assert wait_for(lambda: told(graph, "former settings stay") == refused)
         assert changed()
+        before[REFINER].remove(kill_one(graph, REFINER))
+        assert wait_for(lambda: len(graph.pids(REFINER)) > len(before[REFINER]), PATIENCE_S)
+        assert wait_for(graph.settled, PATIENCE_S)
     finally:
         graph.deploy(graph.config)
-    assert {title: set(graph.pids(title)) for title in (MODEL, REFINER)} == before
+    after = {title: set(graph.pids(title)) for title in (MODEL, REFINER)}
+    assert after[MODEL] == before[MODEL] and after[REFINER] > before[REFINER]
     assert wait_for(lambda: not changed())
 
 
