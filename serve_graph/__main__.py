@@ -23,10 +23,11 @@ from kestrel.ports import written
 from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
 from serve_graph.args import check
-from serve_graph.environment import BEFORE_RAY, SERVE_PROXY
+from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.launch import LocalCluster, free_port, require_free
+from serve_graph.ray_token import MODE
 from serve_graph.serve_keys import check_keys
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
@@ -99,6 +100,15 @@ def sample_request(folder: Path) -> tuple[str, Path]:
     return sample["noun"], path
 
 
+def driver_variables(cluster: LocalCluster) -> str:
+    """What a Ray program on this machine needs before it to find the cluster and be let in, for a
+    shell; but for the token itself."""
+    names = (*LOOPBACK, MODE, "RAY_AUTH_TOKEN_PATH")
+    variables = {name: cluster.variables[name] for name in names if name in cluster.variables}
+    variables["RAY_ADDRESS"] = cluster.address
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+
+
 def _check_numbers(options: argparse.Namespace) -> None:
     """LaunchError for what Ray or a clock would refuse later, or wait for without an end."""
     for name, least in (("num_cpus", 1), ("num_gpus", 0), ("drain_s", 0)):
@@ -143,7 +153,7 @@ def up(options: argparse.Namespace) -> None:
 
 dashboard   {cluster.dashboard}
 Ray Client  SegmentClient("{cluster.client_address}")
-handle      RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS={cluster.address}
+handle      {driver_variables(cluster)}
 token       {cluster.variables.get("RAY_AUTH_TOKEN_PATH", "as in your environment")}
 logs        {cluster.dir}/session_latest/logs/serve
 

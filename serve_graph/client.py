@@ -7,7 +7,9 @@
 
 All doors take the same arguments, give the same answer, and raise the same ``RequestError`` types
 of ``kestrel.api``. An address that starts with ``ray://`` or none at all needs Ray's token
-(``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``), not an API key.
+(``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``), not an API key. Where there
+is one, it is shown to the cluster at that address, unless ``RAY_AUTH_MODE`` is ``disabled``.
+Without an address ``RAY_ADDRESS`` says where the cluster is, or Ray finds one on this machine.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from kestrel.server.compose import within
-from serve_graph.launch import LOOPBACK
+from serve_graph.environment import LOOPBACK
+from serve_graph.ray_token import MODE, use_token
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -84,15 +85,20 @@ class HandleDoor:
             os.environ.update(LOOPBACK)
         import ray
         from ray import serve
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
         self._connected_here = not ray.is_initialized()
         if self._connected_here:
             try:
+                use_token()
                 ray.init(address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-            except (ValueError, RuntimeError) as error:
-                raise ConnectionError(f"no Ray cluster at {address or 'auto'}: {error}") from error
+            except (ValueError, RuntimeError, ConnectionError, RayError) as error:
+                raise ConnectionError(
+                    f"no Ray cluster at {address or 'auto'}: {error}; one that asks for Ray's "
+                    f"token needs RAY_AUTH_MODE=token (it is {os.environ.get(MODE, 'not set')}) "
+                    "and its token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+                ) from error
         self._ray = ray
         self._timeout_s = timeout_s
         self._task_error = RayTaskError

@@ -1,4 +1,5 @@
-"""Ray's token: found or made before Ray starts, and the refusal to start without one."""
+"""Ray's token: found or made before Ray starts, the refusal to start without one, and shown by a
+program that connects."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from serve_graph.errors import LaunchError
+
+MODE = "RAY_AUTH_MODE"
+"""Variable by which Ray knows whether it asks for a token, and shows one."""
 
 
 def token_variables(
@@ -47,6 +52,24 @@ def token_variables(
         except OSError:
             continue
     raise LaunchError(f"could not write a Ray token to {Path.home()} or {private_dir}")
+
+
+def use_token() -> None:
+    """Have this process show the token that it has to the cluster that it is about to connect to,
+    unless ``RAY_AUTH_MODE`` says otherwise: Ray does so by itself only for a cluster that it has
+    found, not for one whose address it is given.
+
+    Raises ``ray.exceptions.AuthenticationError`` where ``RAY_AUTH_TOKEN_PATH`` leads nowhere.
+    """
+    if MODE in os.environ:
+        return
+    import ray._raylet
+
+    compiled: Any = ray._raylet
+    if compiled.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        os.environ[MODE] = "token"
+        # It has read the variable when it was imported.
+        compiled.Config.initialize("")
 
 
 def token(variables: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,24 @@ pytest_plugins = ["scripted"]
 def address(backend: ScriptedBackend) -> Iterator[str]:
     with served(build_app(backend)) as url:
         yield url
+
+
+def test_a_ray_cluster_that_does_not_let_in_is_no_word_about_its_token(monkeypatch):
+    ray = pytest.importorskip("ray")
+    exceptions = pytest.importorskip("ray.exceptions")
+    monkeypatch.setattr("serve_graph.handle_door.use_token", lambda: None)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for error in (
+        ConnectionError("ray client connection timeout"),
+        exceptions.AuthenticationError("the token is missing"),
+        RuntimeError("not found"),
+    ):
+        monkeypatch.setattr(ray, "init", Mock(side_effect=error))
+        with pytest.raises(
+            ConnectionError, match=r"RAY_AUTH_MODE=token \(it is not set\)"
+        ) as raised:
+            SegmentClient("ray://127.0.0.1:1")
+        assert str(error)[:20] in str(raised.value)
 
 
 def everyhow(address: str, **options: Any) -> list[Any]:

@@ -331,7 +331,9 @@ def test_a_deployment_without_a_name_is_refused_by_its_place(
         __main__.read_config(written(tmp_path, config), None)
 
 
-def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_lets_requests_finish_before_it_stops_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     done: list[str] = []
 
     def note(what: str) -> Callable[..., None]:
@@ -353,6 +355,54 @@ def test_up_lets_requests_finish_before_it_stops_ray(monkeypatch: pytest.MonkeyP
         for number, handler in before.items():
             signal.signal(number, handler)
     assert done == ["start", "deploy", "wait", "drain", "stop"]
+    # What a Ray program needs stands there to be copied.
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("handle ")]
+    variables = dict(one.split("=") for one in line.split()[1:])
+    assert variables.pop("RAY_ADDRESS").startswith("127.0.0.1:")
+    assert variables == {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / ".ray" / "auth_token"),
+    }
+
+
+SHOWN = """
+import os{first}
+from serve_graph.ray_token import use_token
+use_token()
+from ray._raylet import AuthenticationMode, get_authentication_mode
+print(get_authentication_mode() == AuthenticationMode.TOKEN, os.environ.get("RAY_AUTH_MODE"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "shown"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 32}, "", "True token"),
+        ({"RAY_AUTH_TOKEN_PATH": "token"}, ", ray", "True token"),
+        ({"HOME": "home"}, ", ray", "True token"),
+        ({}, "", "False None"),
+        ({"HOME": "home", "RAY_AUTH_MODE": "disabled"}, "", "False disabled"),
+    ],
+    ids=["variable", "file", "home", "none", "turned off"],
+)
+def test_a_program_with_a_token_does_not_show_it(
+    tmp_path: Path, given: dict[str, str], first: str, shown: str
+) -> None:
+    """Also where it has imported Ray before, which then has read how to connect."""
+    for file in (tmp_path / "token", tmp_path / "home" / ".ray" / "auth_token"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("0" * 32)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(launch.REPOSITORY), "HOME": "/-"}
+    ran = subprocess.run(
+        [sys.executable, "-c", SHOWN.format(first=first)],
+        env={**environment, **given},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == shown
 
 
 # Its ports

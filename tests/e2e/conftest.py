@@ -20,6 +20,7 @@ from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph, body, enlarged
 from kestrel.api_keys import hash_key
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample, load_samples
+from serve_graph.environment import LOOPBACK
 from serve_graph.launch import LocalCluster, free_port
 
 
@@ -46,9 +47,15 @@ def statuses_until_ready(cluster: LocalCluster, url: str) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def graph() -> Iterator[Graph]:
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     token = secrets.token_hex(16)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    # Programs of a user who has the token where Ray looks for it, and sets no more than what `up`
+    # says of the address.
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(token)
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("RAY_")}
+    environment["HOME"] = str(home)
     config = read_config(LOCAL, free_port())
     args = config["applications"][0]["args"]
     # Serve writes the config as it stands into its own log.
@@ -63,7 +70,8 @@ def graph() -> Iterator[Graph]:
     with cluster:
         cluster.deploy(config)
         health = statuses_until_ready(cluster, f"{url}/healthz")
-        driver = Driver(cluster.address, environment)
+        by_handle = {**LOOPBACK, "RAY_ADDRESS": cluster.address}
+        driver = Driver(None, {**environment, **by_handle})
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=url, headers=headers, timeout=120) as http:
             yield Graph(cluster, config, url, http, driver, environment, health)

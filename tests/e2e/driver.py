@@ -87,7 +87,7 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    with SegmentClient(sys.argv[1]) as client:
+    with SegmentClient(*sys.argv[1:]) as client:
         print(json.dumps({"ok": "connected"}), flush=True)
         for line in sys.stdin:
             command, ask = json.loads(line)

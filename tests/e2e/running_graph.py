@@ -29,9 +29,10 @@ REFINE_TIMEOUT_S = 10.0
 class Driver:
     """A process with a client of the graph; see driver.py."""
 
-    def __init__(self, address: str, environment: dict[str, str]) -> None:
+    def __init__(self, address: str | None, environment: dict[str, str]) -> None:
+        given = [] if address is None else [address]
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("driver.py")), address],
+            [sys.executable, str(Path(__file__).with_name("driver.py")), *given],
             env={**environment, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

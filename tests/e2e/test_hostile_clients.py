@@ -110,7 +110,7 @@ def test_no_log_of_the_cluster_shows_a_key_or_the_token(
     for headers in ({"Authorization": f"Bearer {wrong}"}, {"X-Moondream-Auth": wrong}):
         reply = httpx.post(f"{graph.url}/v1/segment", json=body(samples[0]), headers=headers)
         assert reply.status_code == 401
-    token = graph.environment["RAY_AUTH_TOKEN"]
+    token = graph.cluster.variables["RAY_AUTH_TOKEN"]
     logs = [f for f in Path(graph.cluster.dir).glob("session_2*/logs/**/*") if f.is_file()]
     assert logs
     shown = [
