@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel.api import DeadlineExceeded, ModelEvent, ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import within
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
-from kestrel.server.compose import compose_events, within
+from kestrel.server.compose import compose_events
 from kestrel.server.room import Room
 from serve_graph import metrics
 from serve_graph.halves import Deadline, ModelHalf, RefinerHalf, RefinerUnavailable

@@ -27,8 +27,8 @@ from kestrel.api import (
     RequestError,
     SegmentRequest,
 )
+from kestrel.deadlines import within
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
-from kestrel.server.compose import within
 from serve_graph import metrics
 from serve_graph.hedge import Hedge
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
-from kestrel.server.compose import within
+from kestrel.deadlines import within
 from serve_graph.environment import LOOPBACK
 from serve_graph.ray_token import MODE, use_token
 

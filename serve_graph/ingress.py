@@ -20,8 +20,8 @@ from kestrel.answers import segment_response
 from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import within
 from kestrel.seg_refiner.result import REASONS
-from kestrel.server.compose import within
 from kestrel.server.room import Place
 from serve_graph import metrics
 from serve_graph.args import IngressSettings

@@ -14,8 +14,8 @@ import pytest
 from scripted import ASK, BOX, LIMITS, WELL, ScriptedBackend, refused
 from serving import base64_text, connected, picture, post_bytes, post_head, served, until
 
+from kestrel.deadlines import within
 from kestrel.server import routes
-from kestrel.server.compose import within
 from kestrel.server.routes import build_app
 
 pytest_plugins = ["scripted"]

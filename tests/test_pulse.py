@@ -21,7 +21,7 @@ from kestrel.api import (
     SegmentRequest,
 )
 from kestrel.config import RuntimeConfig
-from kestrel.server.compose import within
+from kestrel.deadlines import within
 from serve_graph import pulse
 from serve_graph.compose import GraphBackend
 from serve_graph.hedge import Hedge

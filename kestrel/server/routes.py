@@ -19,9 +19,10 @@ from kestrel import answers, api
 from kestrel.api import DeadlineExceeded, ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import within
 from kestrel.docs_page import docs_page
 from kestrel.openapi import openapi_document
-from kestrel.server.compose import Refinement, server_timing, within
+from kestrel.server.compose import Refinement, server_timing
 from kestrel.server.envelope import Ended, Envelope
 from kestrel.server.room import Place, Room
 from kestrel.server.sending import (

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kestrel import answers
 from kestrel.api import DeadlineExceeded
-from kestrel.server.compose import cancelled, within
+from kestrel.deadlines import cancelled, within
 
 log = logging.getLogger(__name__)
 
