@@ -115,7 +115,8 @@ def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
     floor = math.ceil(aim.rps / profile.model_per_s)
     refiner_rate = aim.rps * aim.refined_share
     few = max(1, math.ceil(refiner_rate / profile.refiner_per_s(threads)))
-    ample = min(MOST_REFINERS, 2 * few + 8)
+    # Ample also while those that are lost are away.
+    ample = min(MOST_REFINERS, 2 * few + 8 + aim.lost_refiners)
     if floor > MOST_MODELS or few > MOST_REFINERS:
         raise PlanError(
             f"{aim.rps:g} requests/s need {floor} model replicas and {few} refiners even when all "
@@ -125,7 +126,8 @@ def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
     if models is None:
         best = tried[MOST_MODELS, ample].percentile(99)
         raise PlanError(
-            f"p99 {aim.p99_s:g} s is not reached with {MOST_MODELS} model replicas: {best:.2f} s"
+            f"p99 {aim.p99_s:g} s is not reached with {MOST_MODELS} model replicas and {ample} "
+            f"refiners: {best:.2f} s"
         )
     refiners = _smallest(few, ample, lambda n: holds(models, n))
     assert refiners is not None, "the ample pool held the aim"

@@ -87,6 +87,13 @@ def test_replicas_that_may_be_lost_are_planned_for() -> None:
     assert ready.models > calm.models and ready.refiners > calm.refiners
 
 
+def test_more_refiners_may_be_lost_than_the_load_alone_would_need() -> None:
+    light = replace(AIM, rps=5.0, lost_refiners=12, lost_models=4)
+    plan = search(MADE_UP, light, STARTS, threads=2)
+    assert plan.outcome.percentile(99) <= AIM.p99_s
+    assert 12 < plan.refiners < 20 and 4 < plan.models < 10
+
+
 def test_the_rate_of_a_plan_is_that_of_its_load_although_replicas_come_back_later() -> None:
     plan = search(MADE_UP, replace(AIM, lost_models=2), STARTS, threads=2)
     assert plan.outcome.answered_per_s == pytest.approx(AIM.rps, rel=0.1)
