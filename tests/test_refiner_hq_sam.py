@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from devices import DEVICES
+from PIL import Image
 
 from kestrel.config import ConfigError, RefinerConfig
 from kestrel.seg_refiner import SegmentRefiner
-from kestrel.seg_refiner.hq_sam import HqSamRefiner
+from kestrel.seg_refiner.hq_sam import DEVIATION, MEAN, HqSamRefiner
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
@@ -108,6 +109,30 @@ def test_box_and_mask_reach_the_model_in_its_own_pixels(saved):
     assert prompt[4, 8] == 10 and prompt[4, 0] == -10 and prompt[12, 8] == -10
     # Below the picture there is nothing.
     assert not seen["pixel_values"][0, :, 33:].any()
+
+
+@needs_transformers
+def test_a_small_crop_is_enlarged_without_steps_as_sam_s_own_processor_does(saved):
+    refine = HqSamRefiner(config(saved))
+    seen = {}
+    model = refine._model
+
+    def spy(**inputs):
+        seen.update(inputs)
+        return model(**inputs)
+
+    refine._model = spy
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:] = np.arange(0, 240, 30, np.uint8)[:, None]
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = mask[0] = 1
+    refine(image, mask)
+    pixels = seen["pixel_values"][0].numpy().transpose(1, 2, 0) * DEVIATION + MEAN
+    bilinear = Image.fromarray(image).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.abs(pixels - np.asarray(bilinear)).max() <= 1
+    # The mask's edge lies between two of the prompt's pixels.
+    row = seen["input_masks"][0, 0, 8]
+    assert (row[:7] == 10).all() and (row[9:] == -10).all() and 0 < row[7] < 10 and -10 < row[8] < 0
 
 
 @needs_transformers

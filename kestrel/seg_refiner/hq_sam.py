@@ -74,12 +74,14 @@ class HqSamRefiner:
         # The longest side fills the model's square, zeros below or on the right fill the rest.
         scale = side / max(height, width)
         fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
+        # Enlarging, means over areas would repeat pixels.
+        kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         pixels = np.zeros((side, side, 3), np.float32)
-        small = cv2.resize(image, fitted, interpolation=cv2.INTER_AREA)
-        pixels[: fitted[1], : fitted[0]] = (small - MEAN) / DEVIATION
+        resized = cv2.resize(image, fitted, interpolation=kind)
+        pixels[: fitted[1], : fitted[0]] = (resized - MEAN) / DEVIATION
         coverage = np.zeros((side, side), np.float32)
         coverage[: fitted[1], : fitted[0]] = cv2.resize(
-            mask.astype(np.float32), fitted, interpolation=cv2.INTER_AREA
+            mask.astype(np.float32), fitted, interpolation=kind
         )
         prompt_size = (self._mask_side, self._mask_side)
         prompt = cv2.resize(coverage, prompt_size, interpolation=cv2.INTER_AREA)
