@@ -117,6 +117,31 @@ def test_a_box_over_the_edge_is_cut_and_the_path_keeps_its_place() -> None:
     assert (decode.points, decode.sizes) == ([(0.0, 0.75)], [(0.5, 1.0)])
 
 
+@pytest.mark.parametrize("radii", ["380 150", "- 380 150", "150 380"])
+@pytest.mark.parametrize("rotation", ["0", "30", "90", "- 135", "720"])
+@pytest.mark.parametrize("flags", ["0 1", "1 0"])
+def test_a_turned_arc_keeps_its_place_in_a_box_that_is_cut(radii, rotation, flags) -> None:
+    arc = f"A {radii} {rotation} {flags}"
+    tokens = spelled(f"M 300 200 {arc} 480 700 {arc.lower()} - 100 - 300 Z")
+
+    def curves(*box: Token) -> list[tuple[float, ...]]:
+        """The path in parts of the image, arcs as curves."""
+        decode, _ = decoded([*box, *tokens, EOS])
+        assert decode.bbox is not None
+        x, y = decode.bbox["x_min"], decode.bbox["y_min"]
+        placed = transform(
+            parse_path(decode.path), decode.bbox["x_max"] - x, decode.bbox["y_max"] - y, x, y
+        )
+        return [numbers for _, numbers in placed.commands]
+
+    whole = curves(Coord(0.5), Coord(0.5), Size(0.5, 1.0))
+    # In half the image, at whose edge a quarter of the box is cut off.
+    cut = curves(Coord(0.125), Coord(0.5), Size(0.5, 1.0))
+    for there, here in zip(whole, cut, strict=True):
+        moved = [number + (0.375, 0.0)[place % 2] for place, number in enumerate(here)]
+        assert there == pytest.approx(moved, abs=1e-4)
+
+
 def test_a_first_move_in_lower_case_is_misplaced_in_a_box_over_the_edge() -> None:
     box: list[Token] = [Coord(0.0), Coord(0.75), Size(0.5, 1.0)]
     decode, _ = decoded([*box, *spelled("m 480 0 480 480 - 480 0 m 0 - 480 z"), EOS])

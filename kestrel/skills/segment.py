@@ -6,6 +6,8 @@ text tokens that spell the path, then EOS. EOS in the first place means that not
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -121,25 +123,52 @@ class _Frame:
 
     def written(self, letter: str, numbers: list[int]) -> str:
         """One whole command as path data."""
+        if letter in "Aa":
+            return letter + " ".join(self._arc(numbers, letter.islower()))
+        axes = (1,) if letter in "Vv" else (0, 1)
         return letter + " ".join(
-            self._argument(letter, place, value) for place, value in enumerate(numbers)
+            self._scaled(value, axes[place % len(axes)], letter.islower())
+            for place, value in enumerate(numbers)
         )
 
-    def _argument(self, letter: str, place: int, value: int) -> str:
-        kind = letter.upper()
-        axis = 1 if kind == "V" else place % 2
-        length = letter.islower()
-        if kind == "A":
-            if place in (3, 4) and value not in (0, 1):
-                raise _Malformed(f"an arc's flag is {value}, not 0 or 1")
-            if place in (2, 3, 4):  # degrees and flags have no place on the grid
-                return str(value)
-            length = length or place < 2
-            axis = place if place < 2 else place - 5
-        scaled = value * self.scale[axis] + (0.0 if length else self.offset[axis])
-        # Five decimals: a tenth of a pixel in a box of 10,000.
-        text = f"{scaled:.5f}".rstrip("0").rstrip(".")
-        return "0" if text == "-0" else text
+    def _arc(self, numbers: list[int], relative: bool) -> Iterator[str]:
+        rx, ry, rotation, *flags, x, y = numbers
+        for flag in flags:
+            if flag not in (0, 1):
+                raise _Malformed(f"an arc's flag is {flag}, not 0 or 1")
+        if rotation % 180 == 0 or self.scale[0] == self.scale[1]:
+            yield from (self._scaled(rx, 0, True), self._scaled(ry, 1, True), str(rotation))
+        else:
+            yield from map(_decimal, _stretched(rx, ry, rotation, self.scale))
+        yield from map(str, flags)
+        yield from (self._scaled(x, 0, relative), self._scaled(y, 1, relative))
+
+    def _scaled(self, value: int, axis: int, length: bool) -> str:
+        return _decimal(value * self.scale[axis] + (0.0 if length else self.offset[axis]))
+
+
+def _decimal(value: float) -> str:
+    # Five decimals: a tenth of a pixel in a box of 10,000.
+    text = f"{value:.5f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def _stretched(
+    rx: float, ry: float, rotation: float, scale: tuple[float, float]
+) -> tuple[float, float, float]:
+    """Radii and rotation, degrees, of a turned ellipse whose axes are scaled apart.
+
+    It is the unit circle under the matrix scale · rotation · radii, so its radii are the singular
+    values, turned as the left singular vectors are: J. Blinn, "Consider the lowly 2×2 matrix", IEEE
+    Computer Graphics and Applications 16(2), 1996.
+    """
+    turn = math.radians(rotation % 360)
+    (sx, sy), rx, ry = scale, abs(rx), abs(ry)
+    a, b = sx * math.cos(turn) * rx, -sx * math.sin(turn) * ry
+    c, d = sy * math.sin(turn) * rx, sy * math.cos(turn) * ry
+    same, other = math.hypot(a + d, c - b) / 2, math.hypot(a - d, c + b) / 2
+    angle = (math.atan2(c + b, a - d) + math.atan2(c - b, a + d)) / 2
+    return same + other, abs(same - other), math.degrees(angle)
 
 
 class _PathReader:
