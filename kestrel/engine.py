@@ -10,7 +10,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -46,7 +46,7 @@ __all__ = ["EngineError", "EngineResult", "InferenceEngine", "SegmentStream"]
 log = logging.getLogger(__name__)
 
 Refinement = SegmentRefineBitmapsResult | None
-"""None where the engine has no refiner."""
+"""None where the engine has no refiner, and no masks are asked for."""
 Outcome = tuple[ModelResult, Refinement]
 """The model half and what refinement made of it."""
 
@@ -286,7 +286,7 @@ class InferenceEngine:
         a thread takes it. ``complete``, ``stream`` and ``halves`` do this themselves, without
         decoding the image again unless it is large or many are held.
         """
-        if self.config.refiner is None:
+        if self.config.refiner is None and not request.return_base64:
             return None
         if request.image is None or not model.refinable:
             return self._unrefined(model, "no_image" if request.image is None else "no_path")
@@ -346,6 +346,9 @@ class InferenceEngine:
 
     async def _check(self) -> None:
         request = check_request(self._samples)
+        if self.config.refiner is None:
+            # It makes no masks, which is nothing that a check finds out.
+            request = replace(request, return_base64=False)
         job = self._submit(request, "health", None, events=False, always=True)
         outcome = await self._outcome(job)
         if not job.finite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,21 @@ def failing(error: Exception) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+async def test_masks_that_an_engine_without_a_refiner_is_asked_for_are_counted_as_missing(
+    engine, ask, monkeypatch, caplog
+):
+    monkeypatch.setattr(engine, "config", replace(engine.config, refiner=None))
+    monkeypatch.setattr(engine, "_refiner", None)
+    found, reason = await refined_again(engine, ask, caplog)
+    assert reason == "unavailable" and not MASKS & set(found)
+    # Its path is the model's by its configuration, and nobody misses the masks of a health check.
+    before = engine.stats()["refinements"]
+    caplog.clear()
+    await engine.segment(**ask)
+    await engine._check()
+    assert engine.stats()["refinements"] == before and not caplog.records
 
 
 async def test_a_refiner_that_raises_leaves_the_models_path_and_the_coarse_mask(
