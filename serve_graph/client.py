@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
@@ -26,6 +26,7 @@ import PIL.Image
 
 from kestrel.api import SegmentSettings, validate_segment
 from kestrel.config import Limits
+from serve_graph.loop_thread import LoopThread
 
 Image = bytes | np.ndarray | str | os.PathLike[str]
 Answer = dict[str, Any]
@@ -35,21 +36,27 @@ class Door(Protocol):
     """One way to the service. A call is the contract's fields, validated and without those that
     are not given; its image is encoded bytes."""
 
-    def call(self, fields: dict[str, Any]) -> Answer: ...
-    def events(self, fields: dict[str, Any]) -> Iterator[Answer]: ...
     async def acall(self, fields: dict[str, Any]) -> Answer: ...
-    def aevents(self, fields: dict[str, Any]) -> AsyncIterator[Answer]: ...
-    def close(self) -> None: ...
-    async def aclose(self) -> None: ...
+    def aevents(self, fields: dict[str, Any]) -> AsyncGenerator[Answer, None]: ...
+    async def leave_loop(self) -> None:
+        """Close what calls in the running event loop have opened."""
+
+    def close(self) -> None:
+        """Close what all loops share."""
 
 
 class SegmentClient:
-    """Calls the segmentation service; usable from threads and from asyncio.
+    """Calls the segmentation service; usable from threads and from asyncio, where ``segment`` works
+    too, but holds up the event loop.
 
     ``address``: ``http(s)://...``; ``ray://host:port``; or None, ``"auto"`` or ``host:port`` of a
     Ray cluster that this machine is part of. ``api_key`` is for HTTP only. ``timeout_s`` is the
-    deadline of each request, seconds, where the service's own is not shorter. ``app`` names the
-    Serve application for the two Ray doors.
+    deadline of each call, seconds, where the service's own is not shorter: from when its image is
+    encoded to its answer, or to the last event of its stream, which may come a second later.
+    ``app`` names the Serve application for the two Ray doors.
+
+    Nothing here bounds how many calls are under way at once: what is too much for the service's
+    queues it refuses (``Overloaded``). Over HTTP each has a connection, hence an open file.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class SegmentClient:
             from serve_graph.handle_door import HandleDoor
 
             self._door = HandleDoor(address, app=app, timeout_s=timeout_s)
+        self._thread = LoopThread(self._door.leave_loop)
 
     @overload
     def segment(
@@ -129,7 +137,9 @@ class SegmentClient:
             settings=settings,
             model=model,
         )
-        return self._door.events(fields) if stream else self._door.call(fields)
+        if stream:
+            return self._thread.each(self._door.aevents(fields))
+        return self._thread.run(self._door.acall(fields))
 
     async def asegment(
         self,
@@ -199,7 +209,9 @@ class SegmentClient:
         return fields
 
     def close(self) -> None:
-        """Close connections; disconnects from Ray when this client connected to it."""
+        """Close the connections of calls that were not awaited; disconnects from Ray when this
+        client connected to it."""
+        self._thread.close()
         self._door.close()
 
     def __enter__(self) -> SegmentClient:
@@ -212,7 +224,8 @@ class SegmentClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._door.aclose()
+        await self._door.leave_loop()
+        self.close()
 
 
 def _encoded(image: bytes | np.ndarray) -> bytes:

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from kestrel.deadlines import within
 from serve_graph.environment import LOOPBACK
+from serve_graph.patience import Patience
 from serve_graph.ray_token import MODE, use_token
 
 if TYPE_CHECKING:
@@ -26,54 +28,31 @@ os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
 
 T = TypeVar("T")
 
-LATE_S = 1.0
-"""How long an event is waited for when the deadline is over, seconds: the ingress says so in an
-event of its own, and what came in time takes a moment to be fetched."""
 
-
-async def in_threads(items: Generator[T, None, None]) -> AsyncGenerator[T, None]:
-    """What a generator that blocks gives, each item waited for in a thread. Left early, it is
-    closed once the item that it is at has come."""
+async def in_threads(
+    items: Generator[T, None, None], leave: Callable[[], None]
+) -> AsyncGenerator[T, None]:
+    """What a generator that blocks gives, each item waited for in a thread. Left early, it is told
+    so by ``leave``, and closed once it gives up the wait or the item has come."""
     waiting: asyncio.Future[T | None] | None = None
     try:
         while True:
-            waiting = asyncio.ensure_future(asyncio.to_thread(next, items, None))
-            item = await asyncio.shield(waiting)
+            # Not a task, which a loop that ends cancels, thread or not.
+            waiting = asyncio.get_running_loop().run_in_executor(None, next, items, None)
+            # Left, the thread goes on. Not ``shield``, which from Python 3.14 on reports what those
+            # who left did not hear.
+            await asyncio.wait({waiting})
+            item = waiting.result()
             if item is None:
                 return
             yield item
     finally:
         # A generator that runs cannot be closed, and a thread cannot be cancelled.
-        if waiting is not None and not waiting.done():
+        leave()
+        if waiting is not None:
             await asyncio.wait({waiting})
+            waiting.exception()  # heard
         await asyncio.to_thread(items.close)
-
-
-@contextlib.contextmanager
-def own_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop for this thread to wait in; what still waits in it at the end is cancelled."""
-    loop = asyncio.new_event_loop()
-    try:
-        yield loop
-    finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left))
-        loop.close()
-
-
-class Patience:
-    """How long the events of a stream are waited for."""
-
-    def __init__(self, seconds: float) -> None:
-        """``seconds``: the deadline of the request, from now."""
-        self._deadline = time.monotonic() + seconds
-
-    def until(self) -> float:
-        """Up to when the next event is waited for, by ``time.monotonic()``."""
-        return max(self._deadline, time.monotonic()) + LATE_S
 
 
 class HandleDoor:
@@ -129,16 +108,6 @@ class HandleDoor:
                 raise error.cause from None
             raise ServiceFault("internal error") from error
 
-    def call(self, fields: dict[str, Any]) -> dict[str, Any]:
-        with self._plain_errors():
-            response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
-            try:
-                answer: dict[str, Any] = response.result(timeout_s=self._timeout_s)
-                return answer
-            except BaseException:
-                response.cancel()
-                raise
-
     async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with self._plain_errors():
             response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
@@ -149,34 +118,22 @@ class HandleDoor:
                 response.cancel()
                 raise
 
-    def events(self, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    async def aevents(self, fields: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         if self._through_queue:
-            yield from self._queued_events(fields)
-            return
-        patience, response = Patience(self._timeout_s), self._streamed(fields)
-        # Not ``next(response)``, whose wait nothing can end.
-        with own_loop() as loop:
-            try:
-                with self._plain_errors():
-                    while True:
-                        awaited = within(patience.until(), response.__anext__())
-                        yield loop.run_until_complete(awaited)
-            except StopAsyncIteration:
-                return
-            finally:
-                response.cancel()
-
-    async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        if self._through_queue:
-            async with contextlib.aclosing(in_threads(self._queued_events(fields))) as events:
+            left = threading.Event()
+            waited_for = in_threads(self._queued_events(fields, left), left.set)
+            async with contextlib.aclosing(waited_for) as events:
                 async for event in events:
                     yield event
             return
         patience, response = Patience(self._timeout_s), self._streamed(fields)
+        # Not ``anext(response)`` alone, whose wait nothing can end.
         try:
             with self._plain_errors():
                 while True:
-                    yield await within(patience.until(), response.__anext__())
+                    with patience.waiting() as until:
+                        event = await within(until, response.__anext__())
+                    yield event
         except StopAsyncIteration:
             return
         finally:
@@ -186,15 +143,19 @@ class HandleDoor:
         handle = self._handle.options(stream=True)
         return handle.stream.remote(timeout_s=self._timeout_s, **fields)
 
-    def _queued_events(self, fields: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    def _queued_events(
+        self, fields: dict[str, Any], left: threading.Event
+    ) -> Generator[dict[str, Any], None, None]:
+        """The events of a stream, waited for until ``left`` is set."""
         from ray.util.queue import Queue
 
         patience, queue = Patience(self._timeout_s), Queue(actor_options={"num_cpus": 0})
         response = self._handle.stream_into.remote(queue, timeout_s=self._timeout_s, **fields)
         try:
             with self._plain_errors():
-                while True:
-                    event = self._queued(queue, response, patience.until())
+                while not left.is_set():
+                    with patience.waiting() as until:
+                        event = self._queued(queue, response, until, left)
                     if isinstance(event, RequestError):
                         raise event
                     yield event
@@ -204,24 +165,24 @@ class HandleDoor:
             response.cancel()
             queue.shutdown(force=True)
 
-    def _queued(self, queue: Queue, response: Any, until: float) -> Any:
-        """The next item of the queue that ``response`` fills, waited for ``until`` then."""
+    def _queued(self, queue: Queue, response: Any, until: float, left: threading.Event) -> Any:
+        """The next item of the queue that ``response`` fills, waited for ``until`` then, or until
+        a second after the stream is ``left``."""
         from ray.util.queue import Empty
 
         actor: Any = queue.actor
-        while (left := until - time.monotonic()) > 0:
+        while (seconds := until - time.monotonic()) > 0 and not left.is_set():
             try:
                 # As ``queue.get`` does, but bounded also where the queue's actor does not start.
-                return self._ray.get(actor.get.remote(min(1.0, left)), timeout=left)
+                return self._ray.get(actor.get.remote(min(1.0, seconds)), timeout=seconds)
             except Empty:
                 # Still running: a timeout. An ingress that died cannot say so in the queue.
                 with contextlib.suppress(*self._late):
                     response.result(timeout_s=0.0)
         raise DeadlineExceeded()
 
+    async def leave_loop(self) -> None: ...
+
     def close(self) -> None:
         if self._connected_here:
             self._ray.shutdown()
-
-    async def aclose(self) -> None:
-        self.close()

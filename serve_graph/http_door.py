@@ -7,14 +7,18 @@ import base64
 import contextlib
 import json
 import threading
+import time
 from asyncio import AbstractEventLoop
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx
 
 from kestrel.api import DeadlineExceeded, error_from_response
+from kestrel.deadlines import within
+from serve_graph.patience import Patience
 
+HEADER = "X-Request-Timeout-Ms"
 LAST = ("final", "error")
 """Types of the event that ends a stream."""
 # A body without a length ends where its connection does, whole or not.
@@ -25,42 +29,50 @@ class HttpDoor:
     """POST /v1/segment, plain and SSE. Calls are the contract's fields."""
 
     def __init__(self, address: str, *, api_key: str | None, timeout_s: float) -> None:
-        headers = {"X-Request-Timeout-Ms": str(max(1, round(timeout_s * 1e3)))}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
-        options: dict[str, Any] = {
+        self._timeout_s = timeout_s
+        self._options: dict[str, Any] = {
             "base_url": address.rstrip("/"),
-            "timeout": timeout_s,
-            "headers": headers,
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # Reading the certificates takes its time, which is no call's.
+            "verify": httpx.create_ssl_context(),
+            # httpx's is for each step of a request; here the whole of it has a deadline.
+            "timeout": None,
+            # No queue before those of the service. Of idle ones httpx keeps its default: the time
+            # that it takes for each request grows with the square of their number.
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
         }
-        self._options = options
-        self._client = httpx.Client(**options)
         self._lock = threading.Lock()
-        self._async_clients: dict[AbstractEventLoop, httpx.AsyncClient] = {}
+        self._clients: dict[AbstractEventLoop, httpx.AsyncClient] = {}
         """By event loop: connections belong to the loop that opened them."""
 
-    def call(self, fields: dict[str, Any]) -> dict[str, Any]:
-        with _plain_errors():
-            response = self._client.post("/v1/segment", json=_body(fields, stream=False))
-            _check(response)
-            return _answer(response)
-
     async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
-        with _plain_errors():
-            response = await self._aclient().post("/v1/segment", json=_body(fields, stream=False))
-            _check(response)
+        sending = _Sending(time.monotonic() + self._timeout_s)
+        with _plain_errors(sending):
+            return await within(sending.deadline, self._answered(fields, sending))
+
+    async def _answered(self, fields: dict[str, Any], sending: _Sending) -> dict[str, Any]:
+        async with self._posted(_body(fields, stream=False), sending) as response:
+            await response.aread()
             return _answer(response)
 
-    def events(self, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with (
-            _plain_errors(),
-            self._client.stream("POST", "/v1/segment", json=_body(fields, stream=True)) as response,
-        ):
-            if response.is_error:
-                response.read()
-            _check(response)
+    async def aevents(self, fields: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        patience = Patience(self._timeout_s)
+        sending = _Sending(patience.deadline)
+        with _plain_errors(sending):
+            async with contextlib.aclosing(self._streamed(fields, sending)) as events:
+                with contextlib.suppress(StopAsyncIteration):
+                    while True:
+                        with patience.waiting() as until:
+                            event = await within(until, anext(events))
+                        yield event
+
+    async def _streamed(
+        self, fields: dict[str, Any], sending: _Sending
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        async with self._posted(_body(fields, stream=True), sending) as response:
             ended = False
-            for line in response.iter_lines():
+            # To the end, so that the connection is there for another request.
+            async for line in response.aiter_lines():
                 if line.startswith("data:"):
                     event = _event(line)
                     ended = event.get("type") in LAST
@@ -68,54 +80,76 @@ class HttpDoor:
             if not ended:
                 raise ConnectionError(CUT)
 
-    async def aevents(self, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        with _plain_errors():
-            async with self._aclient().stream(
-                "POST", "/v1/segment", json=_body(fields, stream=True)
-            ) as response:
-                if response.is_error:
-                    await response.aread()
-                _check(response)
-                ended = False
-                async for line in response.aiter_lines():
-                    if line.startswith("data:"):
-                        event = _event(line)
-                        ended = event.get("type") in LAST
-                        yield event
-                if not ended:
-                    raise ConnectionError(CUT)
+    @contextlib.asynccontextmanager
+    async def _posted(
+        self, body: dict[str, Any], sending: _Sending
+    ) -> AsyncGenerator[httpx.Response, None]:
+        """The answer to a request that is not refused, its content not yet read."""
+        async with self._client().stream(
+            "POST",
+            "/v1/segment",
+            json=body,
+            headers={HEADER: sending.left_ms()},
+            extensions={"trace": sending.trace},
+        ) as response:
+            if response.is_error:
+                await response.aread()
+            _check(response)
+            yield response
 
-    def _aclient(self) -> httpx.AsyncClient:
+    def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         with self._lock:
-            client = self._async_clients.get(loop)
+            client = self._clients.get(loop)
             if client is None:
                 # Nothing can be awaited in a loop that has ended: its sockets close as they go.
-                for ended in [other for other in self._async_clients if other.is_closed()]:
-                    del self._async_clients[ended]
-                client = self._async_clients[loop] = httpx.AsyncClient(**self._options)
+                for ended in [other for other in self._clients if other.is_closed()]:
+                    del self._clients[ended]
+                client = self._clients[loop] = httpx.AsyncClient(**self._options)
         return client
 
-    def close(self) -> None:
-        self._client.close()
-
-    async def aclose(self) -> None:
-        self._client.close()
+    async def leave_loop(self) -> None:
         with self._lock:
-            client = self._async_clients.pop(asyncio.get_running_loop(), None)
+            client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
 
+    def close(self) -> None: ...
+
+
+class _Sending:
+    """A request on its way: the service is told what is left of the deadline when it is sent, which
+    is after a connection was made."""
+
+    def __init__(self, deadline: float) -> None:
+        """``deadline``: by ``time.monotonic()``."""
+        self.deadline = deadline
+        self.sent = False
+
+    def left_ms(self) -> str:
+        return str(max(1, int((self.deadline - time.monotonic()) * 1e3)))
+
+    async def trace(self, event: str, about: dict[str, Any]) -> None:
+        """Hears from httpx of each step of the request."""
+        if event != "http11.send_request_headers.started":
+            return
+        headers = about["request"].headers
+        for place, (name, _) in enumerate(headers):
+            # A proxy is asked for a connection without it.
+            if name.lower() == HEADER.lower().encode():
+                headers[place] = (name, self.left_ms().encode())
+                self.sent = True
+
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(sending: _Sending) -> Iterator[None]:
     try:
         yield
-    except httpx.ConnectTimeout as error:
+    except DeadlineExceeded as error:
+        if sending.sent:
+            raise
         # No service has the request yet, whose deadline it could be.
-        raise ConnectionError(f"no connection in time: {error}") from error
-    except httpx.TimeoutException as error:
-        raise DeadlineExceeded() from error
+        raise ConnectionError("no connection in time") from error
     except httpx.TransportError as error:
         raise ConnectionError(str(error)) from error
 

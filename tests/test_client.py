@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import socketserver
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -86,6 +89,12 @@ def everyhow(address: str, **options: Any) -> list[Any]:
     ]
 
 
+def failures(calls: list[Any], **fields: Any) -> list[BaseException | None]:
+    """What each call raises, all made at once."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [made.exception() for made in [threads.submit(call, **fields) for call in calls]]
+
+
 @contextlib.contextmanager
 def swallowing() -> Iterator[str]:
     """An address whose connections are not made and not refused: its queue of them is full."""
@@ -100,9 +109,16 @@ def swallowing() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+class Server(socketserver.ThreadingTCPServer):
+    """As many clients as a test has may connect at once."""
+
+    request_queue_size = 256
+
+
 @contextlib.contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """The address of a server that gives each request these bytes and closes its connection."""
+def answering(answer: bytes | Callable[[], Iterable[bytes]]) -> Iterator[str]:
+    """The address of a server that gives each request these bytes, or these after each other until
+    its client leaves, and closes its connection."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -111,9 +127,11 @@ def answering(answer: bytes) -> Iterator[str]:
                 name, _, value = line.partition(b":")
                 length = int(value) if name.lower() == b"content-length" else length
             self.rfile.read(length)
-            self.wfile.write(answer)
+            with contextlib.suppress(ConnectionError):
+                for part in [answer] if isinstance(answer, bytes) else answer():
+                    self.wfile.write(part)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -183,9 +201,8 @@ def test_a_refusal_is_raised_as_what_it_is_in_every_way(address, backend, error,
 
 def test_a_host_that_swallows_packets_cannot_be_reached_in_every_way():
     with swallowing() as address:
-        for call in everyhow(address, timeout_s=0.3):
-            with pytest.raises(ConnectionError):
-                call(object="disc")
+        errors = failures(everyhow(address, timeout_s=0.3), object="disc")
+    assert [type(error) for error in errors] == [ConnectionError] * 4
 
 
 EVENT = b'data: {"type":"bbox","bbox":null}\n\n'
@@ -231,12 +248,60 @@ def test_another_model_is_refused_in_every_way(address, backend):
 
 def test_the_client_s_deadline_is_kept_by_the_service_in_every_way(address, backend):
     backend.script = [30.0]
-    for call in everyhow(address, timeout_s=0.3):
-        with pytest.raises(DeadlineExceeded):
-            call(object="disc", image=picture())
+    errors = failures(everyhow(address, timeout_s=0.8), object="disc", image=picture())
+    assert [type(error) for error in errors] == [DeadlineExceeded] * 4
     until(lambda: backend.held == 0)
     assert backend.begun == 4 and backend.ended_by == ["CancelledError"] * 4
-    assert all(0 < seconds <= 0.3 for seconds in backend.timeouts)
+    assert all(0 < seconds <= 0.8 for seconds in backend.timeouts)
+
+
+@pytest.mark.parametrize("dripped", [b" ", EVENT])
+def test_an_answer_that_drips_is_late_in_every_way(monkeypatch, dripped):
+    monkeypatch.setattr("serve_graph.patience.LATE_S", 0.2)
+
+    def dripping() -> Iterator[bytes]:
+        yield b"HTTP/1.0 200 OK\r\n\r\n"
+        while True:
+            yield dripped
+            threading.Event().wait(0.02)
+
+    with answering(dripping) as address:
+        calls, began = everyhow(address, timeout_s=0.8), time.monotonic()
+        errors = failures(calls, object="disc")
+    # A stream that has begun may take ``LATE_S`` more.
+    assert 0.8 < time.monotonic() - began < 5
+    assert [type(error) for error in errors] == [DeadlineExceeded] * 4
+
+
+def test_no_call_waits_for_the_connections_of_others():
+    all_here = threading.Barrier(120)
+
+    def answer() -> Iterator[bytes]:
+        all_here.wait(20)
+        yield b"HTTP/1.0 200 OK\r\n\r\n{}"
+
+    async def ask_at_once(address: str) -> list[Any]:
+        async with SegmentClient(address, timeout_s=20) as client:
+            calls = [client.asegment(object="disc") for _ in range(all_here.parties)]
+            return await asyncio.gather(*calls)
+
+    with answering(answer) as address:
+        assert asyncio.run(ask_at_once(address)) == [{}] * all_here.parties
+
+
+def test_the_service_is_told_what_connecting_has_left_of_the_deadline(
+    address, backend, monkeypatch
+):
+    """A name server that takes its time."""
+
+    def slow(host: Any, port: Any, *_: Any, **__: Any) -> Any:
+        threading.Event().wait(0.2)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    calls = everyhow(address.replace("127.0.0.1", "a-service.test"), timeout_s=4.0)
+    assert failures(calls, object="disc") == [None] * 4
+    assert len(backend.timeouts) == 4 and 0 < max(backend.timeouts) <= 3.8
 
 
 def test_a_failure_after_the_first_event_is_the_last_event(address, backend):
@@ -254,6 +319,21 @@ def test_a_stream_that_is_left_frees_the_slot(address, backend):
         assert next(iter(stream))["type"] == "bbox"
         stream.close()
         until(lambda: backend.held == 0)
+
+
+def test_calls_after_each_other_share_a_connection_those_with_a_stream_too(backend):
+    app, ports = build_app(backend), set()
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            ports.add(scope["client"])
+        await app(scope, receive, send)
+
+    with served(noting) as address, SegmentClient(address) as client:
+        for _ in range(2):
+            assert list(client.segment(object="disc", stream=True))
+            client.segment(object="disc")
+    assert len(ports) == 1
 
 
 def test_a_service_that_is_not_there_is_a_connection_error():
@@ -292,7 +372,7 @@ async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_clo
     pytest.importorskip("ray")
     from serve_graph.handle_door import in_threads
 
-    at_second, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    at_second, told, go_on, closed = (threading.Event() for _ in range(4))
 
     def blocking() -> Generator[int, None, None]:
         try:
@@ -304,14 +384,14 @@ async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_clo
             closed.set()
 
     async def read() -> None:
-        async for item in in_threads(blocking()):
+        async for item in in_threads(blocking(), told.set):
             assert item == 1
 
     reading = asyncio.create_task(read())
     await asyncio.to_thread(at_second.wait, 30)
     reading.cancel()
     await asyncio.sleep(0)
-    assert not closed.is_set()
+    assert told.is_set() and not closed.is_set()
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -332,18 +412,23 @@ class NeverTaken:
         # As Ray does, which leaves a task to wait for the item.
         await asyncio.wait({asyncio.ensure_future(asyncio.sleep(60))})
 
-    def __iter__(self) -> NeverTaken:
-        return self
-
-    def __next__(self) -> Any:
-        threading.Event().wait(60)
+    def __await__(self) -> Any:
+        return asyncio.sleep(60).__await__()
 
     def result(self, timeout_s: float) -> Any:
+        refused_in_a_loop()
         threading.Event().wait(timeout_s)
         raise TimeoutError
 
     def cancel(self) -> None:
         self.cancelled = True
+
+
+def refused_in_a_loop(answer: Any = None) -> Any:
+    """As Ray's sync methods do."""
+    if asyncio._get_running_loop() is not None:
+        raise RuntimeError("Sync methods should not be called from within an `asyncio` event loop")
+    return answer
 
 
 class EmptyQueue:
@@ -357,8 +442,8 @@ class EmptyQueue:
 
 
 @pytest.fixture
-def handled(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[NeverTaken]]:
-    """The door of a handle whose calls nobody takes, deadline 0.3 s; and the calls."""
+def handled(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SegmentClient, list[NeverTaken]]]:
+    """A client by handle whose calls nobody takes, deadline 0.3 s; and the calls."""
     pytest.importorskip("ray.serve")
     from ray.util.queue import Empty
 
@@ -375,58 +460,122 @@ def handled(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[NeverTaken]]:
         calls.append(NeverTaken(*args, **fields))
         return calls[-1]
 
-    handle = SimpleNamespace(stream=SimpleNamespace(remote=remote))
-    handle.stream_into, handle.options = handle.stream, lambda **_: handle
+    method = SimpleNamespace(remote=remote)
+    handle = SimpleNamespace(segment=method, stream=method, stream_into=method)
+    handle.options = lambda **_: handle
     door: Any = HandleDoor.__new__(HandleDoor)
     door._handle, door._timeout_s, door._through_queue = handle, 0.3, False
     door._late = (TimeoutError, asyncio.TimeoutError)
     door._busy = door._task_error = door._lost = ()
-    door._ray = SimpleNamespace(get=waited)
+    door._ray, door._connected_here = SimpleNamespace(get=waited), False
     monkeypatch.setattr("ray.util.queue.Queue", EmptyQueue)
-    return door, calls
+    monkeypatch.setattr("serve_graph.handle_door.HandleDoor", lambda *_, **__: door)
+    with SegmentClient() as client:
+        yield client, calls
 
 
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("through_queue", [False, True])
 def test_a_stream_by_handle_that_nobody_serves_is_late_and_cancelled(handled, through_queue):
-    door, calls = handled
-    door._through_queue = through_queue
+    client, calls = handled
+    client._door._through_queue = through_queue
     threads = set(threading.enumerate())
     with pytest.raises(DeadlineExceeded):
-        list(door.events({"object": "disc"}))
+        list(client.segment(object="disc", stream=True))
 
     async def read() -> None:
-        async for _ in door.aevents({"object": "disc"}):
+        async for _ in client.astream(object="disc"):
             pass
 
     with pytest.raises(DeadlineExceeded):
         asyncio.run(read())
     assert [call.cancelled for call in calls] == [True, True]
     assert [call.fields["timeout_s"] for call in calls] == [0.3, 0.3]
-    assert set(threading.enumerate()) <= threads
+    client.close()
+    until(lambda: set(threading.enumerate()) <= threads)
+
+
+def serves(monkeypatch: pytest.MonkeyPatch, client: Any, events: list[Any]) -> None:
+    """From now on a stream by handle gives these, and a plain call is answered with the last."""
+    answer, events = events[-1], [*events]
+
+    async def anext_(_: Any) -> Any:
+        await asyncio.sleep(0.01)
+        if not events:
+            raise StopAsyncIteration
+        return events.pop(0)
+
+    monkeypatch.setattr(NeverTaken, "__anext__", anext_)
+    monkeypatch.setattr(NeverTaken, "__await__", lambda _: asyncio.sleep(0, answer).__await__())
+    monkeypatch.setattr(NeverTaken, "result", lambda _, timeout_s: refused_in_a_loop(answer))
+    client._door._ray.get = lambda _, timeout: events.pop(0)
 
 
 @pytest.mark.parametrize("through_queue", [False, True])
 def test_a_late_reader_of_a_stream_by_handle_gets_what_came_in_time(
     handled, monkeypatch, through_queue
 ):
-    door, calls = handled
-    door._through_queue = through_queue
-    come = [{"type": "bbox"}, {"type": "final", "completed": True}]
+    client, calls = handled
+    client._door._through_queue = through_queue
+    came = [{"type": "bbox"}, {"type": "final", "completed": True}]
 
-    async def anext_(_: Any) -> Any:
-        await asyncio.sleep(0.01)
-        if not come:
-            raise StopAsyncIteration
-        return come.pop(0)
+    async def read() -> list[str]:
+        types = []
+        async for event in client.astream(object="disc"):
+            types.append(event["type"])
+            await asyncio.sleep(0.4)
+        return types
 
-    monkeypatch.setattr(NeverTaken, "__anext__", anext_)
-    door._ray.get = lambda _, timeout: come.pop(0)
-    events = door.events({"object": "disc"})
+    serves(monkeypatch, client, came)
+    assert asyncio.run(read()) == ["bbox", "final"]
+    serves(monkeypatch, client, came)
+    events = client.segment(object="disc", stream=True)
     assert next(events)["type"] == "bbox"
     threading.Event().wait(0.4)
     assert [event["type"] for event in events] == ["final"]
-    assert calls[0].cancelled
+    assert [call.cancelled for call in calls] == [True, True]
+
+
+@pytest.mark.parametrize("through_queue", [False, True])
+def test_a_program_that_runs_an_event_loop_need_not_await_a_call_by_handle(
+    handled, monkeypatch, through_queue
+):
+    client, _ = handled
+    client._door._through_queue = through_queue
+    came = [{"type": "bbox"}, {"type": "final", "completed": True}]
+
+    async def ask() -> None:
+        assert client.segment(object="disc") == came[-1]
+        assert list(client.segment(object="disc", stream=True)) == came
+
+    serves(monkeypatch, client, came)
+    asyncio.run(ask())
+
+
+def test_a_program_that_runs_an_event_loop_need_not_await_a_call_over_http(address):
+    async def ask() -> None:
+        with SegmentClient(address) as client:
+            answer = client.segment(object="disc")
+            *_, final = client.segment(object="disc", stream=True)
+            assert final["path"] == answer["path"]
+
+    asyncio.run(ask())
+
+
+def test_a_client_that_is_dropped_or_closed_leaves_no_thread_and_no_caller(address, backend):
+    threads = set(threading.enumerate())
+    SegmentClient(address).segment(object="disc")
+    gc.collect()
+    backend.script = [30.0]
+    client = SegmentClient(address)
+    with ThreadPoolExecutor(1) as caller:
+        asked = caller.submit(client.segment, object="disc")
+        until(lambda: backend.held == 1)
+        client.close()
+        with pytest.raises(ConnectionError, match="closed"):
+            asked.result()
+    until(lambda: set(threading.enumerate()) <= threads)
+    until(lambda: backend.held == 0)
 
 
 def test_a_client_breaks_in_a_second_event_loop(address: str) -> None:
@@ -434,7 +583,7 @@ def test_a_client_breaks_in_a_second_event_loop(address: str) -> None:
     answers = [asyncio.run(client.asegment(object="well", image=picture())) for _ in range(3)]
     assert {answer["path"] for answer in answers} == {answers[0]["path"]}
     # Those of loops that have ended are not kept.
-    assert len(client._door._async_clients) == 1  # type: ignore[attr-defined]
+    assert len(client._door._clients) == 1  # type: ignore[attr-defined]
 
     async def streamed() -> list[Any]:
         return [event async for event in client.astream(object="well", image=picture())]
