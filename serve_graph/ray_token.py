@@ -66,6 +66,8 @@ def use_token() -> None:
     import ray._raylet
 
     compiled: Any = ray._raylet
+    if not (hasattr(compiled, "AuthenticationTokenLoader") and hasattr(compiled, "Config")):
+        return  # another release, for which the variable has to be set before it is imported
     if compiled.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ[MODE] = "token"
         # It has read the variable when it was imported.
