@@ -345,7 +345,8 @@ class RuntimeConfig:
     """Intra-op CPU threads of the model; None: one for a small model on a CPU, else torch's own
     choice. With one, pictures are encoded by other threads beside the steps that decode."""
     refiner: RefinerConfig | None = field(default_factory=RefinerConfig)
-    """None: the engine gives the model's path as it is (the graph refines elsewhere)."""
+    """None: the engine gives the model's path as it is, and no masks (the graph refines
+    elsewhere)."""
     refiner_threads: int = 1
     """Refinements that run at once beside the engine thread."""
     refiner_stuck_s: float = 30.0
