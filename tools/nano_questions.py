@@ -35,7 +35,7 @@ CELL_SAMPLES = 2
 """Points per side of a cell that are tried against an outline."""
 PATH = 2 * VERTICES + 3
 """Tokens of a path: the numbers, M, L and Z."""
-LENGTH = 64
+LENGTH = 80
 """Positions per question: prompt 6, spatial ref 3, coords and size 3, path 51, and spare."""
 BOX_LENGTH = 12
 """Positions per question when only the box is asked for."""
@@ -351,18 +351,24 @@ class BatchMaker:
         return torch.where(self._chance(*box.shape[:-1], 1) < 0.25, box, off)
 
     def _shaken(self, outline: Tensor, box: Tensor) -> Tensor:
-        """Outlines [B, Q, 24, 2] as the model would say them: too wide here, too narrow there.
+        """Outlines [B, Q, 32, 2] as the model would say them: too wide here, too narrow there, and
+        ahead or behind along the contour.
 
         Fed with true vertices only, it learns to go on from the one before and not to look.
         """
         b, q, n, _ = outline.shape
         turn = torch.arange(n, device=self.device) * (2 * torch.pi / n)
         order = torch.arange(1, 4, device=self.device)[:, None]
-        phase = self._chance(b, q, 3, 1) * 2 * torch.pi
-        waves = (self._normal(b, q, 3, 1) * 0.09 * (order * turn + phase).cos()).sum(-2)
-        reach = 1 + self._normal(b, q, 1) * 0.05 + waves + self._normal(b, q, n) * 0.04
-        centre = box[..., None, :2]
-        wrong = centre + (outline - centre) * reach[..., None]
+
+        def waves(*of: int) -> Tensor:
+            phase = self._chance(b, q, *of, 3, 1) * 2 * torch.pi
+            height = self._normal(b, q, *of, 3, 1)
+            return (height * (order * turn + phase).cos()).sum(-2)
+
+        centre, size = box[..., None, :2], box[..., None, 2:]
+        reach = 1 + self._normal(b, q, 1) * 0.05 + waves() * 0.06 + self._normal(b, q, n) * 0.03
+        moved = waves(2).transpose(-1, -2) * 0.025 + self._normal(b, q, n, 2) * 0.012
+        wrong = centre + (outline - centre) * reach[..., None] + moved * size
         return torch.where(self._chance(b, q, 1, 1) < 0.2, outline, wrong)
 
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 from effects import SIDE
-from outlines import contour, outline
+from outlines import contour, outline_along
 from scenes import SceneGenerator
 from torch import Tensor
 
@@ -29,7 +29,7 @@ GRID = 16
 CELLS = 7
 """Cells per side of a patch, in which shapes are told."""
 OBJECTS = 5
-VERTICES = 24
+VERTICES = 32
 POINTS = 4
 """Points on each object, for spatial references."""
 _CHUNK = 100
@@ -54,7 +54,7 @@ class Scenes:
     ``arrays`` holds tensors: ``images`` uint8 [N, 224, 224, 3]; ``nouns`` int16 [N, 5] index into
     ``names``, -1 for none; ``shares`` uint8 [N, 5, 256] part of each patch that shows the object,
     255 for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32
-    [N, 5, 24, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. The first ``ready`` of them
+    [N, 5, 32, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. The first ``ready`` of them
     can be read.
     """
 
@@ -187,6 +187,6 @@ def _drawn(job: Job) -> tuple[int, dict[str, np.ndarray]]:
             arrays["nouns"][row, slot] = index[found.noun]
             arrays["shares"][row, slot] = np.rint(cells.ravel() * 255)
             arrays["boxes"][row, slot] = [*((low + high) / 2), *(high - low)]
-            arrays["outlines"][row, slot] = outline(around, VERTICES) / SIDE
+            arrays["outlines"][row, slot] = outline_along(around, VERTICES) / SIDE
             arrays["points"][row, slot] = (np.stack([columns, rows], 1)[pick] + 0.5) / SIDE
     return start, arrays
