@@ -191,7 +191,7 @@ def test_a_question_is_what_the_engine_asks_and_what_it_is_to_answer(tools, made
     words = asker.tokenizer
     batch = maker_of(tools, made, scenes=64, questions=3).batch(torch.arange(64) % 8)
     ignore, special = tools["nano_training"].IGNORE, asker.prompt_ids
-    path, kinds = 2 * 24 + 3, set()
+    path, kinds = 2 * 32 + 3, set()
     for tokens, kind, target in zip(
         *(t.flatten(0, 1).tolist() for t in (batch.tokens, batch.kind, batch.target)), strict=True
     ):
@@ -251,8 +251,8 @@ def test_labels_are_those_of_the_scene_or_of_its_mirror_image(tools, made):
 
 def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
     questions, side = tools["nano_questions"], 16 * 7 * 8
-    turn = torch.arange(24) * (2 * torch.pi / 24)
-    reach = 0.3 + 0.1 * torch.rand(24, generator=torch.Generator().manual_seed(0))
+    turn = torch.arange(32) * (2 * torch.pi / 32)
+    reach = 0.3 + 0.1 * torch.rand(32, generator=torch.Generator().manual_seed(0))
     polygon = torch.stack([0.5 + reach * turn.sin(), 0.45 - reach * turn.cos()], 1)
     found = questions.covered_cells(polygon.expand(1, 256, -1, -1), questions._cell_samples()).view(
         16, 16, 7, 7
@@ -268,15 +268,15 @@ def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
 
 def test_a_look_fetches_the_vertex_on_the_average_and_the_edge_where_the_object_touches_it(tools):
     nano_looks, grid = tools["nano_looks"], 16
-    turn = torch.arange(24) * (2 * torch.pi / 24)
+    turn = torch.arange(32) * (2 * torch.pi / 32)
     outline = torch.stack([0.45 + 0.2 * turn.sin(), 0.55 - 0.3 * turn.cos()], 1)[None]
     box = torch.tensor([[0.45, 0.55, 0.4, 0.6]])
     middles = (torch.arange(grid) + 0.5) / grid
     y, x = torch.meshgrid(middles, middles, indexing="ij")
     inside = ((x - 0.45) / 0.2) ** 2 + ((y - 0.55) / 0.3) ** 2 <= 1
     where = nano_looks.looks(box, outline, inside.float().view(1, -1))[0]
-    assert where.shape == (28, grid * grid)
-    assert torch.allclose(where.sum(-1), torch.ones(28), atol=1e-5)
+    assert where.shape == (36, grid * grid)
+    assert torch.allclose(where.sum(-1), torch.ones(36), atol=1e-5)
     places = torch.stack([x, y], -1).view(-1, 2)
     found = where @ places
     assert (found[4:] - outline[0]).abs().max() < 0.1 / grid
@@ -286,7 +286,7 @@ def test_a_look_fetches_the_vertex_on_the_average_and_the_edge_where_the_object_
     marks = nano_looks.patch_marks(
         box[:, None].expand(-1, grid * grid, -1), outline[:, None].expand(-1, grid * grid, -1, -1)
     )[0]
-    assert marks.shape == (grid * grid, 28) and marks.min() >= 0 and marks.max() <= 1
+    assert marks.shape == (grid * grid, 36) and marks.min() >= 0 and marks.max() <= 1
     assert torch.equal(marks[:, 4:].argmax(0), where[4:].argmax(-1))
 
 
@@ -318,7 +318,7 @@ def test_heads_that_look_where_the_answer_is_have_no_loss(tools, made, boxes_onl
             shown = 4 + numbers // 2
             queries[scene, :, question, place, 1:p] = batch.looks[scene, question, shown].log()
             numbers += 1
-        assert numbers == (0 if boxes_only else 48)
+        assert numbers == (0 if boxes_only else 64)
     fed = torch.cat([torch.zeros(b, 2, p, p + s), queries.flatten(2, 3)], 2)
     asked = tuple(starts.T)
     assert nano_looks.look_loss(fed, keys, heads, asked, batch.looks) < 1e-3
@@ -362,12 +362,12 @@ def test_heads_of_an_outline_with_fewer_vertices_begin_between_them(tools, made)
     known["place_head.bias"], known["place_head.weight"] = torch.ones(32), torch.ones(32, 192)
     del known["box_head.bias"]
     losses.set_heads(known)
-    finer = torch.arange(24) * (2 * torch.pi / 24)
+    finer = torch.arange(32) * (2 * torch.pi / 32)
     wanted = torch.stack([finer.sin(), -finer.cos()], 1)
-    assert (losses.outline_head.bias.view(24, 2) - wanted).abs().max() < 0.03
+    assert (losses.outline_head.bias.view(32, 2) - wanted).abs().max() < 0.03
     assert losses.mark_head.bias[:4].tolist() == [5, 6, 7, 8]
     assert (losses.mark_head.bias[4:] - wanted[:, 0]).abs().max() < 0.03
-    # A number's place among 32 says nothing of its place among 48.
+    # A number's place among 32 says nothing of its place among 64.
     assert not losses.place_head.weight.any() and not losses.box_head.bias.any()
 
 

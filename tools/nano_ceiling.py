@@ -2,8 +2,8 @@
 
     python tools/nano_ceiling.py --scenes 150
 
-IoU and boundary IoU with the true mask at the size of a request, of vertices on rays from the
-middle of the box, as the model is taught, and at even steps along the contour; outlines are taken
+IoU and boundary IoU with the true mask at the size of a request, of vertices at even steps along
+the contour, as the model is taught, and on rays from the middle of the box; outlines are taken
 at the training's 224 px. Then the nouns that what is taught follows worst.
 """
 
@@ -23,9 +23,9 @@ from scenes import SceneGenerator
 
 from kestrel.seg_refiner.box import boundary_iou, mask_iou
 
-COUNTS = (VERTICES, 32, 40, 48)
+COUNTS = (24, VERTICES, 40, 48)
 KINDS = {"on rays": outline, "along the contour": outline_along}
-TAUGHT = ("on rays", VERTICES)
+TAUGHT = ("along the contour", VERTICES)
 SHAPES = {"drawn and cut out": CORE_STYLES, "cut-outs": ["stamps"]}
 WORST = 8
 

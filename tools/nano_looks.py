@@ -54,8 +54,8 @@ def _edge_distances(boxes: Tensor, middles: Tensor) -> Tensor:
 
 
 def patch_marks(boxes: Tensor, outlines: Tensor) -> Tensor:
-    """Each patch's object, boxes [B, 256, 4] and outlines [B, 256, 24, 2] in sides of the picture
-    -> how near the patch is to that object's marks, 0..1: float32 [B, 256, 28]."""
+    """Each patch's object, boxes [B, 256, 4] and outlines [B, 256, 32, 2] in sides of the picture
+    -> how near the patch is to that object's marks, 0..1: float32 [B, 256, 36]."""
     middles = _middles(boxes.device)
     vertices = (outlines * GRID - middles[:, None]).norm(dim=-1)
     return _near(torch.cat([_edge_distances(boxes, middles), vertices], -1))
@@ -69,9 +69,9 @@ def patch_places(boxes: Tensor) -> Tensor:
 
 
 def looks(boxes: Tensor, outlines: Tensor, shares: Tensor) -> Tensor:
-    """Where to look for the marks of objects: float32 [..., 28, 256], each of sum 1.
+    """Where to look for the marks of objects: float32 [..., 36, 256], each of sum 1.
 
-    Boxes [..., 4], outlines [..., 24, 2] and shares [..., 256], how much of each patch shows the
+    Boxes [..., 4], outlines [..., 32, 2] and shares [..., 256], how much of each patch shows the
     object. An edge is looked for where the object touches it.
     """
     middles = _middles(boxes.device)
@@ -114,7 +114,7 @@ def look_loss(
 ) -> Tensor:
     """How far two heads look from where they should, in nats (the divergence from ``wanted``).
 
-    ``wanted`` [B, Q, 28, 256] of :func:`looks`; the others as :func:`look_logs` takes them.
+    ``wanted`` [B, Q, 36, 256] of :func:`looks`; the others as :func:`look_logs` takes them.
     """
     looked = look_logs(queries, keys, heads, asked, wanted.shape[1])
     scene, question, _ = asked

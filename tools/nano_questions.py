@@ -36,7 +36,7 @@ CELL_SAMPLES = 2
 PATH = 2 * VERTICES + 3
 """Tokens of a path: the numbers, M, L and Z."""
 LENGTH = 80
-"""Positions per question: prompt 6, spatial ref 3, coords and size 3, path 51, and spare."""
+"""Positions per question: prompt 6, spatial ref 3, coords and size 3, path 67, and spare."""
 BOX_LENGTH = 12
 """Positions per question when only the box is asked for."""
 
@@ -98,7 +98,7 @@ class _Asked:
     box: Tensor
     """float [.., 4]: (cx, cy, w, h) of the answer."""
     outline: Tensor
-    """float [.., 24, 2]: the answer's vertices in 0..1 of the image."""
+    """float [.., 32, 2]: the answer's vertices in 0..1 of the image."""
     share: Tensor
     """float [.., 256]: how much of each patch shows the answer."""
 
@@ -202,8 +202,8 @@ class BatchMaker:
     def _patch_labels(
         self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
     ) -> tuple[Tensor, ...]:
-        """Shares [B, 256, nouns + 1], boxes [B, 256, 4], outlines [B, 256, 48], cells [B, 256, 49],
-        marks [B, 256, 28] and places [B, 256, 2] of ``Batch``, float32."""
+        """Shares [B, 256, nouns + 1], boxes [B, 256, 4], outlines [B, 256, 64], cells [B, 256, 49],
+        marks [B, 256, 36] and places [B, 256, 2] of ``Batch``, float32."""
         count = len(self.asker.nouns)
         there = nouns >= 0
         part = shares / 255.0 * there[..., None]
@@ -328,7 +328,7 @@ class BatchMaker:
         return none, none.to(torch.uint8), pair, none, pair, nowhere
 
     def _path(self, outline: Tensor, box: Tensor) -> Tensor:
-        """Polygons [B, Q, 24, 2] in 0..1 of the image and boxes [B, Q, 4] -> ids [B, Q, 51]."""
+        """Polygons [B, Q, 32, 2] in 0..1 of the image and boxes [B, Q, 4] -> ids [B, Q, 67]."""
         centre, size = box[..., None, :2], box[..., None, 2:]
         relative = (outline - centre + size / 2) / size.clamp(min=1e-6)
         levels = (relative * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
