@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from outlines import contour, outline
+from outlines import contour, outline_along
 from scenes import SceneGenerator
 
 
@@ -23,7 +23,7 @@ def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom:
         for number, found in enumerate(scene.objects):
             hue = np.array([[[(number * 47) % 180, 255, 255]]], np.uint8)
             colour = tuple(int(v) for v in cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0])
-            points = np.round(outline(contour(found.mask)) * zoom).astype(np.int32)
+            points = np.round(outline_along(contour(found.mask)) * zoom).astype(np.int32)
             cv2.polylines(tile, [points], True, colour, 1, cv2.LINE_AA)
             for point in points[1:]:
                 cv2.circle(tile, point.tolist(), 2, colour, -1)
