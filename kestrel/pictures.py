@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from kestrel.config import RuntimeConfig
-from kestrel.image import ImageHeader, probe
 from kestrel.image import decode as decode_image
+from kestrel.image import probe
 from kestrel.moondream.config import VisionConfig
 from kestrel.moondream.crops import crop_reduction, overlap_crops
 
@@ -183,24 +183,20 @@ class Pictures:
             picture.prepared = True
         return picture
 
-    def _reduction(self, header: ImageHeader) -> int:
-        """By what an image is smaller when it is decoded: a large JPEG, decoded and shrunk, takes
-        several times as long whole."""
-        return crop_reduction(header.width, header.height, header.reduction, self._vision)
-
     def _fill(self, picture: Picture, image: bytes | np.ndarray) -> None:
         try:
-            header = probe(image, self._limits) if isinstance(image, bytes) else None
-            reduction, extent = 1, None
-            if header is not None:
-                reduction = self._reduction(header)
-                extent = header.height / reduction, header.width / reduction
+            reduction, extent, most = 1, None, 1
+            if isinstance(image, bytes):
+                header = probe(image, self._limits)
+                width, height, most = header.width, header.height, header.reduction
+                # A large JPEG, decoded and shrunk, takes several times as long whole.
+                reduction = crop_reduction(width, height, most, self._vision)
+                extent = height / reduction, width / reduction
             pixels = decode_image(image, self._limits, reduction=reduction)
             picture.crops, picture.tiling = overlap_crops(pixels, self._vision, extent)
             if picture.tiling == (1, 1):
                 picture.crops = picture.crops[:1]
-            smaller = header is not None and header.reduction > 1
-            if reduction == 1 and not (smaller and max(pixels.shape) > KEEP_SIDE):
+            if reduction == 1 and (most == 1 or max(pixels.shape) <= KEEP_SIDE):
                 self._hold(picture, pixels)
             if self._encode is not None:
                 picture.prefix = self._encode(picture.crops, picture.tiling)

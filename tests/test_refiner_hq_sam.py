@@ -86,17 +86,22 @@ def test_the_refined_mask_has_the_picture_s_size_and_stays_in_the_grown_box(save
     assert not refine(picture(), np.zeros_like(mask)).any()
 
 
-@needs_transformers
-def test_box_and_mask_reach_the_model_in_its_own_pixels(saved):
-    refine = HqSamRefiner(config(saved))
-    seen = {}
-    model = refine._model
+def watched(refine):
+    """What the model is given from now on, by name."""
+    seen, model = {}, refine._model
 
     def spy(**inputs):
         seen.update(inputs)
         return model(**inputs)
 
     refine._model = spy
+    return seen
+
+
+@needs_transformers
+def test_box_and_mask_reach_the_model_in_its_own_pixels(saved):
+    refine = HqSamRefiner(config(saved))
+    seen = watched(refine)
     mask = np.zeros((200, 400), np.uint8)
     mask[40:120, 100:260] = 1  # grown by a quarter: columns 60 to 300, rows 20 to 140
     refine(picture(200, 400), mask)
@@ -114,14 +119,7 @@ def test_box_and_mask_reach_the_model_in_its_own_pixels(saved):
 @needs_transformers
 def test_a_small_crop_is_enlarged_without_steps_as_sam_s_own_processor_does(saved):
     refine = HqSamRefiner(config(saved))
-    seen = {}
-    model = refine._model
-
-    def spy(**inputs):
-        seen.update(inputs)
-        return model(**inputs)
-
-    refine._model = spy
+    seen = watched(refine)
     image = np.zeros((8, 8, 3), np.uint8)
     image[:] = np.arange(0, 240, 30, np.uint8)[:, None]
     mask = np.zeros((8, 8), np.uint8)
