@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nano_kernels import attention
 from nano_looks import BOX_STEPS, EDGES, LOOK_HEADS, MARKS, POSITIONS, look_loss
 from scene_store import CELLS, VERTICES
 from torch import Tensor, nn
 
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.text import Block
+from kestrel.moondream.vision import VisionBlock
 
 QUANTUM = 8
 """Path integers are trained on multiples of this."""
@@ -117,35 +120,60 @@ def block_pass(
 ) -> tuple[Tensor, ...]:
     """One block over a prefix of ``p`` positions and ``q`` questions, [B, P + Q · S, dim]; if
     ``told``, its scaled queries and its keys too, [B, H, P + Q · S, D]."""
-    s = (x.shape[1] - p) // q
     normed = block.ln(x)
     qs, ks, vs = block.attn.project(normed, table, logs)
     qs = qs * (1.0 / math.sqrt(qs.shape[-1]))
-    mine_q, mine_k, mine_v = (t[:, :, p:].unflatten(2, (q, s)) for t in (qs, ks, vs))
-    later = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
-    to_prefix = (qs @ ks[:, :, :p].transpose(-1, -2)).float()
-    to_self = (mine_q @ mine_k.transpose(-1, -2)).float().masked_fill(later, float("-inf"))
-    # One softmax over both, taken apart: put together in one tensor first, the scores of the
-    # questions make the compiled loops a third slower.
-    most = to_prefix.detach().amax(-1, keepdim=True)
-    most_self = to_self.detach().amax(-1, keepdim=True).flatten(2, 3)
-    most = torch.cat([most[:, :, :p], torch.maximum(most[:, :, p:], most_self)], dim=2)
-    prefix_part = (to_prefix - most).exp()
-    self_part = (to_self - most[:, :, p:].unflatten(2, (q, s))).exp()
-    total = prefix_part.sum(-1, keepdim=True)
-    own_total = self_part.sum(-1, keepdim=True).flatten(2, 3)
-    total = torch.cat([total[:, :, :p], total[:, :, p:] + own_total], dim=2)
-    heard = prefix_part.to(vs.dtype) @ vs[:, :, :p]
-    own = (self_part.to(vs.dtype) @ mine_v).flatten(2, 3)
-    heard = torch.cat([heard[:, :, :p], heard[:, :, p:] + own], dim=2) / total
-    x = x + block.attn.merge(heard.to(vs.dtype)) + block.mlp(normed)
+    heard = attention(qs, ks, vs, p, q)
+    x = x + block.attn.proj(heard.flatten(2)) + block.mlp(normed)
     return (x, qs, ks) if told else (x,)
+
+
+def vision_block_pass(block: VisionBlock, x: Tensor) -> Tensor:
+    """One block of the vision tower, [B, patches, enc_dim], by the attention of training."""
+    normed = block.ln1(x)
+    qkv = block.attn.qkv(normed).unflatten(-1, (3, block.attn.n_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q = q * (1.0 / math.sqrt(q.shape[-1]))
+    heard = attention(q, k, v, x.shape[1], 0)
+    x = x + block.attn.proj(heard.flatten(2))
+    return x + block.mlp(block.ln2(x))
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:
     """Gaussian over ``bins`` around ``centre`` [...], normalised: [..., bins]."""
     grid = torch.arange(bins, dtype=torch.float32, device=centre.device)
     return F.softmax(-0.5 * ((grid - centre[..., None]) / sigma) ** 2, dim=-1)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Mean cross-entropy of logits [n, vocab] and what is wanted: ``target`` int64 [n] or, where
+    ``levels`` [n] is one and not -1, its row of ``spread`` [levels, levels] over ``level_ids``.
+
+    Written out, as torch's own passes over n times the vocabulary were a tenth of a step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, level_ids: Tensor, levels: Tensor, spread: Tensor
+    ) -> Tensor:
+        logits = logits.float()
+        shares = logits.softmax(-1)
+        most, where = logits.max(-1, keepdim=True)
+        total = (most - shares.gather(1, where).log())[:, 0]
+        near = (logits[:, level_ids] * spread[levels.clamp(min=0)]).sum(-1)
+        itself = logits.gather(1, target[:, None])[:, 0]
+        ctx.shares = shares
+        ctx.save_for_backward(target, level_ids, levels, spread)
+        return (total - near.where(levels >= 0, itself)).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        target, level_ids, levels, spread = ctx.saved_tensors
+        made, ctx.shares = ctx.shares, None
+        numbers = (levels >= 0)[:, None]
+        made.index_add_(1, level_ids, -spread[levels.clamp(min=0)] * numbers)
+        made.scatter_add_(1, target[:, None], numbers.to(made.dtype) - 1)
+        return made.mul_(grad / len(target)), None, None, None, None
 
 
 class Losses:
@@ -158,11 +186,9 @@ class Losses:
         self.level_ids = torch.tensor(level_ids, device=device)
         self.level_of = self.level_ids.new_full((model.config.text.vocab_size,), -1)
         self.level_of[self.level_ids] = torch.arange(LEVELS, device=device)
-        # Row t: what is wanted where token t is. Numbers spread over their neighbours (sigma 3
+        # Row n: what is wanted where level n is. Numbers spread over their neighbours (sigma 3
         # levels): where the model is not sure, the likeliest is near the middle of the likely ones.
-        self.wanted = torch.eye(model.config.text.vocab_size, device=device)
-        spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
-        self.wanted[self.level_ids[:, None], self.level_ids] = spread
+        self.spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
         self.dense_weight = 1.0
         self.cell_weight = 1.0
         self.box_weight = 2.0
@@ -224,12 +250,12 @@ class Losses:
         wanted = batch.target != IGNORE
         picked, target = hidden[wanted], batch.target[wanted]
         values = batch.target_value[wanted]
-        logits = model.logits(picked).float()
+        logits = model.logits(picked)
         coord_rows = target == config.prompt.coord_id
         size_rows = target == config.prompt.size_id
         coord_logits = model.coord_logits(picked[coord_rows]).float()
         size_logits = model.size_logits(picked[size_rows]).float()
-        tokens = F.cross_entropy(logits, self.wanted[target])
+        tokens = TokenLoss.apply(logits, target, self.level_ids, self.level_of[target], self.spread)
         coord = _soft_cross_entropy(
             coord_logits, soft_bins(values[coord_rows][:, 0] * 1024, 1024, 10.0)
         )

@@ -25,9 +25,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import nano_kernels
 import nano_questions
 import nano_training
 import torch
+import torch.nn.functional as F
 from nano_checkpoint import build_tokenizer, nano_config, write_checkpoint
 from nano_eval import evaluate
 from nano_muon import optimisers
@@ -68,7 +70,7 @@ HEADS_ALONE = 100
 what they say while they know nothing would undo what the model knows."""
 HEADS_PEAK = 4e-3
 """Learning rate of those steps."""
-LONGEST_STEP_S = 5.0
+LONGEST_STEP_S = 20.0
 """A step on a CPU counts as no more: a process that was stopped for a while has not trained."""
 
 
@@ -308,6 +310,22 @@ def plot(log: Path) -> None:
     plt.close(figure)
 
 
+def compile_blocks(*, fused: bool) -> bool:
+    """Compile what steps are made of, with ``nano_kernels`` where they are wanted and can be had,
+    which it says.
+
+    One block at a time: all of a tower share what is compiled.
+    """
+    fused = fused and nano_kernels.fuse()
+    if fused:
+        VisionBlock.forward = nano_training.vision_block_pass
+        F.gelu = nano_kernels.gelu  # which the model's own modules call
+    nano_training.block_pass = torch.compile(nano_training.block_pass, dynamic=False)
+    VisionBlock.forward = torch.compile(VisionBlock.forward, dynamic=False)
+    nano_questions.covered_cells = torch.compile(nano_questions.covered_cells, dynamic=False)
+    return fused
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
@@ -315,10 +333,7 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     run = Run(args)
     if args.compile:
-        # One block at a time: all of a tower share what is compiled.
-        nano_training.block_pass = torch.compile(nano_training.block_pass, dynamic=False)
-        VisionBlock.forward = torch.compile(VisionBlock.forward, dynamic=False)
-        nano_questions.covered_cells = torch.compile(nano_questions.covered_cells, dynamic=False)
+        compile_blocks(fused=args.device.type == "cpu")
     log = args.run / "log.csv"
     if not log.exists():
         log.write_text(",".join(FIELDS) + "\n")
