@@ -390,6 +390,7 @@ def check_auth(headers: Mapping[str, str], api_keys: Sequence[ApiKey | str]) -> 
     return key
 
 
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 ID_PATTERN = "[A-Za-z0-9._:-]{1,128}"
 ID_RULE = "at most 128 letters, digits, `.`, `_`, `:` and `-`"
 
@@ -405,8 +406,8 @@ def given_request_id(values: Sequence[str]) -> str | None:
 
 
 def timeout_from_headers(headers: Mapping[str, str], longest_s: float) -> float:
-    """Seconds from ``X-Request-Timeout-Ms``, at most ``longest_s``; that where it is absent."""
-    name = "X-Request-Timeout-Ms"
+    """Seconds from ``TIMEOUT_HEADER``, at most ``longest_s``; that where it is absent."""
+    name = TIMEOUT_HEADER
     value = headers.get(name.lower())
     if value is None:
         return longest_s

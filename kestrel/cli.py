@@ -8,7 +8,6 @@ import base64
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from kestrel.api import (
 )
 from kestrel.api_keys import hash_key_command
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
+from kestrel.folders import made_writable
 
 if TYPE_CHECKING:
     from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -142,14 +142,9 @@ def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
         refiners=config.refiners,
         image_field=str(arguments.image),
     )
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the folder {arguments.output} (--output) cannot be made: {error.strerror}"
-        ) from error
-    if not os.access(arguments.output, os.W_OK):  # before the model is loaded
-        raise InputError(f"the folder {arguments.output} (--output) is not yours to write")
+    problem = made_writable(arguments.output)
+    if problem is not None:  # before the model is loaded
+        raise InputError(f"the folder {arguments.output} (--output) {problem}")
     model, refined, load_ms = asyncio.run(_answer(config, request))
     started = time.perf_counter()
     try:

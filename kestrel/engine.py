@@ -294,6 +294,8 @@ class InferenceEngine:
             return self._unrefined(model, "unavailable")
         image = request.image if picture is None else picture
         work = self._refining.submit(refined_by, self._refiner, image, model, request)
+        # The refinement's alone from here on: what this call raises holds what it holds.
+        del image, picture
         try:
             refined: SegmentRefineBitmapsResult = await asyncio.wait_for(
                 asyncio.wrap_future(work),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from kestrel.api import ID_PATTERN, ID_RULE, MAX_CONTEXT, MOST_VALUES, SegmentSettings
+from kestrel.api import (
+    ID_PATTERN,
+    ID_RULE,
+    MAX_CONTEXT,
+    MOST_VALUES,
+    TIMEOUT_HEADER,
+    SegmentSettings,
+)
 from kestrel.config import RuntimeConfig
 from kestrel.image import FORMATS
 
@@ -99,7 +106,7 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
         "security": _security(config),
         "parameters": [
             {
-                "name": "X-Request-Timeout-Ms",
+                "name": TIMEOUT_HEADER,
                 "in": "header",
                 "required": False,
                 "description": "Deadline of this request, milliseconds from its arrival; "
@@ -134,7 +141,7 @@ def _segment_operation(config: RuntimeConfig) -> Schema:
             "400": _error(
                 f"The body is no JSON object, it has over {MOST_VALUES} commas and opening "
                 "brackets, a field is wrong, the image is broken, or a header "
-                "(`X-Request-Id`, `X-Request-Timeout-Ms`) is against its rule."
+                f"(`X-Request-Id`, `{TIMEOUT_HEADER}`) is against its rule."
             ),
             "401": _error(_UNAUTHORIZED, challenge=True),
             "404": _error("The named model is not served here."),

@@ -6,7 +6,6 @@ import argparse
 import base64
 import contextlib
 import json
-import os
 import shlex
 import signal
 import sys
@@ -19,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from kestrel.config import SHIPPED_MODELS
+from kestrel.folders import made_writable
 from kestrel.ports import written
 from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
@@ -170,14 +170,9 @@ def demo(options: argparse.Namespace) -> None:
     """Serve the local config on free ports, run the samples through it, stop."""
     from serve_graph.demo import run
 
-    try:  # before Ray is up
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LaunchError(
-            f"--output {options.output} cannot be made: {error.strerror}; name a folder"
-        ) from error
-    if not os.access(options.output, os.W_OK):
-        raise LaunchError(f"--output {options.output} is not yours to write; name another folder")
+    problem = made_writable(options.output)
+    if problem is not None:  # before Ray is up
+        raise LaunchError(f"--output {options.output} {problem}; name another folder")
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()

@@ -14,11 +14,10 @@ from typing import Any
 
 import httpx
 
-from kestrel.api import DeadlineExceeded, error_from_response
+from kestrel.api import TIMEOUT_HEADER, DeadlineExceeded, error_from_response
 from kestrel.deadlines import within
 from serve_graph.patience import Patience
 
-HEADER = "X-Request-Timeout-Ms"
 LAST = ("final", "error")
 """Types of the event that ends a stream."""
 # A body without a length ends where its connection does, whole or not.
@@ -89,7 +88,7 @@ class HttpDoor:
             "POST",
             "/v1/segment",
             json=body,
-            headers={HEADER: sending.left_ms()},
+            headers={TIMEOUT_HEADER: sending.left_ms()},
             extensions={"trace": sending.trace},
         ) as response:
             if response.is_error:
@@ -136,7 +135,7 @@ class _Sending:
         headers = about["request"].headers
         for place, (name, _) in enumerate(headers):
             # A proxy is asked for a connection without it.
-            if name.lower() == HEADER.lower().encode():
+            if name.lower() == TIMEOUT_HEADER.lower().encode():
                 headers[place] = (name, self.left_ms().encode())
                 self.sent = True
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from kestrel.folders import made_writable
+
 SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -83,11 +85,10 @@ class Profile:
 def require_writable(path: Path, option: str) -> None:
     """PlanError, which names the option, where no file can be written there, its folder made where
     it is not there: said before minutes of measuring or simulation."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{option}: {path.parent} cannot be made: {error.strerror}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    problem = made_writable(path.parent)
+    if problem is not None and not path.exists():
+        raise PlanError(f"{option}: {path.parent} {problem}")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise PlanError(f"{option}: {path} cannot be written")
 
 

@@ -23,6 +23,8 @@ from kestrel.api import (
     BboxEvent,
     DeadlineExceeded,
     InvalidRequest,
+    ModelMetrics,
+    ModelResult,
     Overloaded,
     PromptTooLong,
     SegmentRequest,
@@ -339,6 +341,38 @@ async def test_pictures_that_wait_decoded_for_the_refiner_outgrow_their_budget(
         assert [comparable(result) for result in await asyncio.gather(*tasks)] == [alone] * 5
         await until(lambda: held() == 0)
         release.clear()
+
+
+async def test_a_picture_whose_refinement_is_late_is_freed_when_its_thread_ends(
+    engine, ask, switch
+):
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        entered.set()
+        assert release.wait(30)
+        return mask
+
+    pixels = pictures.decode_image(ask["image"])
+    freed = weakref.ref(pixels)
+    request = SegmentRequest("dog", ask["image"])
+    box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
+    model = ModelResult("id", "stop", "dog", "M0 0L1 0L1 1L0 1Z", box, ModelMetrics())
+    switch.behave = slow
+    gc.disable()
+    try:
+        with pytest.raises(DeadlineExceeded) as late:
+            await engine.refine(request, model, picture=pixels, timeout_s=0.2)
+        del pixels
+        assert await asyncio.to_thread(entered.wait, 30)
+        release.set()
+        await until(lambda: engine.stats()["refining"] == 0)
+        await until(lambda: freed() is None)
+        assert late.value.status == 504  # what it raised is kept here, and holds no picture
+    finally:
+        release.set()
+        gc.enable()
+    switch.behave = switch.guided
 
 
 async def test_a_rejected_refinement_is_logged_without_its_request(engine, ask, switch, caplog):
