@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kestrel.answers import segment_output
 from kestrel.api import (
-    DeadlineExceeded,
     ModelDone,
     ModelEvent,
     ModelMetrics,
@@ -27,6 +26,7 @@ from kestrel.api import (
     validate_segment,
 )
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import within
 from kestrel.job import EngineError, Job, engine_ended
 from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load
@@ -296,13 +296,10 @@ class InferenceEngine:
         work = self._refining.submit(refined_by, self._refiner, image, model, request)
         # The refinement's alone from here on: what this call raises holds what it holds.
         del image, picture
-        try:
-            refined: SegmentRefineBitmapsResult = await asyncio.wait_for(
-                asyncio.wrap_future(work),
-                self.config.request_timeout_s if timeout_s is None else max(0.0, timeout_s),
-            )
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded() from None
+        seconds = self.config.request_timeout_s if timeout_s is None else timeout_s
+        refined: SegmentRefineBitmapsResult = await within(
+            time.monotonic() + seconds, asyncio.wrap_future(work)
+        )
         self._reasons[refined.reason] += 1
         return refined
 

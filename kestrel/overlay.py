@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL.PngImagePlugin import PngImageFile
 
 UInt8Array = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
@@ -23,12 +25,16 @@ pictures, and libpng those of over 1,000,000 pixels a side."""
 
 def decode_mask(mask_base64: str) -> BoolArray:
     """The mask behind one of the contract's base64 PNGs: bool [H, W]. ValueError if it is none."""
-    encoded = np.frombuffer(base64.b64decode(mask_base64, validate=True), np.uint8)
-    # OpenCV asserts on no bytes where it gives None for wrong ones.
-    mask = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
-    if mask is None or mask.ndim != 2:
-        raise ValueError("the mask is not a single-channel PNG")
-    return np.asarray(mask > 127)
+    encoded = io.BytesIO(base64.b64decode(mask_base64, validate=True))
+    # Not OpenCV's reader, nor ``Image.open``: both refuse sizes that a request may have.
+    try:
+        with PngImageFile(encoded) as mask:
+            inside = np.asarray(mask.convert("L")) > 127 if mask.mode in ("1", "L") else None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"the mask is no PNG: {error}") from error
+    if inside is None:
+        raise ValueError("the mask is not a PNG of one channel of 8 bits")
+    return inside
 
 
 def overlay(

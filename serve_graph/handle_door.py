@@ -112,7 +112,8 @@ class HandleDoor:
         with self._plain_errors():
             response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
             try:
-                answer: dict[str, Any] = await asyncio.wait_for(response, self._timeout_s)
+                until = time.monotonic() + self._timeout_s
+                answer: dict[str, Any] = await within(until, response)
                 return answer
             except BaseException:
                 response.cancel()

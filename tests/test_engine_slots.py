@@ -375,6 +375,26 @@ async def test_a_picture_whose_refinement_is_late_is_freed_when_its_thread_ends(
     switch.behave = switch.guided
 
 
+@pytest.mark.parametrize("turns", range(3))
+async def test_a_call_that_is_cancelled_as_its_refinement_ends_is_cancelled(
+    engine, ask, monkeypatch, turns
+):
+    submit, loop = engine._refining.submit, asyncio.get_running_loop()
+
+    def cancelled_later(left: int) -> None:
+        loop.call_soon(cancelled_later, left - 1) if left else task.cancel()
+
+    def watched(*call: Any) -> Any:
+        work = submit(*call)
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(cancelled_later, turns))
+        return work
+
+    monkeypatch.setattr(engine._refining, "submit", watched)
+    task = asyncio.create_task(engine.segment(**ask))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_a_rejected_refinement_is_logged_without_its_request(engine, ask, switch, caplog):
     switch.behave = lambda image, mask: np.eye(*mask.shape, dtype=np.uint8)
     result = await engine.segment(**ask, request_id="the-one")

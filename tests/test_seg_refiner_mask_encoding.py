@@ -231,6 +231,20 @@ def test_no_grey_value_ever_comes_out(mask: np.ndarray) -> None:
             _encode_mask_png_base64(mask)
 
 
+@pytest.mark.parametrize("shape", [(1, 1_000_003), (1_000_003, 3)])
+def test_masks_of_very_long_pictures_are_read_back(shape: tuple[int, int]) -> None:
+    mask = np.zeros(shape, bool)
+    mask.flat[5:1_000_001] = True
+    assert np.array_equal(decode_mask(_encode_mask_png_base64(mask)), mask)
+
+
+def test_reading_back_a_picture_in_colour_is_a_value_error() -> None:
+    done, png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))
+    assert done
+    with pytest.raises(ValueError, match="one channel"):
+        decode_mask(base64.b64encode(png.tobytes()).decode())
+
+
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64!", "data:image/png;base64,AAAA"])
 def test_reading_back_what_is_no_mask_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):

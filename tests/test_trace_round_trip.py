@@ -115,6 +115,13 @@ def test_trace_of_large_pictures_loses_nothing_to_rounding(size):
     assert len(d) < 20_000
 
 
+@pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (2, 24_000), (1, 60_000)])
+def test_long_strips_of_a_pixel_or_two_are_outlined(size):
+    mask = np.pad(np.ones(size, np.uint8), 2)
+    d, bbox = bitmap_to_path(mask)
+    assert mask_iou(mask, rasterize_relative(d, bbox, size[1] + 4, size[0] + 4)) >= 0.99
+
+
 @pytest.mark.parametrize("side", [6, 10, 20, 40, 80, 160])
 @pytest.mark.parametrize("seed", range(3))
 def test_small_objects_are_not_rounded_away(side, seed):

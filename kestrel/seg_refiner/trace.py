@@ -32,6 +32,10 @@ HALVED_FROM = 2048
 """Masks whose box has a side of this many pixels are traced at half their size first: what
 Potrace takes grows with the square of a straight edge."""
 
+THIN = 4
+"""Times that the thinner side is stretched for the sharpest trace of what may not be doubled:
+Potrace draws a strip of one pixel along its middle, as an outline of no area."""
+
 LONGEST = 16_384
 """No trace is of a crop with a longer side; longer masks are halved until theirs is not. A native
 call cannot be cancelled, and its work (``trace_work``) grows with the square of a straight edge.
@@ -125,10 +129,11 @@ class _Tracing:
     opttolerance: float
 
     def __call__(
-        self, crop: np.ndarray, scale: float, alphamax: float, size: tuple[int, int]
+        self, crop: np.ndarray, scale: np.ndarray, alphamax: float, size: tuple[int, int]
     ) -> Path | None:
-        """Trace a crop of ``scale`` times the mask's size; pixels of the mask, within ``size``."""
-        turdsize = int(self.turdsize * scale * scale)
+        """Trace a crop of ``scale`` (x, y) times the mask's size; pixels of the mask, within
+        ``size``."""
+        turdsize = int(self.turdsize * scale.prod())
         commands = self.tracer(crop, turdsize, alphamax, self.opttolerance)
         return _within(commands, size, scale) if commands else None
 
@@ -155,7 +160,7 @@ def _faithful(
         if _vertices(path) > most:
             found = found or [(0.0, path)]
             break
-        sure = _surely_faithful(path, crop, zoomed, (FARTHEST + tracing.opttolerance) / scale)
+        sure = _surely_faithful(path, crop, zoomed, (FARTHEST + tracing.opttolerance) / scale.min())
         found.append((1.0 if sure else mask_iou(crop, paint(path, width, height)), path))
         if found[-1][0] >= FAITHFUL_IOU:
             break
@@ -167,8 +172,8 @@ def _faithful(
     return [path for _, path in sorted(found, key=lambda pair: -min(pair[0], enough))]
 
 
-def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, float, float]]:
-    """Crop, its scale and ``alphamax`` of traces from the smoothest to the sharpest."""
+def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Crop, its scale (x, y) and ``alphamax`` of traces from the smoothest to the sharpest."""
     crop, scale = _traceable(crop)
     if max(crop.shape) >= HALVED_FROM:
         yield _halved(crop), scale / 2, alphamax
@@ -176,6 +181,11 @@ def _attempts(crop: np.ndarray, alphamax: float) -> Iterator[tuple[np.ndarray, f
         yield crop, scale, corners
     if 2 * max(crop.shape) <= LONGEST:
         yield crop.repeat(2, axis=0).repeat(2, axis=1), 2 * scale, 0.0
+    elif THIN * crop.size <= LONGEST**2:
+        thin = int(np.argmin(crop.shape))
+        stretched = np.ones(2)
+        stretched[1 - thin] = THIN
+        yield crop.repeat(THIN, axis=thin), stretched * scale, 0.0
 
 
 def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: float) -> list[Path]:
@@ -194,9 +204,9 @@ def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: f
         crop, scale = _halved(crop), scale / 2
 
 
-def _traceable(crop: np.ndarray) -> tuple[np.ndarray, float]:
-    """The crop, halved until no side is over ``LONGEST``, and its scale."""
-    scale = 1.0
+def _traceable(crop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The crop, halved until no side is over ``LONGEST``, and its scale (x, y)."""
+    scale = np.ones(2)
     while max(crop.shape) > LONGEST:
         crop, scale = _halved(crop), scale / 2
     return crop, scale
@@ -254,7 +264,7 @@ def _surely_faithful(path: Path, crop: np.ndarray, traced: np.ndarray, farthest:
     return bool(wrong <= allowed)
 
 
-def _within(commands: Sequence[Command], size: tuple[int, int], scale: float) -> Path:
+def _within(commands: Sequence[Command], size: tuple[int, int], scale: np.ndarray) -> Path:
     """Unscaled, and cut at the box: Potrace may fit a vertex up to half a pixel outside it."""
     points = np.clip(points_of(commands) / scale, 0.0, size)
     values = iter(points.ravel().tolist())
