@@ -210,7 +210,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     # Nothing is to be refused: the simulation's queue has no bound either.
     args["model_pool"].update(max_queued_requests=1000, max_ongoing_requests=40)
     args["refiner_pool"].update(max_queued_requests=1000)
-    args["ingress_pool"].update(max_queued_requests=1000, max_ongoing_requests=1000)
+    args["ingress_pool"].update(max_queued_requests=1000, max_ongoing_requests=2000)
     args["runtime"].update(max_held_requests=1000)
     args["refine_timeout_s"] = 60
     url, slots = service_url(settings), args["runtime"]["max_batch_size"]

@@ -146,6 +146,15 @@ class Pool(Settings):
         return options
 
 
+class IngressPool(Pool):
+    """The ingress pool; its replicas take in more than they hold, and refuse the rest."""
+
+    num_cpus: Amount = 0.5
+    max_ongoing_requests: Count = 1024
+    """Requests that one replica runs at once, over ``runtime.max_held_requests``."""
+    max_queued_requests: Count = 512
+
+
 class LookAhead(Settings):
     """Aims of the look-ahead policy, for the refiner pool of an application that names it."""
 
@@ -303,7 +312,7 @@ class GraphArgs(Settings):
     refine_silence_s: float | None = Field(default=3.0, gt=0)
     """A refinement without an answer for this long is asked of another replica too, and the first
     answer taken, seconds; null: never. Well over what a refinement takes."""
-    ingress_pool: Pool = Pool(num_cpus=0.5, max_ongoing_requests=256, max_queued_requests=512)
+    ingress_pool: IngressPool = IngressPool()
     model_pool: Pool = Pool()
     refiner_pool: RefinerPool = RefinerPool()
 
@@ -351,6 +360,13 @@ class GraphArgs(Settings):
                 f"model_pool.max_ongoing_requests ({self.model_pool.max_ongoing_requests}) must "
                 f"not exceed runtime.max_batch_size + runtime.max_queue ({room}): the engine "
                 "would refuse what Serve lets in"
+            )
+        let_in, held = self.ingress_pool.max_ongoing_requests, self.runtime.max_held_requests
+        if let_in <= held:
+            raise ValueError(
+                f"ingress_pool.max_ongoing_requests ({let_in}) must be over "
+                f"runtime.max_held_requests ({held}): the ingress does not see requests that wait "
+                "for Ray to let them in, and their deadlines do not run"
             )
         for name in ("ingress_pool", "model_pool"):
             if getattr(self, name).min_replicas < 1:

@@ -167,11 +167,29 @@ def test_cluster_config_keeps_the_gpu_for_the_model() -> None:
         ({"refiner_pool": {"min_replicas": 3, "max_replicas": 2}}, "max_replicas"),
         ({"model_pool": {"max_ongoing_requests": 10_000}}, "max_queue"),
         ({"refine_timeout_s": 0}, "refine_timeout_s"),
+        ({"ingress_pool": {"max_ongoing_requests": 512}}, "ingress_pool.max_ongoing_requests"),
+        ({"runtime": {"max_held_requests": 2000}}, "runtime.max_held_requests"),
     ],
 )
 def test_wrong_args_are_refused_by_name(args: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         GraphArgs.model_validate(args)
+
+
+def test_a_request_waits_where_its_deadline_runs_and_not_before_the_ingress() -> None:
+    """Ray lets ``max_ongoing_requests`` in; behind HAProxy the rest waits unseen by the ingress."""
+    args = GraphArgs()
+    assert args.ingress_pool.max_ongoing_requests > args.runtime.max_held_requests
+    for held, let_in in ((48, 47), (48, 48)):
+        pool = {"max_ongoing_requests": let_in}
+        given = {"runtime": {"max_held_requests": held}, "ingress_pool": pool}
+        rule = rf"ingress_pool\.max_ongoing_requests \({let_in}\) must be over "
+        with pytest.raises(ValidationError, match=rf"{rule}runtime\.max_held_requests \({held}\)"):
+            GraphArgs.model_validate(given)
+    # Also where another key of the pool is given.
+    GraphArgs.model_validate({"ingress_pool": {"num_cpus": 1}})
+    pool["max_ongoing_requests"] = 49
+    assert GraphArgs.model_validate(given).ingress_pool.max_ongoing_requests == 49
 
 
 INF, NAN = float("inf"), float("nan")

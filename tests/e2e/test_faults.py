@@ -112,7 +112,7 @@ def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
     args["refiner"]["selectable"] = ["none", HANGING]
     # A slow machine takes half a minute to start a replica, for which nobody is to be refused.
     args["runtime"]["max_held_requests"] = ROOM
-    args["ingress_pool"].update(max_ongoing_requests=ROOM, max_queued_requests=ROOM)
+    args["ingress_pool"].update(max_ongoing_requests=2 * ROOM, max_queued_requests=ROOM)
     args["model_pool"].update(max_ongoing_requests=16, max_queued_requests=ROOM)
     args["refiner_pool"].update(max_queued_requests=ROOM)
     for pool in ("model_pool", "refiner_pool"):

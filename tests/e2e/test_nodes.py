@@ -92,6 +92,7 @@ def nodes() -> Iterator[Nodes]:
     )
     # A slow machine takes a minute to start them anew, and the traffic goes on.
     args["runtime"]["max_held_requests"] = 1000
+    args["ingress_pool"]["max_ongoing_requests"] = 2000
     for pool in ("model_pool", "refiner_pool"):
         args[pool]["max_queued_requests"] = 1000
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
