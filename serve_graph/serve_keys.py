@@ -1,8 +1,10 @@
-"""The keys that Ray Serve knows in its config: it takes others without a word."""
+"""What Ray Serve would take in its config without a word: keys that it does not know, and scaling
+policies with which an application never runs."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 from kestrel.config import ConfigError
 from kestrel.serve_config import applications_of, deployments_of
@@ -10,25 +12,77 @@ from kestrel.serve_config import applications_of, deployments_of
 
 def check_keys(config: dict[str, Any]) -> None:
     """ConfigError, which names key and place, for a key of a Serve config that Serve would ignore:
-    with ``http_option`` the door would be where nobody asked for it."""
-    from ray.serve.schema import (
-        DeploymentSchema,
-        HTTPOptionsSchema,
-        ServeApplicationSchema,
-        ServeDeploySchema,
-    )
+    with ``http_option`` the door would be where nobody asked for it. Likewise for a policy that
+    its controller could not call."""
+    from ray.serve.config import AutoscalingPolicy
+    from ray.serve.schema import ServeDeploySchema
 
+    # These are lists, or it is said here.
+    applications = [(one, deployments_of(one)) for one in applications_of(config)]
     _known("", config, ServeDeploySchema)
-    _known("http_options.", config.get("http_options"), HTTPOptionsSchema)
-    for i, application in enumerate(applications_of(config)):
-        _known(f"applications[{i}].", application, ServeApplicationSchema)
-        for j, deployment in enumerate(deployments_of(application)):
-            _known(f"applications[{i}].deployments[{j}].", deployment, DeploymentSchema)
+    for i, (application, deployments) in enumerate(applications):
+        # What comes with an environment of its own may be importable there alone.
+        here = not application.get("runtime_env")
+        policy = application.get("autoscaling_policy")
+        if policy is not None:
+            place = f"applications[{i}].autoscaling_policy"
+            _known(f"{place}.", policy, AutoscalingPolicy)  # a plain dict in Serve's schema
+            _check_policy(place, policy, here)
+        for j, deployment in enumerate(deployments):
+            scaling = deployment.get("autoscaling_config")
+            if isinstance(scaling, dict) and "policy" in scaling:
+                place = f"applications[{i}].deployments[{j}].autoscaling_config.policy"
+                # Without a function it is Serve's default, which an application's cannot be.
+                default = AutoscalingPolicy.model_fields["policy_function"].default
+                _check_policy(place, scaling["policy"], here, default)
 
 
 def _known(place: str, given: Any, schema: Any) -> None:
-    # What is no mapping is refused where it is read.
-    for key in given if isinstance(given, dict) else ():
+    # What is neither mapping nor list is refused where it is read.
+    for key, value in given.items() if isinstance(given, dict) else ():
         if key not in schema.model_fields:
             known = ", ".join(sorted(schema.model_fields))
             raise ConfigError(f"unknown key {place}{key}; known keys are {known}")
+        for part in _schemas(schema.model_fields[key].annotation):
+            if isinstance(value, list):
+                for i, one in enumerate(value):
+                    _known(f"{place}{key}[{i}].", one, part)
+            else:
+                _known(f"{place}{key}.", value, part)
+
+
+def _schemas(annotation: Any) -> list[Any]:
+    """The schemas among the types of a field, those of a list's entries too."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [schema for part in get_args(annotation) for schema in _schemas(part)]
+
+
+def _check_policy(place: str, policy: Any, here: bool, default: str | None = None) -> None:
+    """ConfigError for a policy that is none, or, where it would be ``here``, cannot be imported or
+    made."""
+    from ray.serve.config import AutoscalingPolicy
+
+    if not isinstance(policy, dict):
+        raise ConfigError(f"{place} must be a mapping, not {policy!r}")
+    path = policy.get("policy_function", default)
+    if not isinstance(path, str):
+        raise ConfigError(f"{place}.policy_function must be package.module:name, not {path!r}")
+    kwargs = policy.get("policy_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"{place}.policy_kwargs must be a mapping, not {kwargs!r}")
+    if not here:
+        return
+    try:
+        found = AutoscalingPolicy(policy_function=path).get_policy()
+    except Exception as error:
+        raise ConfigError(
+            f"{place}.policy_function cannot be imported: {path!r}: {error}"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"{place}.policy_function must be a function or a class, not {path!r}")
+    if inspect.isclass(found):  # to a function Serve gives none
+        try:
+            inspect.signature(found).bind(**kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{place}.policy_kwargs do not fit {path!r}: {error}") from None

@@ -174,6 +174,20 @@ def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) 
     assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
 
 
+def scaled(policy: Any, **keys: Any) -> dict[str, Any]:
+    """A Serve config of the graph with an ``autoscaling_policy``."""
+    return {"applications": [graph(autoscaling_policy=policy, **keys)]}
+
+
+def deployed(**keys: Any) -> dict[str, Any]:
+    """A Serve config of the graph that says something of its refiners."""
+    return {"applications": [graph(deployments=[{"name": "Refiner", **keys}])]}
+
+
+POLICY = "serve_graph.autoscaling:Policy"
+OF_POLICY = r"applications\[0\]\.autoscaling_policy"
+OF_REFINER = r"applications\[0\]\.deployments\[0\]"
+
 UNSERVABLE = {
     "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
     "no application": ({"applications": None}, "serve_graph.app:build"),
@@ -202,6 +216,69 @@ UNSERVABLE = {
         {"applications": [graph(deployments=[{"name": "Refiner", "user_confg": {}}])]},
         r"unknown key applications\[0\]\.deployments\[0\]\.user_confg",
     ),
+    "misspelt policy": (
+        scaled({"policy_fuction": POLICY}),
+        rf"unknown key {OF_POLICY}\.policy_fuction; known keys are policy_function, policy_kwargs",
+    ),
+    "policy of nothing": (scaled({}), rf"{OF_POLICY}\.policy_function must be package.module:name"),
+    "policy of null": (
+        scaled({"policy_function": None}),
+        rf"{OF_POLICY}\.policy_function must be package\.module:name, not None",
+    ),
+    "text as policy": (scaled(POLICY), rf"{OF_POLICY} must be a mapping"),
+    **{
+        f"policy {path!r}": (
+            scaled({"policy_function": path}),
+            rf"{OF_POLICY}\.policy_function cannot be imported: '{path}'",
+        )
+        for path in ("serve_graph.autoscaling:Polcy", "no_such.module:Policy", "a:b:c", "")
+    },
+    "policy that decides nothing": (
+        scaled({"policy_function": "serve_graph.autoscaling:REPORTS"}),
+        rf"{OF_POLICY}\.policy_function must be a function or a class",
+    ),
+    "policy with what it does not take": (
+        scaled({"policy_function": POLICY, "policy_kwargs": {"start_s": 1}}),
+        rf"{OF_POLICY}\.policy_kwargs do not fit '{POLICY}': .*'start_s'",
+    ),
+    "policy with null": (
+        scaled({"policy_function": POLICY, "policy_kwargs": None}),
+        rf"{OF_POLICY}\.policy_kwargs must be a mapping",
+    ),
+    "misspelt bounds": (
+        deployed(autoscaling_config={"min_replica": 3}),
+        rf"unknown key {OF_REFINER}\.autoscaling_config\.min_replica; .*min_replicas",
+    ),
+    "misspelt policy of a deployment": (
+        deployed(autoscaling_config={"policy": {"policy_fuction": POLICY}}),
+        rf"unknown key {OF_REFINER}\.autoscaling_config\.policy\.policy_fuction",
+    ),
+    "null as policy of a deployment": (
+        deployed(autoscaling_config={"policy": None}),
+        rf"{OF_REFINER}\.autoscaling_config\.policy must be a mapping",
+    ),
+    "lost policy of a deployment": (
+        deployed(autoscaling_config={"policy": {"policy_function": "no_such.module:decide"}}),
+        rf"{OF_REFINER}\.autoscaling_config\.policy\.policy_function cannot be imported",
+    ),
+    "misspelt resources": (
+        deployed(ray_actor_options={"num_cpu": 3}),
+        rf"unknown key {OF_REFINER}\.ray_actor_options\.num_cpu; .*num_cpus",
+    ),
+    **{
+        f"misspelt logging of {place or 'all'}": (
+            config,
+            rf"unknown key {place}logging_config\.log_levle; .*log_level",
+        )
+        for place, config in (
+            ("", {**deployed(), "logging_config": {"log_levle": "DEBUG"}}),
+            (
+                r"applications\[0\]\.",
+                {"applications": [graph(logging_config={"log_levle": "DEBUG"})]},
+            ),
+            (rf"{OF_REFINER}\.", deployed(logging_config={"log_levle": "DEBUG"})),
+        )
+    },
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
     "mapping": ({"applications": {"a": 1}}, "applications must be a list of mappings"),
@@ -220,6 +297,27 @@ def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
     with pytest.raises(LaunchError, match=named) as refused:
         __main__.read_config(path, None)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        scaled({"policy_function": POLICY}),
+        scaled(None),
+        # It is imported where that environment is.
+        scaled({"policy_function": "theirs.alone:Policy"}, runtime_env={"pip": ["theirs"]}),
+        deployed(autoscaling_config={"max_replicas": 3, "policy": {"policy_kwargs": {}}}),
+        deployed(
+            autoscaling_config=None,
+            ray_actor_options={"num_cpus": 1, "resources": {"any": 1}},
+            logging_config={"log_level": "DEBUG"},
+            user_config={"turdsize": 3},
+        ),
+    ],
+)
+def test_what_serve_takes_beside_args_is_taken(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = written(tmp_path, config)
+    assert __main__.read_config(path, None)["applications"] == config["applications"]
 
 
 def test_args_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
