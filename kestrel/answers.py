@@ -6,7 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kestrel.api import Bbox, BboxEvent, ModelMetrics, ModelResult, PathDelta, RequestError
+from kestrel.api import (
+    Bbox,
+    BboxEvent,
+    ModelMetrics,
+    ModelResult,
+    PathDelta,
+    RequestError,
+    outcome,
+)
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
 
@@ -98,10 +106,16 @@ def final_event(
     return head | segment_response(model, refined, return_base64=return_base64)
 
 
-def error_event(error: BaseException, request_id: str) -> dict[str, Any]:
+class ErrorEvent(dict[str, Any]):
     """The last SSE event of a request that failed after its first event."""
-    message = error.message if isinstance(error, RequestError) else "internal error"
-    return {"type": "error", "error": message, "request_id": request_id, "completed": True}
+
+    def __init__(self, error: BaseException, request_id: str) -> None:
+        message = "internal error"
+        self.outcome = "broken_stream"
+        """What operators call the end of that request; clients are not told."""
+        if isinstance(error, RequestError):
+            message, self.outcome = error.message, outcome(error)
+        super().__init__(type="error", error=message, request_id=request_id, completed=True)
 
 
 def sse_frame(payload: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from kestrel import api
-from kestrel.answers import segment_response
+from kestrel.answers import ErrorEvent, segment_response
 from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
@@ -150,8 +150,9 @@ class IngressDeployment:
             events = self._backend.events(request, _request_id(), deadline.left())
             async with contextlib.aclosing(events):
                 async for event in events:
-                    if event["type"] == "error":
-                        ended.outcome = "broken_stream"
+                    if isinstance(event, ErrorEvent):
+                        ended.outcome = event.outcome
+                        event = dict(event)  # callers need not have its class
                     yield event
 
     async def stream_into(self, queue: Queue, **fields: Any) -> None:

@@ -41,7 +41,7 @@ OUTCOMES = (
     "left",
     "broken_stream",
 )
-"""How a request may end: ``kestrel.api.outcome``, or an error event after the 200."""
+"""How a request may end: ``kestrel.api.outcome``, or a fault that came as a stream's event."""
 
 REQUESTS = Spec(
     "segment_requests_total",

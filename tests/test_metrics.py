@@ -128,6 +128,56 @@ async def test_a_stream_that_breaks_after_its_200_is_not_counted_as_ok():
     assert response.status_code == 200 and watched.outcomes == ["broken_stream"]
 
 
+STREAM_ENDS = [
+    (DeadlineExceeded(), "late"),
+    (Overloaded("the refiner is unavailable"), "overloaded"),
+    (InvalidRequest("image cannot be decoded", "image"), "invalid"),
+    (RuntimeError("lost"), "broken_stream"),
+]
+
+
+@pytest.mark.parametrize("door", ["http", "handle"])
+@pytest.mark.parametrize(("error", "expected"), STREAM_ENDS)
+async def test_an_error_after_the_first_event_is_counted_as_it_is_before_it(
+    error, expected, door, monkeypatch
+):
+    watched = Watched()
+    watched.backend.script = [*WELL[:2], error]
+    if door == "http":
+        await watched.client.post("/v1/segment", json=ASK | {"stream": True})
+    else:
+        monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
+        ingress = IngressDeployment.__new__(IngressDeployment)
+        ingress._backend = watched.backend  # type: ignore[assignment]
+        ingress._backend.room = Room(watched.backend.config)
+        events = [event async for event in ingress.stream(object="disc")]
+        assert [event["type"] for event in events] == ["bbox", "path_delta", "error"]
+        # Whoever calls need not have this package to unpickle them.
+        assert {type(event) for event in events} == {dict}
+    assert watched.outcomes == [expected]
+
+
+async def test_a_stream_that_passes_its_own_deadline_is_late():
+    watched = Watched()
+    watched.backend.script = [WELL[0], 5.0]
+    soon = {"X-Request-Timeout-Ms": "200"}
+    response = await watched.client.post("/v1/segment", json=ASK | {"stream": True}, headers=soon)
+    assert response.status_code == 200 and watched.outcomes == ["late"]
+
+
+@pytest.mark.parametrize(("error", "expected"), STREAM_ENDS)
+async def test_an_error_that_a_backend_raises_late_is_counted_alike(error, expected):
+    watched = Watched()
+
+    async def broken(*_: Any) -> AsyncGenerator[dict[str, Any], None]:
+        yield {"type": "path_delta"}
+        raise error
+
+    watched.backend.events = broken  # type: ignore[method-assign]
+    await watched.client.post("/v1/segment", json=ASK | {"stream": True})
+    assert watched.outcomes == [expected]
+
+
 async def test_a_backend_that_breaks_its_promise_is_counted_as_a_broken_stream():
     watched = Watched()
 

@@ -43,7 +43,8 @@ async def compose_events(
     timeout_s: float,
     return_base64: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """SSE payloads of one request: box, path chunks, then exactly one final or error payload.
+    """SSE payloads of one request: box, path chunks, then exactly one final payload or
+    ``answers.ErrorEvent``.
 
     Raises (RequestError, or what ``events`` raises) before the first payload only. ``timeout_s``
     bounds the whole, refinement included. However this generator is left, ``events`` is closed
@@ -68,4 +69,4 @@ async def compose_events(
             raise error
         if not isinstance(error, RequestError):
             log.error("request %s failed after its first event", request_id, exc_info=error)
-        yield answers.error_event(error, request_id)
+        yield answers.ErrorEvent(error, request_id)

@@ -19,8 +19,8 @@ from kestrel.server.sending import ClientGone, ClientStalled, JsonAnswer, send_b
 log = logging.getLogger(__name__)
 
 Ended = Callable[[str, float], None]
-"""Called with the outcome of a request (``kestrel.api.outcome``, or ``broken_stream``: its error
-came as an event) and its seconds from arrival to the last byte."""
+"""Called with the outcome of a request (``kestrel.api.outcome``, or ``broken_stream``: a fault came
+as its event) and its seconds from arrival to the last byte."""
 
 
 class Envelope:

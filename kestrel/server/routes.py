@@ -66,7 +66,8 @@ class Backend(Protocol):
     def events(
         self, request: SegmentRequest, request_id: str, timeout_s: float
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """SSE payloads: RequestError before the first only, one final or error payload last."""
+        """SSE payloads: RequestError before the first only, one final payload or
+        ``answers.ErrorEvent`` last."""
 
 
 def build_app(

@@ -129,8 +129,8 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         async def event(payload: dict[str, Any]) -> None:
-            if payload["type"] == "error":
-                scope["kestrel.outcome"] = "broken_stream"
+            if isinstance(payload, answers.ErrorEvent):
+                scope["kestrel.outcome"] = payload.outcome
             body = answers.sse_frame(payload)
             await _deliver(send, {"type": "http.response.body", "body": body, "more_body": True})
 
@@ -144,7 +144,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             log.exception("request %s failed in its event stream", self._request_id)
-            await event(answers.error_event(error, self._request_id))
+            await event(answers.ErrorEvent(error, self._request_id))
         await _deliver(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
 
