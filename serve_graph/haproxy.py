@@ -1,10 +1,12 @@
-"""HAProxy as Ray Serve runs it, but for three things that Serve has no setting for.
+"""HAProxy as Ray Serve runs it, but for four things that Serve has no setting for.
 
 Serve has HAProxy's pages of statistics and metrics listen on every interface; here it is the
 loopback interface. It starts HAProxy before it tells it of any application, so that a door that
 comes back after its death answers 404 for a while; here it is shut until it knows where requests
-go, and a load balancer or client tries another door. And it lets a connection on which no request
-comes keep its place for an hour; here it is closed after ``REQUEST_HEAD_S``.
+go, and a load balancer or client tries another door. It lets a connection on which no request comes
+keep its place for an hour; here it is closed after ``REQUEST_HEAD_S``. And it hands on whatever
+clients put into headers that Serve itself reads; here those are left out that are no part of the
+contract, and what Serve cannot read.
 
 Serve may be told which program to run as HAProxy (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands
 that the configuration it wrote: ``segment-haproxy`` (``main``) is that program. It changes those
@@ -32,20 +34,33 @@ REQUEST_HEAD_S = 10
 """How long a client may take for the first line and the headers of a request, seconds. HAProxy has
 4,096 places for connections. A body may take longer."""
 _EVERYWHERE = re.compile(r"^(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE)
-_DOOR = re.compile(r"^(frontend http_frontend\s*\n)\s*bind\s.*\n", re.MULTILINE)
+_DOOR = re.compile(r"^(frontend http_frontend\s*\n)(\s*bind\s.*\n)", re.MULTILINE)
+# Serve obeys the first four, which are for programs inside of a cluster: its own timeout would
+# answer in the place of the graph's. The others it decodes as UTF-8, and where that fails answers
+# in plain text what the graph does not count. An id that is not ASCII is against the graph's rule
+# (``kestrel.api.ID_PATTERN``), and so is what stands in its place: the graph refuses it.
+_HEADERS = """\
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
+    http-request del-header ^x[-_]session[-_]id$ -m reg
+    http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg
+    http-request del-header traceparent if { req.fhdr(traceparent) -m reg "[^ -~]" }
+    http-request del-header tracestate if { req.fhdr(tracestate) -m reg "[^ -~]" }
+    http-request set-header x-request-id "not ASCII" if { req.fhdr(x-request-id) -m reg "[^ -~]" }
+"""
 _DEFAULTS = re.compile(r"^defaults\s*\n", re.MULTILINE)
 _APPLICATION = re.compile(r"^\s*use_backend\s", re.MULTILINE)
 
 
 def amended(configuration: str) -> str:
     """A configuration whose binds name an address, 127.0.0.1 where there was none; without that of
-    the HTTP door where no application is named. Connections without a request end."""
+    the HTTP door where no application is named. Connections without a request end, and headers
+    are as Serve can read them."""
     configuration = _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
     timeout = f"    timeout http-request {REQUEST_HEAD_S}s\n"
     configuration = _DEFAULTS.sub(rf"\g<0>{timeout}", configuration)
-    if _APPLICATION.search(configuration):
-        return configuration
-    return _DOOR.sub(r"\1", configuration)
+    known = _APPLICATION.search(configuration)
+    return _DOOR.sub(lambda d: d[1] + (d[2] if known else "") + _HEADERS, configuration)
 
 
 def haproxy_binary() -> str | None:

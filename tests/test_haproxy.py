@@ -1,9 +1,11 @@
 """HAProxy's own pages are open to other machines, it answers for what it does not know yet, it
-keeps places for clients that send nothing, or it does not start."""
+keeps places for clients that send nothing, it passes on headers that Serve stumbles over, or it
+does not start."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import threading
@@ -13,8 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from serving import accepts, connected, until
+from scripted import ASK, ScriptedBackend
+from serving import accepts, connected, served, until
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kestrel.server.routes import build_app
 from serve_graph import haproxy
 from serve_graph.errors import LaunchError
 from serve_graph.launch import free_port
@@ -41,6 +46,7 @@ def test_binds_without_an_address_are_left_open():
         "    mode http",
         "frontend http_frontend",
         "    bind 0.0.0.0:8000",
+        *haproxy._HEADERS.splitlines(),
         "    acl is_app path_beg /",
         "    use_backend app if is_app",
         "    default_backend default_backend",
@@ -107,6 +113,9 @@ backend app
 """
 
 
+pytest_plugins = ["scripted"]
+
+
 class Reader(BaseHTTPRequestHandler):
     """A service that reads a body to its end."""
 
@@ -169,3 +178,102 @@ def test_a_body_that_comes_slowly_is_cut(behind: Callable[..., str], reader: int
             time.sleep(0.5)
             client.sendall(b"a")
         assert b" 200 " in client.recv(1000).splitlines()[0]
+
+
+SERVE_READS = {
+    b"x-request-id",
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"x-session-id",
+    b"x_session_id",
+    b"serve_multiplexed_model_id",
+    b"serve-multiplexed-model-id",
+    b"traceparent",
+    b"tracestate",
+}
+"""Headers that a replica of Serve decodes as UTF-8 before the application has the request."""
+
+
+class Replica:
+    """An application behind what Serve does with those headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.told = app, dict[bytes, str]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = [(k, v) for k, v in scope["headers"] if k in SERVE_READS]
+            self.told = {name: value.decode() for name, value in headers}
+        await self.app(scope, receive, send)
+
+
+@pytest.fixture
+def exchanged(
+    behind: Callable[..., str], backend: ScriptedBackend
+) -> Iterator[Callable[..., tuple[int, dict[str, str], dict[bytes, str]]]]:
+    """Called with lines of headers: status and body of the answer, and what Serve reads."""
+    replica = Replica(build_app(backend))
+    with served(replica) as url:
+        door = behind(int(url.rpartition(":")[2]))
+
+        def exchange(*lines: bytes) -> tuple[int, dict[str, str], dict[bytes, str]]:
+            content = json.dumps(ASK).encode()
+            head = [b"POST /v1/segment HTTP/1.1", b"Host: a", b"Connection: close", *lines]
+            head.append(b"Content-Length: %d" % len(content))
+            with connected(door) as client:
+                client.sendall(b"\r\n".join(head) + b"\r\n\r\n" + content)
+                answer = b"".join(iter(lambda: client.recv(65536), b""))
+            first, _, body = answer.partition(b"\r\n\r\n")
+            return int(first.split()[1]), json.loads(body), replica.told
+
+        yield exchange
+
+
+Exchange = Callable[..., tuple[int, dict[str, str], dict[bytes, str]]]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"X-Request-Id: caf\xe9"],
+        [b"x-request-id: \xff\xfe"],
+        [b"X-Request-Id: caf\xc3\xa9"],
+        [b"X-Request-Id: one", b"X-Request-Id: \xff"],
+        [b"X-Request-Id: \xff", b"X-Request-Id: one"],
+    ],
+)
+def test_an_id_that_serve_cannot_read_is_a_fault(
+    exchanged: Exchange, backend: ScriptedBackend, lines: list[bytes]
+) -> None:
+    """Of the server, in plain text and not counted: the graph refuses it as any other."""
+    status, body, _ = exchanged(*lines)
+    assert (status, body["field"]) == (400, "X-Request-Id")
+    assert backend.begun == 0
+
+
+def test_ids_that_serve_can_read_are_another_in_the_graph(exchanged: Exchange) -> None:
+    assert exchanged(b"X-Request-Id: edge-7:abc.DEF_1")[1]["request_id"] == "edge-7:abc.DEF_1"
+    status, body, told = exchanged(b"X-Request-Id: two words")
+    assert (status, body["field"], told[b"x-request-id"]) == (400, "X-Request-Id", "two words")
+    assert exchanged()[0] == 200
+
+
+@pytest.mark.parametrize("value", [b"0.001", b"?1", b"\xff"])
+def test_clients_set_what_is_between_serve_and_the_graph(exchanged: Exchange, value: bytes) -> None:
+    names = [name.title() for name in SERVE_READS if name not in (b"x-request-id", b"traceparent")]
+    status, _, told = exchanged(b"X-Request-Id: one", *(name + b": " + value for name in names))
+    assert status == 200
+    assert set(told) <= {b"x-request-id", b"tracestate"}
+
+
+def test_a_trace_that_serve_cannot_read_is_a_fault(exchanged: Exchange) -> None:
+    status, _, told = exchanged(b"Traceparent: \xff", b"Tracestate: a=1")
+    assert (status, told) == (200, {b"tracestate": "a=1"})
+
+
+def test_serve_has_headers_of_its_own_that_nobody_takes_away() -> None:
+    constants = pytest.importorskip("ray.serve._private.constants")
+    named = {getattr(constants, name) for name in dir(constants) if name.endswith("_HEADER")}
+    named |= {constants.SERVE_SESSION_ID, constants.SERVE_MULTIPLEXED_MODEL_ID}
+    named = {name for name in named if isinstance(name, str) and name.startswith(("x-", "serve"))}
+    assert named <= {name.decode() for name in SERVE_READS}
