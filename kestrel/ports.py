@@ -1,15 +1,27 @@
-"""TCP ports: how an address is written, and whether somebody listens there."""
+"""TCP ports: how an address is written, whether it is this machine's, and whether somebody listens
+there."""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 
 def written(host: str, port: int) -> str:
     """``host:port`` as a URL has it: an IPv6 address stands in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def leads_here(url: str) -> bool:
+    """Whether a URL names the loopback interface, where a proxy would find another machine."""
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def is_taken(host: str, port: int) -> bool:

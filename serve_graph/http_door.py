@@ -16,6 +16,7 @@ import httpx
 
 from kestrel.api import TIMEOUT_HEADER, DeadlineExceeded, error_from_response
 from kestrel.deadlines import within
+from kestrel.ports import leads_here
 from serve_graph.patience import Patience
 
 LAST = ("final", "error")
@@ -32,6 +33,8 @@ class HttpDoor:
         self._options: dict[str, Any] = {
             "base_url": address.rstrip("/"),
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # Of proxies, for one.
+            "trust_env": not leads_here(address),
             # Reading the certificates takes its time, which is no call's.
             "verify": httpx.create_ssl_context(),
             # httpx's is for each step of a request; here the whole of it has a deadline.

@@ -25,6 +25,7 @@ import httpx
 import numpy as np
 
 from kestrel.config import SHIPPED_MODELS
+from kestrel.ports import leads_here
 from serve_graph.cpu_time import CpuTime
 from serve_graph.profile import PlanError, Profile, at_full_speed, quantiles, require_writable
 
@@ -183,8 +184,9 @@ async def measure(
     levels: list[Level] = []
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None)
+    proxies = not leads_here(url)
     async with httpx.AsyncClient(
-        base_url=url, timeout=300, headers=headers, limits=limits
+        base_url=url, timeout=300, headers=headers, limits=limits, trust_env=proxies
     ) as client:
         clients = 1
         while clients <= 2 * slots:

@@ -336,6 +336,27 @@ def test_calls_after_each_other_share_a_connection_those_with_a_stream_too(backe
     assert len(ports) == 1
 
 
+HERE = ["http://127.0.0.1:9", "http://localhost:9", "http://LOCALHOST.:9/seg", "http://[::1]:9"]
+ELSEWHERE = ["http://192.0.2.1:9", "http://serve.example", "http://localhost.example"]
+
+
+@pytest.mark.parametrize("address", HERE + ELSEWHERE)
+def test_a_proxy_of_the_environment_is_asked_for_this_machine_or_for_no_other(
+    monkeypatch, backend, address
+):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with served(build_app(backend)) as proxy, SegmentClient(address) as client:
+        monkeypatch.setenv("http_proxy", proxy)
+        if address in ELSEWHERE:
+            # It answers in the place of the service.
+            with pytest.raises(RequestError):
+                client.segment(object="disc", model="asked through a proxy")
+        else:
+            with pytest.raises(ConnectionError):
+                client.segment(object="disc", model="asked through a proxy")
+
+
 def test_a_service_that_is_not_there_is_a_connection_error():
     with SegmentClient("http://127.0.0.1:9") as client, pytest.raises(ConnectionError):
         client.segment(object="disc")

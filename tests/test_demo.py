@@ -62,13 +62,18 @@ def test_a_request_that_fails_or_two_answers_that_differ_end_the_demo(
         demo.run(url, tmp_path)
 
 
-def test_masks_of_an_earlier_run_do_not_stay_where_there_are_none_now(tmp_path: Path):
+def test_masks_of_an_earlier_run_do_not_stay_where_there_are_none_now(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     backend = ScriptedBackend()
     object.__setattr__(backend.config, "limits", Limits())
     backend.script = [*WELL]
     stale = tmp_path / demo.load_samples()[0].folder / "refined.png"
     stale.parent.mkdir()
     stale.write_bytes(b"of another model")
+    # A proxy of the environment would look for the graph on its own machine.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
     with served(build_app(backend)) as url:
         demo.run(url, tmp_path)
     answer = json.loads((stale.parent / "response.json").read_text())

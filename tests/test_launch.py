@@ -588,6 +588,37 @@ def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> Non
     assert told == [None]
 
 
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None]]]:
+    """What the proxy of the environment was asked, and with which authorization."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        yield asked
+        server.shutdown()
+
+
+def test_a_proxy_is_told_the_token(
+    monkeypatch: pytest.MonkeyPatch, proxy: list[tuple[str, str | None]]
+) -> None:
+    cluster = LocalCluster(dashboard_port=free_port())
+    monkeypatch.setattr(cluster, "check", lambda: None)
+    assert not cluster._answers(f"{cluster.dashboard}/api/version")
+    assert not cluster._answers("http://127.0.0.1:1/healthz")
+    assert proxy == []
+
+
 def test_a_dashboard_without_ray_is_asked_nothing(taken: int) -> None:
     """Ray has ended, and somebody else may have its port."""
     cluster = LocalCluster(dashboard_port=taken)

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from scripted import ScriptedBackend
+from serving import served
 
 from kestrel.server.compose import server_timing
+from kestrel.server.routes import build_app
 from serve_graph import cpu_time
 from serve_graph.arrivals import ClosedLoop
 from serve_graph.cpu_time import CpuTime
@@ -23,6 +26,7 @@ from serve_graph.measure import (
     Refiners,
     ask,
     closed_loop,
+    measure,
     profile_in_cpu_time,
     profile_of,
     read_timing,
@@ -287,6 +291,16 @@ async def test_rate_of_a_closed_loop_is_right_however_few_requests_it_had() -> N
     assert level.per_s == pytest.approx(15, rel=0.3)
     assert level.held == pytest.approx(1.5, rel=0.3)
     assert level.refining == pytest.approx(0.15, rel=0.3)
+
+
+async def test_a_graph_of_this_machine_is_measured_through_a_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    backend = ScriptedBackend()
+    with served(build_app(backend)) as url, pytest.raises(PlanError, match="400"):
+        await measure(url, iter([b"{}"] * 100), slots=1, seconds=0.1)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
