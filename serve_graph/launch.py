@@ -345,11 +345,15 @@ class LocalCluster:
     ) -> bool:
         """Have the graph of ``config`` at ``url`` refuse new requests and finish the others.
 
-        Whether none is left; after ``timeout_s`` seconds, or when ``stop`` is set, some may be.
-        With several ingress replicas, those that ``url`` does not lead to are not asked.
+        Whether none is left; after ``timeout_s`` seconds, or when ``stop`` is set, some may be; at
+        0 the graph is not even told. With several ingress replicas, those that ``url`` does not
+        lead to are not asked.
         """
+        if timeout_s <= 0:
+            return False
         deadline = time.monotonic() + timeout_s
-        self.deploy(draining(config), timeout_s, stop)
+        # However short the wait for requests is: Serve may take its time to be told.
+        self.deploy(draining(config), max(timeout_s, 10.0), stop)
         while time.monotonic() < deadline and not (stop and stop.is_set()):
             try:
                 self._call(f"{url}/healthz")

@@ -464,6 +464,36 @@ def test_up_lets_requests_finish_before_it_stops_ray(
     }
 
 
+@pytest.fixture
+def slow_dashboard() -> Iterator[tuple[LocalCluster, list[bytes]]]:
+    """A cluster whose dashboard takes half a second for a config, and the configs that it got."""
+    got: list[bytes] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            time.sleep(0.5)
+            got.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cluster = LocalCluster(dashboard_port=server.server_port)
+        cluster.check = lambda: None  # type: ignore[method-assign]
+        yield cluster, got
+        server.shutdown()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_a_drain_that_may_take_no_time_is_an_error(
+    slow_dashboard: tuple[LocalCluster, list[bytes]], seconds: float
+) -> None:
+    cluster, got = slow_dashboard
+    assert not cluster.drain({"applications": [graph()]}, "http://127.0.0.1:1", seconds)
+    assert len(got) == (seconds > 0)
+    assert all(b"draining" in config for config in got)
+
+
 SHOWN = """
 import os{first}
 from serve_graph.ray_token import use_token
