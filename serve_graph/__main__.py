@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,27 @@ def _check_numbers(options: argparse.Namespace) -> None:
             )
 
 
+def _at_hangup(handler: Callable[[int, Any], None]) -> None:
+    """What happens when the terminal closes, which does not reach Ray in its own session; nothing
+    where whoever started this wants it to go on (nohup)."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def _end(number: int, _: Any) -> None:
+    """SystemExit, once: stopping Ray takes a while, in which the signal may come again."""
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def up(options: argparse.Namespace) -> None:
     """Start, say how to call it, wait for a signal, let requests finish, stop."""
     _check_numbers(options)
     stop, at_once = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: at_once.set() if stop.is_set() else stop.set())
+    _at_hangup(lambda *_: stop.set())  # never at once: a terminal that closes sends several
     config = read_config(options.config, options.port)
     url = service_url(config)
     # Serve would not say so, and whoever listens there may answer in its place.
@@ -173,6 +189,8 @@ def demo(options: argparse.Namespace) -> None:
     problem = made_writable(options.output)
     if problem is not None:  # before Ray is up
         raise LaunchError(f"--output {options.output} {problem}; name another folder")
+    signal.signal(signal.SIGTERM, _end)
+    _at_hangup(_end)
     config = read_config(LOCAL, free_port())
     url = service_url(config)
     began = time.monotonic()

@@ -3,6 +3,7 @@ drained."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
@@ -25,7 +26,7 @@ from serve_graph import __main__, launch
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster, free_port
-from serve_graph.node import RayNode
+from serve_graph.node import RayNode, kill
 
 SECRET = "a-plain-key-of-a-client-0001"
 
@@ -429,8 +430,12 @@ def test_a_deployment_without_a_name_is_refused_by_its_place(
         __main__.read_config(written(tmp_path, config), None)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_up_lets_requests_finish_before_it_stops_ray(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     done: list[str] = []
 
@@ -440,19 +445,29 @@ def test_up_lets_requests_finish_before_it_stops_ray(
     monkeypatch.setattr(LocalCluster, "start", note("start"))
     monkeypatch.setattr(LocalCluster, "deploy", note("deploy"))
     monkeypatch.setattr(LocalCluster, "wait_ready", note("wait"))
-    monkeypatch.setattr(LocalCluster, "drain", note("drain"))
+    at_once: list[bool] = []
+
+    def drain(_: LocalCluster, *given: Any) -> None:
+        done.append("drain")
+        os.kill(os.getpid(), number)
+        at_once.append(given[-1].is_set())
+
+    monkeypatch.setattr(LocalCluster, "drain", drain)
     monkeypatch.setattr(LocalCluster, "stop", note("stop"))
     # Asked every two seconds whether Ray is there: the signal comes between.
-    monkeypatch.setattr(LocalCluster, "check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(LocalCluster, "check", lambda _: os.kill(os.getpid(), number))
     ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
     monkeypatch.setattr("sys.argv", ["serve_graph", "up", *ports])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {one: signal.getsignal(one) for one in handled}
     try:
         __main__.main()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert done == ["start", "deploy", "wait", "drain", "stop"]
+    # A terminal that closes says so more than once.
+    assert at_once == [number == signal.SIGTERM]
     # What a Ray program needs stands there to be copied.
     (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("handle ")]
     variables = dict(one.split("=") for one in line.split()[1:])
@@ -674,6 +689,82 @@ def test_a_deployment_that_hangs_is_left_when_told_to_stop(
     finally:
         cluster.stop()
     assert 1 <= time.monotonic() - began < 60
+
+
+SLEEPER = """
+import signal, sys, serve_graph.launch as launch
+class Sleeper(launch.RayNode):
+    def __init__(self, command, environment, log):
+        super().__init__(["-c", "import time; time.sleep(300)"], environment, log)
+        print("began", self._ray.pid, flush=True)
+launch.RayNode = Sleeper
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from serve_graph.__main__ import main
+sys.argv = sys.argv[1:]
+main()
+"""
+"""The command with a program in the place of Ray, whose process id it prints."""
+
+
+@contextlib.contextmanager
+def sleeper(folder: Path, how: str, command: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """``command`` while "Ray" starts, and the id of that."""
+    given = [f"--output={folder / 'out'}"]
+    if command == "up":
+        ports = ("--port", "--dashboard-port", "--client-port")
+        given = [f"{name}={free_port()}" for name in ports]
+    environment = {**os.environ, "PYTHONPATH": str(launch.REPOSITORY), "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, how, command, *given],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        began = process.stdout.readline()
+        assert began.startswith("began "), "it ended before it began"
+        ray = int(began.split()[1])
+        try:
+            yield process, ray
+        finally:
+            process.kill()
+            kill(ray)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_what_it_started_stays_when_its_terminal_closes_or_it_is_told_to_end(
+    tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    with sleeper(tmp_path, "plain", command) as (process, ray):
+        # A terminal that closes sends more than one.
+        for _ in range(3):
+            process.send_signal(number)
+            time.sleep(0.1)
+        process.wait(60)
+        assert not runs(ray)
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_a_program_that_is_to_outlive_its_terminal_ends_with_it(
+    tmp_path: Path, command: str
+) -> None:
+    with sleeper(tmp_path, "nohup", command) as (process, ray):
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        assert runs(ray)
 
 
 # Its environment
