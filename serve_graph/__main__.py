@@ -23,7 +23,7 @@ from kestrel.folders import made_writable
 from kestrel.ports import written
 from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
-from serve_graph.args import check
+from serve_graph.args import check, longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
@@ -152,6 +152,7 @@ def up(options: argparse.Namespace) -> None:
         dashboard_port=options.dashboard_port,
         client_port=options.client_port,
         haproxy=options.haproxy,
+        longest_request_s=longest_request_s(config),
         without_token=options.without_token,
     )
     with contextlib.ExitStack() as started:

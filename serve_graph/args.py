@@ -8,7 +8,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
-from kestrel.config import ConfigError, Limits, RefinerConfig, RuntimeConfig, from_mapping
+from kestrel.config import (
+    LONGEST_TIMEOUT_S,
+    ConfigError,
+    Limits,
+    RefinerConfig,
+    RuntimeConfig,
+    from_mapping,
+)
 from kestrel.serve_config import applications_of, deployments_of, is_graph
 
 FULL_RETRY_S = 0.05
@@ -386,6 +393,21 @@ def _mapping(part: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{key} must be a mapping")
     return value
+
+
+def longest_request_s(config: dict[str, Any]) -> float:
+    """The largest ``runtime.request_timeout_s`` that a Serve config sets, seconds; 0 where none is.
+
+    Looked for in every application: one may be built around the graph.
+    """
+    found = [0.0]
+    for application in applications_of(config):
+        value: Any = application
+        for key in ("args", "runtime", "request_timeout_s"):
+            value = value.get(key) if isinstance(value, dict) else None
+        if type(value) in (int, float) and value <= LONGEST_TIMEOUT_S:
+            found.append(value)
+    return max(found)
 
 
 def check(config: dict[str, Any]) -> None:

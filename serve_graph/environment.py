@@ -16,6 +16,11 @@ FAST_SERVE = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 
+HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+AFTER_DEADLINE_S = 15
+"""How much longer than its deadline a request may be under way, seconds: its answer has 10 to be
+read."""
+
 HAPROXY = {
     # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
     # that is left, twice the requests per second. HTTP stays on ``http_options.host``. With it goes
@@ -25,6 +30,10 @@ HAPROXY = {
     # How long an ingress replica that is to go stays open for HAProxies that have not heard of it,
     # seconds: they hear within one, and try another where it refuses. Ray's 30 prolong updates.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # How long requests may go on in a HAProxy that Serve has replaced, as it does whenever ingress
+    # replicas come or go, seconds; then they are cut. Ray's own value, enough for a
+    # ``request_timeout_s`` of up to 105: over that it takes ``AFTER_DEADLINE_S`` more than that.
+    HARD_STOP: "120",
 }
 
 SERVE_PROXY = {

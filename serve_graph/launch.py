@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -26,7 +27,14 @@ from typing import Any
 
 from kestrel.ports import is_taken, written
 from kestrel.serve_config import deployments_of, graph_of
-from serve_graph.environment import BEFORE_RAY, DRAIN_S, LOOPBACK, SERVE_PROXY
+from serve_graph.environment import (
+    AFTER_DEADLINE_S,
+    BEFORE_RAY,
+    DRAIN_S,
+    HARD_STOP,
+    LOOPBACK,
+    SERVE_PROXY,
+)
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.node import RayNode
@@ -122,8 +130,9 @@ class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
     Ports that are not given are picked free, so that several clusters live side by side.
-    ``num_cpus`` are logical CPUs; ``haproxy``: see ``haproxy_variables``; ``environment`` adds to
-    and overrides that of Ray's processes; ``without_token``: see ``token_variables``.
+    ``num_cpus`` are logical CPUs; ``haproxy``: see ``haproxy_variables``; ``longest_request_s``:
+    deadline that requests may have, seconds, where it is over 105; ``environment`` adds to and
+    overrides that of Ray's processes; ``without_token``: see ``token_variables``.
     """
 
     def __init__(
@@ -135,6 +144,7 @@ class LocalCluster:
         client_port: int | None = None,
         object_store_bytes: int = 256 * 2**20,
         haproxy: bool = SUPPORTED,
+        longest_request_s: float = 0.0,
         environment: dict[str, str] | None = None,
         without_token: bool = False,
     ) -> None:
@@ -142,7 +152,7 @@ class LocalCluster:
         self.gcs_port = free_port()
         self.client_port = client_port or free_port()
         self.dashboard_port = dashboard_port or free_port()
-        self._haproxy = haproxy
+        self._haproxy, self._longest_request_s = haproxy, longest_request_s
         try:
             self.variables = {
                 **BEFORE_RAY,
@@ -234,8 +244,11 @@ class LocalCluster:
     def _haproxy_variables(self) -> dict[str, str]:
         """``haproxy_variables``, with files and ports that no other cluster of this machine has."""
         prefix, first = "RAY_SERVE_HAPROXY_", _ingress_block()
+        variables = haproxy_variables()
+        longest = math.ceil(self._longest_request_s) + AFTER_DEADLINE_S
         return {
-            **haproxy_variables(),
+            **variables,
+            HARD_STOP: str(max(int(variables[HARD_STOP]), longest)),
             f"{prefix}CONFIG_FILE_LOC": str(self.dir / "haproxy.cfg"),
             # Serve puts a folder of 56 letters in between, and a socket's path has room for 97.
             f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),

@@ -30,7 +30,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import kestrel
 from serve_graph.args import GraphArgs
-from serve_graph.environment import BEFORE_RAY, DRAIN_S, HAPROXY
+from serve_graph.environment import AFTER_DEADLINE_S, BEFORE_RAY, DRAIN_S, HAPROXY, HARD_STOP
 from serve_graph.haproxy import BINARY_PATH, PROGRAM
 
 DEPLOY = ROOT / "deploy"
@@ -250,6 +250,11 @@ def test_a_pod_may_live_as_long_as_its_replicas_finish_their_requests(manifest):
         drain = float(environment(manifest, name)[DRAIN_S])
         grace = groups(manifest)[name]["template"]["spec"]["terminationGracePeriodSeconds"]
         assert max(seconds) < drain <= grace - 10
+
+
+def test_haproxy_of_a_pod_lives_as_long_as_its_requests(manifest):
+    longest = graph_args(manifest).runtime.request_timeout_s
+    assert int(HAPROXY[HARD_STOP]) >= longest + AFTER_DEADLINE_S
 
 
 def test_pods_set_nothing_otherwise_than_other_nodes_do(manifest):

@@ -23,6 +23,8 @@ from serving import has_ipv6
 
 from kestrel.serve_config import http_address
 from serve_graph import __main__, launch
+from serve_graph.args import longest_request_s
+from serve_graph.environment import HARD_STOP
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster, free_port
@@ -786,7 +788,7 @@ def test_nodes_that_others_start_get_what_the_launcher_sets(
     # What only a cluster of one machine has: loopback, its token, and nobody to drain for; and
     # files and ports of HAProxy that are its own; and a dashboard that it waits for.
     local = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_M", "RAY_SERVE_FALLBACK_")
-    kept = (BINARY_PATH, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
+    kept = (BINARY_PATH, HARD_STOP, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S")
     own = {k: v for k, v in own.items() if not k.startswith(local) or k in kept}
     there = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     there |= {"RAY_DASHBOARD_STARTUP_TIMEOUT_S"}
@@ -804,6 +806,46 @@ def test_serve_s_own_proxy_asks_ingress_replicas_of_every_node_alike() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert ran.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [(None, 120), (60, 120), (105, 120), (105.5, 121), (86_400, 86_415)]
+)
+def test_haproxy_cuts_requests_before_their_deadline_when_serve_reloads_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: float | None, seconds: int
+) -> None:
+    runtime = {} if asked is None else {"request_timeout_s": asked}
+    applications = [OTHER, graph(args={"runtime": runtime})]
+    path = written(tmp_path, {"applications": applications})
+    given: list[dict[str, str]] = []
+
+    def start(cluster: LocalCluster, **_: Any) -> None:
+        given.append(cluster.variables)
+        raise LaunchError("enough")
+
+    monkeypatch.setattr(LocalCluster, "start", start)
+    ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--haproxy", f"--config={path}", *ports])
+    with pytest.raises(SystemExit, match="enough"):
+        __main__.main()
+    assert given[0][HARD_STOP] == str(seconds)
+
+
+def test_ray_reads_when_haproxy_stops_for_good_elsewhere() -> None:
+    environment = {**os.environ, **LocalCluster(haproxy=True, longest_request_s=600).variables}
+    code = f"from ray.serve._private import constants; print(constants.{HARD_STOP})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["615"]
+
+
+@pytest.mark.parametrize("value", [None, "long", True, float("inf"), [60]])
+def test_args_of_an_application_that_is_not_the_graph_end_the_launcher(value: Any) -> None:
+    runtime = {"request_timeout_s": value}
+    for args in (None, {"runtime": None}, {"runtime": runtime}, [runtime]):
+        others = [{**OTHER, "args": args}, graph(args={"runtime": {"request_timeout_s": 90}})]
+        assert longest_request_s({"applications": others}) == 90
 
 
 def test_a_port_is_given_twice() -> None:

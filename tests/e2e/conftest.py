@@ -19,6 +19,7 @@ from running_graph import KEY, REFINE_TIMEOUT_S, Driver, Graph, body, enlarged
 
 from kestrel.api_keys import hash_key
 from serve_graph.__main__ import LOCAL, read_config, service_url
+from serve_graph.args import longest_request_s
 from serve_graph.demo import Sample, load_samples
 from serve_graph.environment import LOOPBACK
 from serve_graph.launch import LocalCluster, free_port
@@ -66,7 +67,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     args["refiner_pool"].update(num_cpus=0.5, min_replicas=2, max_replicas=2)
     args["model_pool"].update(max_ongoing_requests=8, max_queued_requests=4)
     url = service_url(config)
-    cluster = LocalCluster(environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    cluster = LocalCluster(
+        longest_request_s=longest_request_s(config),
+        environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+    )
     with cluster:
         cluster.deploy(config)
         health = statuses_until_ready(cluster, f"{url}/healthz")
