@@ -4,6 +4,7 @@ cluster's logs do not show."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from running_graph import KEY, Graph, body, wait_for
 
 from serve_graph.demo import Sample
+from serve_graph.environment import AFTER_DEADLINE_S
 
 schemathesis = pytest.importorskip("schemathesis")
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -82,6 +84,37 @@ def test_hostile_requests_again_and_again_break_nothing_and_nothing_grows(
     # Connections that broke may take a moment to be closed.
     assert wait_for(lambda: all(held(pid)[1] <= files + 10 for pid, (_, files) in before.items()))
     assert graph.http.post("/v1/segment", json=body(samples[0])).status_code == 200
+
+
+SERVE_S = [
+    ([(b"X-Request-Id", b"caf\xe9")], 400),
+    ([(b"X-Request-Id", b"one"), (b"X-Request-Id", b"\xff")], 400),
+    ([(b"X-Request-Timeout-Seconds", b"0.000001")], 200),
+    ([(b"X-Request-Timeout-Seconds", b"\xff")], 200),
+    ([(b"X-Request-Disconnect-Disabled", b"\xff")], 200),
+    ([(b"X_Session_Id", b"\xff")], 200),
+    ([(b"serve_multiplexed_model_id", b"\xff")], 200),
+]
+
+
+@pytest.mark.parametrize(("headers", "status"), SERVE_S)
+def test_serve_answers_in_the_place_of_the_graph(
+    graph: Graph, samples: list[Sample], headers: list[tuple[bytes, bytes]], status: int
+) -> None:
+    reply = graph.http.post("/v1/segment", json=body(samples[0]), headers=headers)
+    assert reply.status_code == status, reply.content
+    assert reply.json().get("field") == ("X-Request-Id" if status == 400 else None)
+
+
+def test_haproxy_keeps_room_for_silent_clients_or_cuts_long_requests(graph: Graph) -> None:
+    written = Path(graph.cluster.variables["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
+    configurations = [file.read_text() for file in written.rglob("haproxy.cfg")]
+    longest = graph.config["applications"][0]["args"]["runtime"]["request_timeout_s"]
+    assert configurations
+    for configuration in configurations:
+        assert "timeout http-request 10s" in configuration
+        (seconds,) = re.findall(r"hard-stop-after (\d+)s", configuration)
+        assert int(seconds) >= longest + AFTER_DEADLINE_S
 
 
 @pytest.fixture(scope="module")
