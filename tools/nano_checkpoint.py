@@ -62,7 +62,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
         ),
         vision=VisionConfig(
             enc_dim=192,
-            enc_n_layers=6,
+            enc_n_layers=10,
             enc_ff_dim=768,
             enc_n_heads=6,
             proj_out_dim=192,
@@ -85,10 +85,11 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
 
 
 def read_checkpoint(folder: Path) -> tuple[Moondream, Tokenizer]:
-    """The model of a checkpoint in float32, as it trains and not made ready to serve, and today's
-    tokenizer."""
+    """The model of a checkpoint, of the sizes that its config.json says, in float32, as it trains
+    and not made ready to serve, and today's tokenizer."""
     tokenizer = build_tokenizer(vocabulary_words())
-    model = Moondream(nano_config(tokenizer)).eval()
+    about = json.loads((folder / "config.json").read_text())
+    model = Moondream(MoondreamConfig.from_dict(about)).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model, tokenizer
 

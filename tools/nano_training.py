@@ -190,7 +190,8 @@ class Losses:
         # levels): where the model is not sure, the likeliest is near the middle of the likely ones.
         self.spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
         self.dense_weight = 1.0
-        self.cell_weight = 1.0
+        self.cell_weight = 0.5
+        self.read_cell_weight = 2.0
         self.box_weight = 2.0
         self.outline_weight = 2.0
         self.place_weight = 0.1
@@ -208,6 +209,7 @@ class Losses:
         self.place_head = nn.Linear(dim, 2 * VERTICES).to(device)
         vision = model.config.vision
         self.cell_head = nn.Linear(vision.enc_dim, CELLS * CELLS).to(device)
+        self.read_cell_head = nn.Linear(dim, CELLS * CELLS).to(device)
         self.mark_head = nn.Linear(dim, MARKS).to(device)
         self.patch_place_head = nn.Linear(dim, 2).to(device)
         self.vertex_head = nn.Linear(dim, 2).to(device)
@@ -383,6 +385,9 @@ class Losses:
             marks = F.binary_cross_entropy_with_logits(
                 self.mark_head(touching), batch.marks[partly]
             )
+            read_cells = F.binary_cross_entropy_with_logits(
+                self.read_cell_head(touching), batch.cells[partly]
+            )
             guess = self.patch_place_head(touching)
             patch_places = F.smooth_l1_loss(guess, batch.places[partly], beta=0.05)
             surprise = -(batch.patches * scores.log_softmax(-1)).sum(-1)
@@ -390,10 +395,11 @@ class Losses:
             weight = 1 - 0.75 * batch.patches[..., -1]
             dense = (weight * surprise).sum() / weight.sum()
         total = self.dense_weight * dense + self.cell_weight * cells
+        total = total + self.read_cell_weight * read_cells
         total = total + self.box_weight * boxes + self.outline_weight * shapes
         total = total + self.mark_weight * marks + self.box_weight * patch_places
         parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
-        parts |= {"marks": marks, "patch_places": patch_places}
+        parts |= {"read_cells": read_cells, "marks": marks, "patch_places": patch_places}
         return total, {name: part.detach() for name, part in parts.items()}
 
 

@@ -22,6 +22,7 @@ import argparse
 import csv
 import math
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ LOSSES = (
     "size",
     "dense",
     "cells",
+    "read_cells",
     "boxes",
     "answer",
     "shapes",
@@ -208,7 +210,8 @@ class Run:
             scenes=self.args.scenes,
             questions=phase.questions,
             boxes_only=phase.name == "boxes",
-            seed=self.args.seed * 1_000_003 + self.step,
+            # Not what another run, from which this one may go on, has seen of the same store.
+            seed=zlib.crc32(f"{self.args.run} {self.args.seed} {self.step}".encode()),
             device=self.args.device,
         )
         return iter(maker)
