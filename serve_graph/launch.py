@@ -6,12 +6,14 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -19,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +128,27 @@ def draining(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Signals that come meanwhile are handled at the end: what a handler raises between the start
+    of a process and its being noted would leave that running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    former = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = {number: handler for number, handler in former.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, lambda n, _: came.append(n))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+        for n in came:
+            signal.raise_signal(n)
+
+
 class LocalCluster:
     """``ray start --head`` on the loopback interface, as a context manager.
 
@@ -230,12 +253,13 @@ class LocalCluster:
         command += ["--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false"]
         command += [f"--num-cpus={self._num_cpus}", f"--num-gpus={self._num_gpus}"]
         command += [f"--object-store-memory={self._object_store_bytes}", f"--temp-dir={self.dir}"]
-        self.head = RayNode(command, self._environment(), self.log)
         # Ray writes it when all of its processes are up. Until then somebody else may have the
         # dashboard's port, and is asked nothing: what is asked there carries the token.
         up = self.dir / "ray_current_cluster"
         version = f"{self.dashboard}/api/version"
         try:
+            with _signals_later():
+                self.head = RayNode(command, self._environment(), self.log)
             self._wait(lambda: up.exists() and self._answers(version), timeout_s, "Ray", stop)
         except BaseException:
             self.stop(keep_logs=True)

@@ -694,11 +694,13 @@ def test_a_deployment_that_hangs_is_left_when_told_to_stop(
 
 
 SLEEPER = """
-import signal, sys, serve_graph.launch as launch
+import signal, sys, time, serve_graph.launch as launch
 class Sleeper(launch.RayNode):
     def __init__(self, command, environment, log):
         super().__init__(["-c", "import time; time.sleep(300)"], environment, log)
         print("began", self._ray.pid, flush=True)
+        # A signal that comes before the node is noted is no less heard.
+        time.sleep(0.5)
 launch.RayNode = Sleeper
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

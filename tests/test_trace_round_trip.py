@@ -313,7 +313,7 @@ def test_what_is_surely_faithful_gives_the_mask_back(seed):
     crop = (noise > rng.uniform(0.3, 0.6)).astype(np.uint8)
     alphamax, opttolerance = rng.uniform(0, 4 / 3), rng.uniform(0, 1)
     tracing = trace._Tracing(load_tracer(), 0, opttolerance)
-    path = tracing(crop, 1.0, alphamax, (500, 500))
+    path = tracing(crop, np.ones(2), alphamax, (500, 500))
     farthest = trace.FARTHEST + opttolerance
     # Whatever it may lose within that distance of the outline, it does not lose more.
     length = np.hypot(*np.diff(trace.points_of(path.commands), axis=0).T).sum()
@@ -421,7 +421,7 @@ def test_what_halving_lost_is_not_surely_given_back(apart):
     mask[-300:] |= (x - y) % apart == 1
     mask = clean_mask(mask)
     halved = trace._halved(mask)
-    path = trace._Tracing(load_tracer(), 2, 0.2)(halved, 0.5, 1.0, (2600, 2600))
+    path = trace._Tracing(load_tracer(), 2, 0.2)(halved, np.full(2, 0.5), 1.0, (2600, 2600))
     assert mask_iou(mask, rasterize(path, 2600, 2600)) < trace.FAITHFUL_IOU
     farthest = (trace.FARTHEST + 0.2) / 0.5
     assert not trace._surely_faithful(path, mask, halved, farthest)
