@@ -2,9 +2,9 @@
 // See nano_kernels.py.
 //
 // Attention is that of a prefix whose positions all see each other, and of questions that see the
-// prefix and, causally, themselves. Scores are held transposed, keys down and sixteen queries across: the largest score of a query,
-// the sum of its exponentials and its gradients are then plain sums of vectors. Nothing of the size
-// of queries times keys is ever written to memory.
+// prefix and, causally, themselves. Scores are held transposed, keys down and sixteen queries across:
+// the largest score of a query, the sum of its exponentials and its gradients are then plain sums of
+// vectors. Nothing of the size of queries times keys is ever written to memory.
 
 #include <ATen/Parallel.h>
 #include <immintrin.h>
@@ -289,9 +289,9 @@ void forwards(const Layout& at, const bf16* q, const bf16* k, const bf16* v, int
   }
 }
 
-inline __m512 widened(const bf16* from) {
+inline __m512 widened(const bf16* from, __mmask16 there = 0xffff) {
   return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16));
 }
 
 void scatter(const Layout& at, const float* from, bf16* to, int64_t stride) {
@@ -304,11 +304,12 @@ void scatter(const Layout& at, const float* from, bf16* to, int64_t stride) {
 }
 
 struct Head {  // what one head of one scene reads and writes; strides of positions
-  const bf16 *q, *k, *v, *out, *grad;
-  int64_t q_stride, k_stride, v_stride, out_stride, grad_stride;
+  const bf16 *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
   const float* lse;
+  const bf16 *out, *grad;
   bf16 *grad_q, *grad_k, *grad_v;
-  int64_t made_stride;
+  int64_t stride;  // of the last five
 };
 
 void backwards(const Layout& at, const Head& head) {
@@ -318,7 +319,7 @@ void backwards(const Layout& at, const Head& head) {
   gather(at, head.q, head.q_stride, rows.as<bf16>());
   across(at.total, rows.as<bf16>(), queries.as<bf16>());
   paired(at.total, rows.as<bf16>(), query_pairs.as<bf16>());
-  gather(at, head.grad, head.grad_stride, rows.as<bf16>());
+  gather(at, head.grad, head.stride, rows.as<bf16>());
   across(at.total, rows.as<bf16>(), grads.as<bf16>());
   paired(at.total, rows.as<bf16>(), grad_pairs.as<bf16>());
   gather(at, head.k, head.k_stride, keys.as<bf16>());
@@ -331,7 +332,7 @@ void backwards(const Layout& at, const Head& head) {
   for (int64_t segment = 0; segment < at.segments(); ++segment)
     for (int64_t row = 0; row < at.size(segment); ++row) {
       const int64_t from = at.first(segment) + row, to = at.place(segment) + row;
-      const bf16 *o = head.out + from * head.out_stride, *g = head.grad + from * head.grad_stride;
+      const bf16 *o = head.out + from * head.stride, *g = head.grad + from * head.stride;
       norms[to] = head.lse[from] * kLog2e;
       deltas[to] = _mm512_reduce_add_ps(
           _mm512_fmadd_ps(widened(o), widened(g),
@@ -443,9 +444,9 @@ void backwards(const Layout& at, const Head& head) {
                       kHead);
     }
   }
-  scatter(at, made_q.as<float>(), head.grad_q, head.made_stride);
-  scatter(at, made_k.as<float>(), head.grad_k, head.made_stride);
-  scatter(at, made_v.as<float>(), head.grad_v, head.made_stride);
+  scatter(at, made_q.as<float>(), head.grad_q, head.stride);
+  scatter(at, made_k.as<float>(), head.grad_k, head.stride);
+  scatter(at, made_v.as<float>(), head.grad_v, head.stride);
 }
 
 const bf16* read(const at::Tensor& t, int64_t scene, int64_t head) {
@@ -504,10 +505,9 @@ std::vector<at::Tensor> attend_backwards(const at::Tensor& grad_, const at::Tens
       const auto at_head = [&](const at::Tensor& t) {
         return reinterpret_cast<bf16*>(t.data_ptr()) + to;
       };
-      backwards(at, Head{read(q, s, h), read(k, s, h), read(v, s, h), at_head(out), at_head(grad),
-                         q.stride(2), k.stride(2), v.stride(2), stride, stride,
-                         lse.data_ptr<float>() + n * positions, at_head(made[0]), at_head(made[1]),
-                         at_head(made[2]), stride});
+      backwards(at, Head{read(q, s, h), read(k, s, h), read(v, s, h), q.stride(2), k.stride(2),
+                         v.stride(2), lse.data_ptr<float>() + n * positions, at_head(out),
+                         at_head(grad), at_head(made[0]), at_head(made[1]), at_head(made[2]), stride});
     }
   });
   return made;
@@ -533,7 +533,7 @@ inline __m512 gelu_slope(__m512 x) {
   return _mm512_mul_ps(share, _mm512_fmadd_ps(steep, _mm512_sub_ps(one, share), one));
 }
 
-// `made` of each number of x, 32 at a time by the cores; what is left over once more, one by one.
+// `made` of each number of x, 32 at a time by the cores, then of what is left over.
 template <typename Made>
 void each(const at::Tensor& x, at::Tensor& to, const Made& made) {
   bf16* out = reinterpret_cast<bf16*>(to.data_ptr());
@@ -542,29 +542,25 @@ void each(const at::Tensor& x, at::Tensor& to, const Made& made) {
     for (int64_t n = begin * kBlock; n < end * kBlock; n += kBlock)
       _mm512_storeu_si512(out + n, two_rows(made(n), made(n + kLanes)));
   });
-  for (int64_t n = whole * kBlock; n < count; ++n) {
-    alignas(64) bf16 last[kBlock];
-    _mm512_store_si512(last, two_rows(made.one(n), made.one(n)));
-    out[n] = last[0];
+  for (int64_t n = whole * kBlock; n < count; n += kLanes) {
+    const __mmask16 there = 0xffff >> (kLanes - std::min(kLanes, count - n));
+    const __m512 last = made(n, there);
+    _mm256_mask_storeu_epi16(out + n, there, _mm512_castsi512_si256(two_rows(last, last)));
   }
-}
-
-inline __m512 spread(bf16 number) {
-  return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(number) << 16));
 }
 
 struct Gelu {
   const bf16* x;
-  __m512 operator()(int64_t n) const { return gelu_of(widened(x + n)); }
-  __m512 one(int64_t n) const { return gelu_of(spread(x[n])); }
+  __m512 operator()(int64_t n, __mmask16 there = 0xffff) const {
+    return gelu_of(widened(x + n, there));
+  }
 };
 
 struct GeluGradient {
   const bf16 *grad, *x;
-  __m512 operator()(int64_t n) const {
-    return _mm512_mul_ps(widened(grad + n), gelu_slope(widened(x + n)));
+  __m512 operator()(int64_t n, __mmask16 there = 0xffff) const {
+    return _mm512_mul_ps(widened(grad + n, there), gelu_slope(widened(x + n, there)));
   }
-  __m512 one(int64_t n) const { return _mm512_mul_ps(spread(grad[n]), gelu_slope(spread(x[n]))); }
 };
 
 const bf16* numbers(const at::Tensor& t) {

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.text import Block
-from kestrel.moondream.vision import VisionBlock
 
 QUANTUM = 8
 """Path integers are trained on multiples of this."""
@@ -128,15 +127,9 @@ def block_pass(
     return (x, qs, ks) if told else (x,)
 
 
-def vision_block_pass(block: VisionBlock, x: Tensor) -> Tensor:
-    """One block of the vision tower, [B, patches, enc_dim], by the attention of training."""
-    normed = block.ln1(x)
-    qkv = block.attn.qkv(normed).unflatten(-1, (3, block.attn.n_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q = q * (1.0 / math.sqrt(q.shape[-1]))
-    heard = attention(q, k, v, x.shape[1], 0)
-    x = x + block.attn.proj(heard.flatten(2))
-    return x + block.mlp(block.ln2(x))
+def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the vision tower by that of training, [B, H, N, D] each."""
+    return attention(q * (1.0 / math.sqrt(q.shape[-1])), k, v, q.shape[2], 0).transpose(1, 2)
 
 
 def soft_bins(centre: Tensor, bins: int, sigma: float) -> Tensor:

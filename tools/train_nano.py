@@ -42,6 +42,7 @@ from safetensors.torch import load_file, save_file
 from scene_store import Scenes, build_store, grow_pool
 from words import vocabulary_words
 
+from kestrel.moondream import vision
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.vision import VisionBlock
 
@@ -321,7 +322,7 @@ def compile_blocks(*, fused: bool) -> bool:
     """
     fused = fused and nano_kernels.fuse()
     if fused:
-        VisionBlock.forward = nano_training.vision_block_pass
+        vision.attend = nano_training.vision_attention
         F.gelu = nano_kernels.gelu  # which the model's own modules call
     nano_training.block_pass = torch.compile(nano_training.block_pass, dynamic=False)
     VisionBlock.forward = torch.compile(VisionBlock.forward, dynamic=False)
