@@ -31,12 +31,14 @@ def tools() -> Iterator[dict[str, ModuleType]]:
                 del sys.modules[name]
 
 
-@pytest.fixture
-def kernels(tools: dict[str, ModuleType]) -> Iterator[Any]:
-    """The kernels, taken where they fit."""
-    kernels = tools["kernels"]
-    if not kernels.fuse():
-        pytest.skip("needs a CPU with AMX, a C++ compiler and ninja")
+@pytest.fixture(params=["AVX512-BF16", "AMX"])
+def kernels(tools: dict[str, ModuleType], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The kernels, taken where they fit, with products by vectors and by the matrix unit."""
+    kernels, amx = tools["kernels"], request.param == "AMX"
+    if amx and not kernels.has_amx():
+        pytest.skip("needs a CPU with AMX")
+    if not kernels.fuse(amx=amx):
+        pytest.skip("needs a CPU with AVX512-BF16, a C++ compiler and ninja")
     yield kernels
     kernels._fused = False
 

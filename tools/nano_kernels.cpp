@@ -1,5 +1,5 @@
-// What takes most of a training step on a CPU with AMX, forwards and backwards: attention and GELU.
-// See nano_kernels.py.
+// What takes most of a training step on a CPU, forwards and backwards: attention and GELU. Needs
+// AVX512-BF16; takes AMX where there is. See nano_kernels.py.
 //
 // Attention is that of a prefix whose positions all see each other, and of questions that see the
 // prefix and, causally, themselves. Scores are held transposed, keys down and sixteen queries across:
@@ -31,14 +31,90 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-struct Tiles {  // of 16 rows of 64 bytes, for as long as this lives
-  Tiles() {
+// Eight tiles of 16 rows of 64 bytes, for as long as this lives, and their products: rows of 16 pairs
+// of bfloat16 times 16 pairs of rows, added to rows of 16 floats. Those of a CPU with AMX. Inline
+// assembly, because GCC's own calls take no number of a tile that is a template's.
+struct AmxTiles {
+  AmxTiles() {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = kRow, config.rows[tile] = 16;
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  ~Tiles() { _tile_release(); }
+  ~AmxTiles() { asm volatile("tilerelease" ::); }
+  template <int tile>
+  void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+  }
+  template <int tile>
+  void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+  }
+  template <int tile>
+  void store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
+  }
+  template <int sum, int left, int right>
+  void add_product() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
+  }
 };
+
+// The same by vectors.
+class VectorTiles {
+ public:
+  template <int tile>
+  void zero() {
+    for (int row = 0; row < 16; ++row) _mm512_store_si512(tiles_[tile][row], _mm512_setzero_si512());
+  }
+  template <int tile>
+  void load(const void* from, int64_t stride) {
+    for (int row = 0; row < 16; ++row)
+      _mm512_store_si512(tiles_[tile][row],
+                         _mm512_loadu_si512(static_cast<const char*>(from) + row * stride));
+  }
+  template <int tile>
+  void store(void* to, int64_t stride) {
+    for (int row = 0; row < 16; ++row)
+      _mm512_storeu_si512(static_cast<char*>(to) + row * stride, _mm512_load_si512(tiles_[tile][row]));
+  }
+  template <int sum, int left, int right>
+  void add_product() {
+    __m512 sums[16];
+    for (int row = 0; row < 16; ++row) sums[row] = _mm512_load_ps(tiles_[sum][row]);
+    for (int pair = 0; pair < 16; ++pair) {
+      const __m512bh across = (__m512bh)_mm512_load_si512(tiles_[right][pair]);
+#pragma GCC unroll 16
+      for (int row = 0; row < 16; ++row) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(tiles_[left][row][pair]);
+        sums[row] = _mm512_dpbf16_ps(sums[row], both, across);
+      }
+    }
+    for (int row = 0; row < 16; ++row) _mm512_store_ps(tiles_[sum][row], sums[row]);
+  }
+
+ private:
+  alignas(64) int32_t tiles_[8][16][16];
+};
+
+bool amx = false;  // whether tiles are AMX's
+
+// Tiles are taken by AMX from now on, where Linux gives them to this process; else by vectors.
+bool take_amx(bool wanted) {
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  amx = wanted && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return amx;
+}
+
+template <typename Work>
+void with_tiles(const Work& work) {
+  if (amx) {
+    AmxTiles tiles;
+    work(tiles);
+  } else {
+    VectorTiles tiles;
+    work(tiles);
+  }
+}
 
 inline int64_t padded(int64_t length) { return (length + kBlock - 1) / kBlock * kBlock; }
 
@@ -200,7 +276,8 @@ struct Seen {
   bool whole(int64_t block) const { return (block + 1) * kBlock <= at.prefix; }
 };
 
-void forwards(const Layout& at, const bf16* q, const bf16* k, const bf16* v, int64_t q_stride,
+template <typename Tiles>
+void forwards(Tiles& tiles, const Layout& at, const bf16* q, const bf16* k, const bf16* v, int64_t q_stride,
               int64_t k_stride, int64_t v_stride, bf16* out, int64_t out_stride, float* lse) {
   const int64_t bytes = at.total * kRow;
   Buffer rows(bytes), keys(bytes), queries(bytes), values(bytes);
@@ -219,19 +296,19 @@ void forwards(const Layout& at, const bf16* q, const bf16* k, const bf16* v, int
     for (int64_t row = 0; row < at.size(segment); row += kLanes) {
       const int64_t lane = row % kBlock;
       const Seen seen{at, segment, row - lane};
-      _tile_loadd(6, queries.as<bf16>() + (at.place(segment) + row) * kHead, kRow);
+      tiles.template load<6>(queries.as<bf16>() + (at.place(segment) + row) * kHead, kRow);
       __m512 largest = never;
       for (int64_t block = 0; block < seen.blocks(); ++block) {
         float* here = scores + block * kBlock * kLanes;
         const bf16* from = keys.as<bf16>() + seen.place(block) * kHead;
-        _tile_zero(0);
-        _tile_loadd(4, from, kRow);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_stored(0, here, kRow);
-        _tile_zero(1);
-        _tile_loadd(5, from + kLanes * kHead, kRow);
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_stored(1, here + kLanes * kLanes, kRow);
+        tiles.template zero<0>();
+        tiles.template load<4>(from, kRow);
+        tiles.template add_product<0, 4, 6>();
+        tiles.template store<0>(here, kRow);
+        tiles.template zero<1>();
+        tiles.template load<5>(from + kLanes * kHead, kRow);
+        tiles.template add_product<1, 5, 6>();
+        tiles.template store<1>(here + kLanes * kLanes, kRow);
       }
       for (int64_t block = 0; block < seen.blocks(); ++block) {
         float* here = scores + block * kBlock * kLanes;
@@ -256,18 +333,18 @@ void forwards(const Layout& at, const bf16* q, const bf16* k, const bf16* v, int
         total = _mm512_add_ps(total, _mm512_add_ps(weight_a, weight_b));
         _mm512_store_si512(weights + key * kLanes, interleaved(two_rows(weight_a, weight_b)));
       }
-      _tile_zero(0);
-      _tile_zero(1);
+      tiles.template zero<0>();
+      tiles.template zero<1>();
       for (int64_t block = 0; block < seen.blocks(); ++block) {
         const bf16* from = values.as<bf16>() + seen.place(block);
-        _tile_loadd(4, from, at.total * 2);
-        _tile_loadd(5, from + 16 * at.total, at.total * 2);
-        _tile_loadd(7, weights + block * kBlock * kLanes, kRow);
-        _tile_dpbf16ps(0, 4, 7);
-        _tile_dpbf16ps(1, 5, 7);
+        tiles.template load<4>(from, at.total * 2);
+        tiles.template load<5>(from + 16 * at.total, at.total * 2);
+        tiles.template load<7>(weights + block * kBlock * kLanes, kRow);
+        tiles.template add_product<0, 4, 7>();
+        tiles.template add_product<1, 5, 7>();
       }
-      _tile_stored(0, heard, kRow);
-      _tile_stored(1, heard + kLanes * kLanes, kRow);
+      tiles.template store<0>(heard, kRow);
+      tiles.template store<1>(heard + kLanes * kLanes, kRow);
       const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), total);
       for (int64_t dim = 0; dim < kHead; ++dim)
         _mm512_store_ps(heard + dim * kLanes,
@@ -312,7 +389,8 @@ struct Head {  // what one head of one scene reads and writes; strides of positi
   int64_t stride;  // of the last five
 };
 
-void backwards(const Layout& at, const Head& head) {
+template <typename Tiles>
+void backwards(Tiles& tiles, const Layout& at, const Head& head) {
   const int64_t bytes = at.total * kRow;
   Buffer rows(bytes), keys(bytes), values(bytes);
   Buffer queries(bytes), query_pairs(bytes), grads(bytes), grad_pairs(bytes), keys_upright(bytes);
@@ -354,32 +432,32 @@ void backwards(const Layout& at, const Head& head) {
       const __m512 delta0 = _mm512_load_ps(deltas + place);
       const __m512 delta1 = _mm512_load_ps(deltas + place + kLanes);
       // Tiles 0 to 3 hold the gradient of these queries, turned: [32 numbers, 32 queries].
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      tiles.template zero<0>();
+      tiles.template zero<1>();
+      tiles.template zero<2>();
+      tiles.template zero<3>();
       for (int64_t block = 0; block < seen.blocks(); ++block) {
         const int64_t from = seen.place(block);
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t start = half * kLanes * kLanes;
-          _tile_loadd(6, keys.as<bf16>() + (from + half * kLanes) * kHead, kRow);
-          _tile_zero(4);
-          _tile_loadd(7, q_here, kRow);
-          _tile_dpbf16ps(4, 6, 7);
-          _tile_stored(4, scores[0] + start, kRow);
-          _tile_zero(5);
-          _tile_loadd(7, q_here + kLanes * kHead, kRow);
-          _tile_dpbf16ps(5, 6, 7);
-          _tile_stored(5, scores[1] + start, kRow);
-          _tile_loadd(6, values.as<bf16>() + (from + half * kLanes) * kHead, kRow);
-          _tile_zero(4);
-          _tile_loadd(7, g_here, kRow);
-          _tile_dpbf16ps(4, 6, 7);
-          _tile_stored(4, slopes[0] + start, kRow);
-          _tile_zero(5);
-          _tile_loadd(7, g_here + kLanes * kHead, kRow);
-          _tile_dpbf16ps(5, 6, 7);
-          _tile_stored(5, slopes[1] + start, kRow);
+          tiles.template load<6>(keys.as<bf16>() + (from + half * kLanes) * kHead, kRow);
+          tiles.template zero<4>();
+          tiles.template load<7>(q_here, kRow);
+          tiles.template add_product<4, 6, 7>();
+          tiles.template store<4>(scores[0] + start, kRow);
+          tiles.template zero<5>();
+          tiles.template load<7>(q_here + kLanes * kHead, kRow);
+          tiles.template add_product<5, 6, 7>();
+          tiles.template store<5>(scores[1] + start, kRow);
+          tiles.template load<6>(values.as<bf16>() + (from + half * kLanes) * kHead, kRow);
+          tiles.template zero<4>();
+          tiles.template load<7>(g_here, kRow);
+          tiles.template add_product<4, 6, 7>();
+          tiles.template store<4>(slopes[0] + start, kRow);
+          tiles.template zero<5>();
+          tiles.template load<7>(g_here + kLanes * kHead, kRow);
+          tiles.template add_product<5, 6, 7>();
+          tiles.template store<5>(slopes[1] + start, kRow);
         }
         const bool whole = seen.whole(block);
         for (int64_t key = 0; key < kBlock; key += 2) {
@@ -401,41 +479,41 @@ void backwards(const Layout& at, const Head& head) {
             _mm512_store_si512(step_pairs[side] + key * kLanes,
                                interleaved(two_rows(step[0][side], step[1][side])));
         }
-        _tile_loadd(6, keys_upright.as<bf16>() + from, at.total * 2);
-        _tile_loadd(7, keys_upright.as<bf16>() + 16 * at.total + from, at.total * 2);
-        _tile_loadd(4, step_pairs[0], kRow);
-        _tile_loadd(5, step_pairs[1], kRow);
-        _tile_dpbf16ps(0, 6, 4);
-        _tile_dpbf16ps(1, 6, 5);
-        _tile_dpbf16ps(2, 7, 4);
-        _tile_dpbf16ps(3, 7, 5);
+        tiles.template load<6>(keys_upright.as<bf16>() + from, at.total * 2);
+        tiles.template load<7>(keys_upright.as<bf16>() + 16 * at.total + from, at.total * 2);
+        tiles.template load<4>(step_pairs[0], kRow);
+        tiles.template load<5>(step_pairs[1], kRow);
+        tiles.template add_product<0, 6, 4>();
+        tiles.template add_product<1, 6, 5>();
+        tiles.template add_product<2, 7, 4>();
+        tiles.template add_product<3, 7, 5>();
         for (int64_t half = 0; half < 2; ++half) {
           float* to_v = made_v.as<float>() + (from + half * kLanes) * kHead;
           float* to_k = made_k.as<float>() + (from + half * kLanes) * kHead;
-          _tile_loadd(6, weights + half * kLanes * kBlock, kRow);
-          _tile_loadd(4, to_v, 2 * kRow);
-          _tile_loadd(7, g_pairs, kRow);
-          _tile_dpbf16ps(4, 6, 7);
-          _tile_stored(4, to_v, 2 * kRow);
-          _tile_loadd(5, to_v + kLanes, 2 * kRow);
-          _tile_loadd(7, g_pairs + 16 * kHead, kRow);
-          _tile_dpbf16ps(5, 6, 7);
-          _tile_stored(5, to_v + kLanes, 2 * kRow);
-          _tile_loadd(6, steps + half * kLanes * kBlock, kRow);
-          _tile_loadd(4, to_k, 2 * kRow);
-          _tile_loadd(7, q_pairs, kRow);
-          _tile_dpbf16ps(4, 6, 7);
-          _tile_stored(4, to_k, 2 * kRow);
-          _tile_loadd(5, to_k + kLanes, 2 * kRow);
-          _tile_loadd(7, q_pairs + 16 * kHead, kRow);
-          _tile_dpbf16ps(5, 6, 7);
-          _tile_stored(5, to_k + kLanes, 2 * kRow);
+          tiles.template load<6>(weights + half * kLanes * kBlock, kRow);
+          tiles.template load<4>(to_v, 2 * kRow);
+          tiles.template load<7>(g_pairs, kRow);
+          tiles.template add_product<4, 6, 7>();
+          tiles.template store<4>(to_v, 2 * kRow);
+          tiles.template load<5>(to_v + kLanes, 2 * kRow);
+          tiles.template load<7>(g_pairs + 16 * kHead, kRow);
+          tiles.template add_product<5, 6, 7>();
+          tiles.template store<5>(to_v + kLanes, 2 * kRow);
+          tiles.template load<6>(steps + half * kLanes * kBlock, kRow);
+          tiles.template load<4>(to_k, 2 * kRow);
+          tiles.template load<7>(q_pairs, kRow);
+          tiles.template add_product<4, 6, 7>();
+          tiles.template store<4>(to_k, 2 * kRow);
+          tiles.template load<5>(to_k + kLanes, 2 * kRow);
+          tiles.template load<7>(q_pairs + 16 * kHead, kRow);
+          tiles.template add_product<5, 6, 7>();
+          tiles.template store<5>(to_k + kLanes, 2 * kRow);
         }
       }
-      _tile_stored(0, turned[0][0], kRow);
-      _tile_stored(1, turned[0][1], kRow);
-      _tile_stored(2, turned[1][0], kRow);
-      _tile_stored(3, turned[1][1], kRow);
+      tiles.template store<0>(turned[0][0], kRow);
+      tiles.template store<1>(turned[0][1], kRow);
+      tiles.template store<2>(turned[1][0], kRow);
+      tiles.template store<3>(turned[1][1], kRow);
       for (int64_t dims = 0; dims < 2; ++dims)
         for (int64_t side = 0; side < 2; ++side)
           transpose16(reinterpret_cast<uint32_t*>(turned[dims][side]), kLanes,
@@ -476,13 +554,14 @@ std::vector<at::Tensor> attend(const at::Tensor& q_, const at::Tensor& k_, const
   at::Tensor out = at::empty({scenes, positions, heads, kHead}, q.options());
   at::Tensor lse = at::empty({scenes, heads, positions}, q.options().dtype(at::kFloat));
   at::parallel_for(0, scenes * heads, 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t s = n / heads, h = n % heads;
-      bf16* to = reinterpret_cast<bf16*>(out.data_ptr()) + s * positions * heads * kHead + h * kHead;
-      forwards(at, read(q, s, h), read(k, s, h), read(v, s, h), q.stride(2), k.stride(2), v.stride(2),
-               to, heads * kHead, lse.data_ptr<float>() + n * positions);
-    }
+    with_tiles([&](auto& tiles) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t s = n / heads, h = n % heads;
+        bf16* to = reinterpret_cast<bf16*>(out.data_ptr()) + s * positions * heads * kHead + h * kHead;
+        forwards(tiles, at, read(q, s, h), read(k, s, h), read(v, s, h), q.stride(2), k.stride(2),
+                 v.stride(2), to, heads * kHead, lse.data_ptr<float>() + n * positions);
+      }
+    });
   });
   return {out, lse};
 }
@@ -499,16 +578,18 @@ std::vector<at::Tensor> attend_backwards(const at::Tensor& grad_, const at::Tens
   for (int n = 0; n < 3; ++n) made.push_back(at::empty({scenes, positions, heads, kHead}, q.options()));
   const int64_t stride = heads * kHead;
   at::parallel_for(0, scenes * heads, 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t s = n / heads, h = n % heads, to = s * positions * stride + h * kHead;
-      const auto at_head = [&](const at::Tensor& t) {
-        return reinterpret_cast<bf16*>(t.data_ptr()) + to;
-      };
-      backwards(at, Head{read(q, s, h), read(k, s, h), read(v, s, h), q.stride(2), k.stride(2),
-                         v.stride(2), lse.data_ptr<float>() + n * positions, at_head(out),
-                         at_head(grad), at_head(made[0]), at_head(made[1]), at_head(made[2]), stride});
-    }
+    with_tiles([&](auto& tiles) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t s = n / heads, h = n % heads, to = s * positions * stride + h * kHead;
+        const auto at_head = [&](const at::Tensor& t) {
+          return reinterpret_cast<bf16*>(t.data_ptr()) + to;
+        };
+        backwards(tiles, at,
+                  Head{read(q, s, h), read(k, s, h), read(v, s, h), q.stride(2), k.stride(2),
+                       v.stride(2), lse.data_ptr<float>() + n * positions, at_head(out), at_head(grad),
+                       at_head(made[0]), at_head(made[1]), at_head(made[2]), stride});
+      }
+    });
   });
   return made;
 }
@@ -583,11 +664,6 @@ at::Tensor gelu_backwards(const at::Tensor& grad_, const at::Tensor& x_) {
   return made;
 }
 
-bool permitted() {  // Linux gives tiles to a process that asks for them
-  constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -595,5 +671,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attend_backwards", &attend_backwards, py::call_guard<py::gil_scoped_release>());
   m.def("gelu", &gelu, py::call_guard<py::gil_scoped_release>());
   m.def("gelu_backwards", &gelu_backwards, py::call_guard<py::gil_scoped_release>());
-  m.def("permitted", &permitted);
+  m.def("take_amx", &take_amx);
 }

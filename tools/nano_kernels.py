@@ -1,4 +1,4 @@
-"""Attention and GELU of training, with their gradients, made for CPUs with AMX.
+"""Attention and GELU of training, with their gradients, made for CPUs with AVX512-BF16 or AMX.
 
 Torch's operators write every score to memory, several times: two thirds of a step; and a third of
 what is left is ``tanh``. ``nano_kernels.cpp`` is compiled when :func:`fuse` is called (a C++
@@ -18,8 +18,9 @@ from torch import Tensor
 
 HEAD = 32
 """Numbers of a head that the compiled attention takes."""
-_NEEDED = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512vl")
-_FLAGS = ["-O3", "-march=sapphirerapids", "-fopenmp"]
+_VECTORS = {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"}
+_MATRICES = {"amx_bf16", "amx_tile"}
+_FLAGS = ["-O3", "-march=x86-64-v4", "-mavx512bf16", "-fopenmp"]
 _log = logging.getLogger(__name__)
 
 _fused = False
@@ -28,33 +29,45 @@ _fused = False
 
 @functools.cache
 def compiled() -> ModuleType | None:
-    """What is compiled; None on a CPU without AMX, or where it cannot be compiled."""
-    if not _has_amx():
+    """What is compiled; None on a CPU without AVX512-BF16, or where it cannot be compiled."""
+    if not _abilities() >= _VECTORS:
         return None
     from torch.utils.cpp_extension import load
 
     source = Path(__file__).with_suffix(".cpp")
     try:
-        module = load("nano_kernels", [str(source)], extra_cflags=_FLAGS)
+        return load("nano_kernels", [str(source)], extra_cflags=_FLAGS)
     except (OSError, RuntimeError) as error:
         _log.warning("nothing is compiled, training will take longer: %s", error)
         return None
-    return module if module.permitted() else None
 
 
-def fuse() -> bool:
-    """Take what is compiled from now on, where it can be had; says whether it can."""
+def fuse(*, amx: bool = True) -> bool:
+    """Take what is compiled from now on, where it can be had; says whether it can.
+
+    ``amx``: products by the CPU's matrix unit, where it has one; else by its vectors.
+    """
     global _fused
-    _fused = compiled() is not None
+    module = compiled()
+    _fused = module is not None
+    if module is not None:
+        module.take_amx(amx and has_amx())
     return _fused
 
 
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether the CPU has the matrix unit."""
+    return _abilities() >= _MATRICES
+
+
+@functools.cache
+def _abilities() -> set[str]:
+    """What Linux says that the CPU can do; empty on other systems."""
     try:
-        told = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        told = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return set(_NEEDED) <= set(told)
+        return set()
+    return set(told.partition("flags")[2].partition("\n")[0].split())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, prefix: int, questions: int) -> Tensor:
