@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kestrel.ops.device import has_matrix_unit
+
+log = logging.getLogger(__name__)
+
+HEAD = 32
+"""Heads of a multiple of so many numbers are taken by ``kestrel.ops.unmasked``."""
+FEW = 4
+"""Fewer queries are left to torch."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -15,10 +27,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     ``mask`` is boolean, broadcastable to [B, H, T, S], True where a query sees a key.
     H must be a multiple of Hkv (grouped-query attention).
     """
+    trained = q.device.type == "cpu" and torch.is_grad_enabled()
+    if mask is None and not trained and (kernel := _kernel_for(q)) is not None:
+        return _unmasked(kernel, q, k, v)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if trained:
         # The fused kernel's backward on CPU takes almost half of a training step at the lengths
         # of the shipped model; two plain matmuls do not.
         scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]))
@@ -26,3 +41,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _kernel_for(q: Tensor) -> Callable[..., None] | None:
+    """The compiled kernel where it takes less time than torch's: for one thread of a CPU, and in
+    bfloat16 where there is no unit for products of matrices."""
+    few = q.shape[-1] % HEAD or q.shape[2] < FEW
+    if q.device.type != "cpu" or few or torch.get_num_threads() > 1:
+        return None
+    if q.dtype == torch.float32:
+        return _kernel("float32")
+    return _kernel("uint16") if q.dtype == torch.bfloat16 and not has_matrix_unit() else None
+
+
+@cache
+def _kernel(numbers: str) -> Callable[..., None] | None:
+    try:
+        from kestrel.ops.unmasked import unmasked
+
+        return unmasked(numbers)
+    except Exception as error:  # not installed, or not for this Python, NumPy or processor
+        log.warning(
+            "images are encoded by torch's attention, which takes twice as long "
+            "(%s: %s); pip install numba",
+            type(error).__name__,
+            error,
+        )
+        return None
+
+
+def _unmasked(kernel: Callable[..., None], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``attend`` without a mask by the compiled kernel."""
+    batch, heads, count, dim = q.shape
+    out = q.new_empty(batch, count, heads, dim)
+    numbers = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
+    if q.dtype == torch.bfloat16:
+        numbers, written = [t.view(torch.uint16) for t in numbers], out.view(torch.uint16)
+    else:
+        written = out
+    for n in range(batch):
+        kernel(*(t[n].transpose(0, 1).numpy() for t in numbers), written[n].numpy())
+    return out.transpose(1, 2)

@@ -43,7 +43,7 @@ from kestrel.ops.lanes import (
 # No liberties with arithmetic ("fastmath"): a process that compiles these functions and one that
 # finds them compiled would take them differently, and a replica that is replaced would answer
 # otherwise. What is fused and in which order sums are taken is written out.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 _MATRIX, _INDEX = "float32[:, ::1]", "int64[::1]"
 _ONE, _TWO = np.float32(1), np.float32(2)
 
@@ -57,7 +57,7 @@ LINE = 32
 """Numbers that have a cache line at least, in bfloat16."""
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _exp(x):
     # 2 ** k times the series of e ** f, |f| <= ln(2) / 2; ln(2) in two parts of few bits.
     x = max(np.float32(-87), min(np.float32(88), x))
@@ -74,14 +74,14 @@ def _exp(x):
     return series * power.view(np.float32)
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _gelu(x):
     # The tanh form; tanh(u) = 2 / (1 + exp(-2 u)) - 1.
     u = np.float32(0.7978845608028654) * add_times(x, np.float32(0.044715) * x * x, x)
     return x / (_ONE + _exp(-_TWO * u))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _exps(x):
     """``_exp`` of a vector, to the same bits."""
     x = larger(smaller(x, splat(np.float32(88))), splat(np.float32(-87)))
@@ -97,7 +97,7 @@ def _exps(x):
     return times(series, power_of_two(k))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _gelus(numbers, start, out, to, count):
     """``_gelu`` of ``count`` numbers from ``start`` on, into ``out`` from ``to`` on."""
     whole = count - count % LANES
@@ -110,7 +110,7 @@ def _gelus(numbers, start, out, to, count):
         store_one(out, to + i, _gelu(numbers[start + i]))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _copy(numbers, out, count):
     """The first ``count`` numbers of an array [n], whichever of the two types each is of."""
     whole = count - count % LANES
@@ -120,7 +120,7 @@ def _copy(numbers, out, count):
         store_one(out, i, load_one(numbers, i))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _dot(a, i, b, j, count):
     """Sum of products of ``count`` numbers of two arrays [n], from ``i`` and ``j`` on."""
     whole = count - count % PAIR
@@ -137,19 +137,19 @@ def _dot(a, i, b, j, count):
     return result
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _tau(row, weights, inner):
     logit = _dot(weights, 0, inner, 0, weights.shape[0])
     return _TWO / (_ONE + _exp(-_TWO * logit)) - _ONE + row
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _part(left, right, keys, place):
     """What sixteen pairs of dimensions add to a score, each in a lane."""
     return add_times(times(left, load(keys, place)), right, load(keys, place + LANES))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _four_parts(left, right, keys, place, step):
     """Four positions' ``_part``, each in a quarter of the lanes."""
     a = _part(left, right, keys, place)
@@ -159,7 +159,7 @@ def _four_parts(left, right, keys, place, step):
     return pairs(pairs(a, b), pairs(c, d))
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _fetch_stretch(numbers, start, stop):
     """Have ``numbers`` [n] fetched from ``start`` to ``stop``, line after line.
 
@@ -170,7 +170,7 @@ def _fetch_stretch(numbers, start, stop):
         fetch(numbers, i)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _scores(q, keys, heads, kv_heads, dim, scores):
     """``scores`` [heads, positions] of ``q`` [heads * dim] and ``keys`` [positions * kv_heads *
     dim], scaled."""
@@ -207,7 +207,7 @@ def _scores(q, keys, heads, kv_heads, dim, scores):
                     line[s] += q[h * dim + d] * key * scale
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _sums(shares, values, kv_heads, dim, out):
     """``out`` [heads * dim]: ``values`` [positions * kv_heads * dim] by ``shares`` [heads,
     positions]."""
@@ -255,8 +255,8 @@ def _sums(shares, values, kv_heads, dim, out):
                     out[h * dim + d] += line[s] * load_one(values, s * step + at + d)
 
 
-@njit(**_OPTIONS)
-def _softmax(line):
+@njit(**OPTIONS)
+def softmax(line):
     count = line.shape[0]
     whole = count - count % LANES
     top = line[count - 1]
@@ -285,7 +285,7 @@ def _softmax(line):
         line[s] *= share
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _before_attention(
     joined, position, tau_weights, tau_rows, cos, sin, heads, kv_heads, dim, keys, values, gate, out
 ):
@@ -341,7 +341,7 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
         line = scores[: heads * count].reshape(heads, count)
         _scores(joined[n], keys, heads, kv_heads, dim, line)
         for h in range(heads):
-            _softmax(line[h])
+            softmax(line[h])
         _sums(line, values, kv_heads, dim, out[n])
 
 
@@ -352,10 +352,10 @@ def layer_rows(kv: str) -> Callable[..., None]:
         f"void({_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, :, ::1], "
         f"{_INDEX}, {_INDEX}, int64, {_MATRIX})"
     )
-    return compiled(signature, _layer_rows, **_OPTIONS)
+    return compiled(signature, _layer_rows, **OPTIONS)
 
 
-_rows_of_layer = njit(**_OPTIONS)(_layer_rows)
+_rows_of_layer = njit(**OPTIONS)(_layer_rows)
 
 
 def _prefix_rows(joined, tau_weights, tau_rows, cos, sin, kv, heads, q, out):
@@ -385,14 +385,14 @@ def prefix_rows(kind: str, kv: str) -> Callable[..., None]:
         f"void({products}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, ::1], "
         f"int64, {products}, {products})"
     )
-    return compiled(signature, _prefix_rows, **_OPTIONS)
+    return compiled(signature, _prefix_rows, **OPTIONS)
 
 
 # Products add in order of their inputs, whichever rows they take together, so that a row's numbers
 # do not depend on the others.
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _add_one(x, weights, block, to, column):
     """Four blocks of a product for one row."""
     step = LANES * x.shape[0]
@@ -410,7 +410,7 @@ def _add_one(x, weights, block, to, column):
     store(to, column + 3 * LANES, d)
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _add_two(x0, x1, weights, block, to0, to1, column):
     """Two blocks of a product for two rows."""
     step, next_column = LANES * x0.shape[0], column + LANES
@@ -429,7 +429,7 @@ def _add_two(x0, x1, weights, block, to0, to1, column):
     store(to1, next_column, d)
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
     """Two blocks of a product for four rows."""
     step, next_column = LANES * x0.shape[0], column + LANES
@@ -458,7 +458,7 @@ def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
     store(to3, next_column, h)
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(inline="always", **OPTIONS)
 def _add_block(x, weights, block, to, column):
     """One block of a product for one row."""
     sums = load(to, column)
@@ -467,7 +467,7 @@ def _add_block(x, weights, block, to, column):
     store(to, column, sums)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_product(x, blocks, out):
     """``out`` [N, to] += ``x`` [N, from] @ weights that lie in ``blocks`` [to / LANES, from,
     LANES]."""
@@ -494,7 +494,7 @@ def _add_product(x, blocks, out):
             _add_block(x[i], weights, n * step, out[i], n * LANES)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _layer_norm(x, scale_shift, out):
     """``dim`` is a multiple of ``LANES``."""
     dim = x.shape[1]
@@ -553,8 +553,8 @@ def _head(x, norm, weights, bias, out):
     _add_product(normed, weights, out)
 
 
-_layers = njit(**_OPTIONS)(_all_layers)
-_logits = njit(**_OPTIONS)(_head)
+_layers = njit(**OPTIONS)(_all_layers)
+_logits = njit(**OPTIONS)(_head)
 
 
 def _text_steps(
@@ -601,14 +601,14 @@ def all_layers(weights: str, kv: str) -> Callable[..., None]:
         f"{_MATRIX}, {by_layer}, {by_layer}, {_MATRIX}, {_MATRIX}, "
         f"{kv}[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, int64)"
     )
-    return compiled(signature, _all_layers, **_OPTIONS)
+    return compiled(signature, _all_layers, **OPTIONS)
 
 
 @cache
 def head(weights: str) -> Callable[..., None]:
     """``_head`` of ``weights`` that are float32 or uint16, compiled."""
     signature = f"void({_MATRIX}, {_MATRIX}, {weights}[:, :, ::1], float32[::1], {_MATRIX})"
-    return compiled(signature, _head, **_OPTIONS)
+    return compiled(signature, _head, **OPTIONS)
 
 
 @cache
@@ -621,4 +621,4 @@ def text_steps(weights: str, kv: str) -> Callable[..., int]:
         f"{by_layer}, {_MATRIX}, {_MATRIX}, {kv}[:, :, :, :, :, ::1], {_INDEX}, {_INDEX}, "
         f"int64, {_MATRIX}, {by_layer.replace('float32', weights)}, float32[::1], int64[:, ::1])"
     )
-    return compiled(signature, _text_steps, **_OPTIONS)
+    return compiled(signature, _text_steps, **OPTIONS)

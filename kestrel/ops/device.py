@@ -56,6 +56,11 @@ def has_bfloat16_products() -> bool:
     return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
 
 
+def has_matrix_unit() -> bool:
+    """Whether the processor has a unit for products of matrices (AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def resolve_image_dtype(
     image_dtype: str | None,
     device: torch.device,

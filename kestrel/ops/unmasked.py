@@ -1,0 +1,120 @@
+"""Attention in which every position sees all others, as those of an image do, compiled by Numba.
+
+torch multiplies a head's short rows by calls made for large matrices. Here a head's keys and values
+are laid out once, as float32, and four queries at a time go over them; scores stay in the first
+cache. Sums are float32 whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import njit
+
+from kestrel.ops.compiled import OPTIONS, softmax
+from kestrel.ops.jit import compiled
+from kestrel.ops.lanes import LANES, add_times, load, load_one, splat, store
+
+PAIR = 2 * LANES
+"""Numbers of a head that are taken at once; its size is a multiple."""
+QUERIES = 4
+"""Queries that share the reading of keys and values. The last ones may be the same."""
+
+
+@njit(inline="always", **OPTIONS)
+def _scores(asking, keys, dim, at, scores, width):
+    """Scores of four queries ``asking`` [4 * dim] and of the ``PAIR`` positions from ``at`` on,
+    into ``scores`` [4 * width]."""
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
+    for d in range(dim):
+        place = at * dim + d * PAIR
+        left, right = load(keys, place), load(keys, place + LANES)
+        number = splat(asking[d])
+        a0, a1 = add_times(a0, number, left), add_times(a1, number, right)
+        number = splat(asking[dim + d])
+        b0, b1 = add_times(b0, number, left), add_times(b1, number, right)
+        number = splat(asking[2 * dim + d])
+        c0, c1 = add_times(c0, number, left), add_times(c1, number, right)
+        number = splat(asking[3 * dim + d])
+        d0, d1 = add_times(d0, number, left), add_times(d1, number, right)
+    store(scores, at, a0)
+    store(scores, at + LANES, a1)
+    store(scores, width + at, b0)
+    store(scores, width + at + LANES, b1)
+    store(scores, 2 * width + at, c0)
+    store(scores, 2 * width + at + LANES, c1)
+    store(scores, 3 * width + at, d0)
+    store(scores, 3 * width + at + LANES, d1)
+
+
+@njit(inline="always", **OPTIONS)
+def _sums(shares, width, values, dim, first, seen):
+    """``PAIR`` numbers from ``first`` on of what four queries see: ``values`` [positions * dim] by
+    ``shares`` [4 * width], into ``seen`` [4 * dim]."""
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
+    for s in range(values.shape[0] // dim):
+        place = s * dim + first
+        left, right = load(values, place), load(values, place + LANES)
+        share = splat(shares[s])
+        a0, a1 = add_times(a0, share, left), add_times(a1, share, right)
+        share = splat(shares[width + s])
+        b0, b1 = add_times(b0, share, left), add_times(b1, share, right)
+        share = splat(shares[2 * width + s])
+        c0, c1 = add_times(c0, share, left), add_times(c1, share, right)
+        share = splat(shares[3 * width + s])
+        d0, d1 = add_times(d0, share, left), add_times(d1, share, right)
+    store(seen, first, a0)
+    store(seen, first + LANES, a1)
+    store(seen, dim + first, b0)
+    store(seen, dim + first + LANES, b1)
+    store(seen, 2 * dim + first, c0)
+    store(seen, 2 * dim + first + LANES, c1)
+    store(seen, 3 * dim + first, d0)
+    store(seen, 3 * dim + first + LANES, d1)
+
+
+def _attend(q, k, v, out):
+    """``out`` [T, H, D] of ``q`` [T, H, D] over ``k``, ``v`` [S, G, D], H a multiple of G and D of
+    ``PAIR``: float32 or the bits of bfloat16, the numbers of a head in a row."""
+    count, heads, dim = q.shape
+    length, groups = k.shape[0], k.shape[1]
+    width = (length + PAIR - 1) // PAIR * PAIR
+    scale = np.float32(1) / np.sqrt(np.float32(dim))
+    # By ``PAIR`` positions, and the numbers of each beside those of the others. The last ones, that
+    # are none, are never looked at.
+    keys = np.zeros(width * dim, np.float32)
+    values = np.empty(length * dim, np.float32)
+    asking, seen = np.empty(QUERIES * dim, np.float32), np.empty(QUERIES * dim, np.float32)
+    scores = np.empty(QUERIES * width, np.float32)
+    for g in range(groups):
+        for s in range(length):
+            key, value = k[s, g], v[s, g]
+            place = s // PAIR * PAIR * dim + s % PAIR
+            for d in range(dim):
+                keys[place + d * PAIR] = load_one(key, d)
+            for d in range(0, dim, LANES):
+                store(values, s * dim + d, load(value, d))
+        for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
+            for t in range(0, count, QUERIES):
+                for i in range(QUERIES):
+                    query = q[min(t + i, count - 1), h]
+                    for d in range(dim):
+                        asking[i * dim + d] = load_one(query, d) * scale
+                for at in range(0, width, PAIR):
+                    _scores(asking, keys, dim, at, scores, width)
+                for i in range(QUERIES):
+                    softmax(scores[i * width : i * width + length])
+                for d in range(0, dim, PAIR):
+                    _sums(scores, width, values, dim, d, seen)
+                for i in range(min(QUERIES, count - t)):
+                    for d in range(0, dim, LANES):
+                        store(out[t + i, h], d, load(seen, i * dim + d))
+
+
+@cache
+def unmasked(numbers: str) -> Callable[..., None]:
+    """``_attend`` of float32 or uint16, compiled."""
+    every = f"{numbers}[:, :, :]"
+    return compiled(f"void({every}, {every}, {every}, {every})", _attend, **OPTIONS)
