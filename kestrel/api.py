@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pybase64
 
 from kestrel.api_keys import ApiKey, find_key, parse_keys
+from kestrel.byte_search import count_of
 from kestrel.config import Limits
 from kestrel.errors import (  # noqa: F401 (callers find the whole contract here)
     DeadlineExceeded,
@@ -295,7 +296,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object from a request body of no more than ``MOST_VALUES``; NaN and Infinity are no
     JSON."""
     # Bytes, so that UTF-16 and UTF-32 count alike.
-    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+    if len(body) > MOST_VALUES and count_of(body, b",[{") > MOST_VALUES:
         raise InvalidRequest(f"the body has over {MOST_VALUES} commas and opening brackets")
 
     def refuse(constant: str) -> float:

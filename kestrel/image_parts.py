@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 
+from kestrel.byte_search import places_of
 from kestrel.errors import InvalidRequest
 
 JPEG = b"\xff\xd8\xff"
@@ -60,7 +61,7 @@ def check_count(parts: float, name: str) -> None:
 def jpeg_exif(data: bytes) -> bytes | None:
     """The EXIF block of a JPEG, which may be spread over several segments; None without one. For a
     file that ``check_parts`` has passed."""
-    if _EXIF_NAME not in data:
+    if next(places_of(data, _EXIF_NAME), None) is None:
         return None
     blocks = [
         data[at + 8 : at + size]
@@ -77,12 +78,10 @@ def without_exif(data: bytes) -> io.BytesIO:
     ``jpeg_exif`` need not be true.
     """
     file = io.BytesIO(data)
-    at = data.find(_EXIF_NAME) if data.startswith(JPEG) else -1
-    while at >= 0:
+    for at in places_of(data, _EXIF_NAME) if data.startswith(JPEG) else ():
         if data[at - 4 : at - 2] == b"\xff\xe1":
             file.seek(at)
             file.write(b"none")
-        at = data.find(_EXIF_NAME, at + 1)
     file.seek(0)
     return file
 

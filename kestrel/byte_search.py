@@ -1,0 +1,35 @@
+"""Bytes counted and found in large bodies and files, in a fraction of the time that ``bytes`` takes:
+the process that looks at a request does nothing else meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+_STRETCH = 2**18
+"""Bytes that are looked at together: what is made of them stays in the cache."""
+
+
+def count_of(data: bytes, codes: bytes) -> int:
+    """How many bytes of ``data`` are one of ``codes``."""
+    return sum(
+        int(np.count_nonzero(part == code)) for _, part in _stretches(data) for code in codes
+    )
+
+
+def places_of(data: bytes, word: bytes) -> Iterator[int]:
+    """Where ``word``, of two bytes or more, stands in ``data``, in order."""
+    for start, part in _stretches(data, len(word) - 1):
+        both = (part[:-1] == word[0]) & (part[1:] == word[1])
+        yield from (
+            at for at in (np.flatnonzero(both) + start).tolist() if data.startswith(word, at)
+        )
+
+
+def _stretches(data: bytes, more: int = 0) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Where each stretch begins, and its bytes with ``more`` of those behind it."""
+    for start in range(0, len(data), _STRETCH):
+        count = min(_STRETCH + more, len(data) - start)
+        yield start, np.frombuffer(data, np.uint8, count, start)
