@@ -8,6 +8,7 @@ import base64
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class InputError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_bound(sys.argv[1:] if argv is None else argv))
     try:
         if arguments.command == "hash-key":
             if (wrong := hash_key_command()) is not None:
@@ -60,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells count
+
+
+def _bound(argv: Sequence[str]) -> list[str]:
+    """``argv`` with the numbers that follow ``--spatial-ref`` made one argument with it: argparse
+    takes those that begin with a dash for options, and would call them missing."""
+    bound: list[str] = []
+    for argument in argv:
+        if bound and bound[-1] == "--spatial-ref" and re.match(r"-[\d.]", argument):
+            bound[-1] += f"={argument}"
+        else:
+            bound.append(argument)
+    return bound
 
 
 def _parser() -> argparse.ArgumentParser:

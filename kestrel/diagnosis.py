@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig, from_mapping
 from kestrel.ports import is_taken
-from kestrel.serve_config import HTTP, graph_of, http_address
+from kestrel.serve_config import HTTP, graph_of, http_address, mapping_of
 
 
 class Verdict(Enum):
@@ -126,6 +127,8 @@ class Wanted:
     http: tuple[str, int] = HTTP
     graph: bool = False
     """Whether it is a Serve config: Ray is needed."""
+    serve_config: dict[str, Any] | None = None
+    """All of that."""
 
 
 def read_config(file: Path | None) -> Wanted:
@@ -144,7 +147,7 @@ def read_config(file: Path | None) -> Wanted:
         raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
     args, served = values, isinstance(values, dict) and "applications" in values
     if served:
-        args = graph_of(values).get("args")
+        args = mapping_of(graph_of(values), "args")
     if not isinstance(args, dict):
         raise ConfigError(f"{file}: no mapping with runtime and refiner")
     runtime = args.get("runtime") or {}
@@ -155,4 +158,5 @@ def read_config(file: Path | None) -> Wanted:
         from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner"),
         http_address(values) if served else HTTP,
         graph=served,
+        serve_config=values if served else None,
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kestrel.checks_config import check_config
 from kestrel.checks_ray import check_ray
 from kestrel.checks_refiner import (
     check_opencv,
@@ -319,6 +320,7 @@ CHECKS: tuple[Check, ...] = (
     check_rasterizers,
     check_opencv,
     check_ray,
+    check_config,
     check_checkpoint,
     check_refiners,
 )

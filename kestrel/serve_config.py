@@ -47,6 +47,17 @@ def _mappings(value: Any, key: str) -> list[dict[str, Any]]:
     return found
 
 
+def mapping_of(part: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under ``key``, nothing for null. The value of another type is not shown, as it
+    may hold API keys."""
+    value = part.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a mapping")
+    return value
+
+
 def graph_of(config: dict[str, Any]) -> dict[str, Any]:
     """The application that is the graph, or the only one, which may be built around it; ConfigError
     where none or several are."""

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from kestrel.config import SHIPPED_MODELS
 from kestrel.folders import made_writable
 from kestrel.ports import written
 from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
-from serve_graph.args import check, longest_request_s
+from serve_graph.args import longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.launch import LocalCluster, free_port, require_free
 from serve_graph.ray_token import MODE
-from serve_graph.serve_keys import check_keys
+from serve_graph.refusals import refusal
 
 LOCAL = Path(__file__).resolve().parent.parent / "configs" / "local.yaml"
 HAPROXY_HELP = (
@@ -59,30 +58,10 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
         http.setdefault("host", HTTP[0])  # Serve's own default is every interface
         if port is not None:
             http["port"] = port
-    try:
-        check_keys(config)
-        check(config)
-        http_address(config)
-        prefix = graph_of(config).get("route_prefix", "/")
-    except ValueError as error:
-        raise LaunchError(f"{path}: {_reason(error)}") from None
-    if not isinstance(prefix, str):
-        raise LaunchError(f"{path}: route_prefix must be a path, as / or /seg, not {prefix}")
+    refused = refusal(config)
+    if refused is not None:
+        raise LaunchError(f"{path}: {refused}")
     return config
-
-
-def _reason(error: ValueError) -> str:
-    """What is wrong with which key, in one line, without pydantic's names and addresses."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    reasons = []
-    for found in error.errors(include_url=False, include_input=False):
-        key = ".".join(map(str, found["loc"]))
-        said = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "extra_forbidden":
-            said = "unknown key"
-        reasons.append(said if not key or said.startswith(key) else f"{key}: {said}")
-    return "; ".join(reasons)
 
 
 def service_url(config: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from kestrel.config import (
     RuntimeConfig,
     from_mapping,
 )
-from kestrel.serve_config import applications_of, deployments_of, is_graph
+from kestrel.serve_config import applications_of
 
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
@@ -109,6 +109,16 @@ class Pool(Settings):
     def _bounds_in_order(self) -> Pool:
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must be at least min_replicas")
+        return self
+
+    @model_validator(mode="after")
+    def _aim_can_be_held(self) -> Pool:
+        if self.scales and self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests ({self.target_ongoing_requests:g}) must not exceed "
+                f"max_ongoing_requests ({self.max_ongoing_requests}): no replica would ever run "
+                "what scaling aims at"
+            )
         return self
 
     @property
@@ -265,7 +275,7 @@ def model_settings(user_config: dict[str, Any]) -> None:
         )
 
 
-def _known_backends(config: RefinerConfig) -> None:
+def known_backends(config: RefinerConfig) -> None:
     """ConfigError for a backend's name that nothing is registered as. Those that are named by where
     they are may be on the refiners' machines alone, and so may the refiner's libraries: a refiner
     says itself, as it starts, what it does not find."""
@@ -278,15 +288,15 @@ def _known_backends(config: RefinerConfig) -> None:
             find_backend(name)
 
 
-def _gpu_for(config: RefinerConfig, pool: Pool) -> None:
+def gpu_for(config: RefinerConfig, pool: Pool) -> None:
     """ValueError where a backend is to run on a GPU of which its replicas get none."""
     uses = any(name in ("seghead", "hq-sam") or ":" in name for name in config.loaded)
     if uses and config.device.startswith("cuda") and not pool.num_gpus:
         raise ValueError("refiner.device is cuda, so refiner_pool.num_gpus must be over 0")
 
 
-DEPLOYMENTS = ("Ingress", "Model", "Refiner")
-"""Their names, which ``serve_graph.app`` gives."""
+POOLS = {"Ingress": "ingress_pool", "Model": "model_pool", "Refiner": "refiner_pool"}
+"""The deployments, by the names that ``serve_graph.app`` gives, and the keys of their pools."""
 
 ELSEWHERE = {
     "refiner": "args.refiner",
@@ -350,7 +360,7 @@ class GraphArgs(Settings):
     def _refiner(cls, value: Any) -> Any:
         if not isinstance(value, RefinerConfig):
             value = from_mapping(RefinerConfig, value, "refiner")
-        _known_backends(value)
+        known_backends(value)
         return value
 
     @field_validator("runtime")
@@ -380,19 +390,8 @@ class GraphArgs(Settings):
                 raise ValueError(f"{name}.min_replicas must be at least 1: only refiners can wait")
         if self.runtime.device.startswith("cuda") and not self.model_pool.num_gpus:
             raise ValueError("runtime.device is cuda, so model_pool.num_gpus must be over 0")
-        _gpu_for(self.refiner, self.refiner_pool)
+        gpu_for(self.refiner, self.refiner_pool)
         return self
-
-
-def _mapping(part: dict[str, Any], key: str) -> dict[str, Any]:
-    """What stands under ``key``, nothing for null. The value of another type is not shown, as it
-    may hold API keys."""
-    value = part.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key} must be a mapping")
-    return value
 
 
 def longest_request_s(config: dict[str, Any]) -> float:
@@ -408,23 +407,3 @@ def longest_request_s(config: dict[str, Any]) -> float:
         if type(value) in (int, float) and value <= LONGEST_TIMEOUT_S:
             found.append(value)
     return max(found)
-
-
-def check(config: dict[str, Any]) -> None:
-    """ValueError where the graph would refuse its part of a Serve config: said before Serve has
-    written that config into its log."""
-    for application in filter(is_graph, applications_of(config)):
-        args = GraphArgs.model_validate(_mapping(application, "args"))
-        for deployment in deployments_of(application):
-            name, settings = deployment["name"], _mapping(deployment, "user_config")
-            if name not in DEPLOYMENTS:
-                known = ", ".join(DEPLOYMENTS)
-                raise ConfigError(f"there is no deployment {name!r}; the deployments are {known}")
-            if name == "Ingress":
-                IngressSettings.model_validate(settings)
-            if name == "Model":
-                model_settings(settings)
-            if name == "Refiner":
-                refiner = refiner_settings(args.refiner, settings)
-                _known_backends(refiner)
-                _gpu_for(refiner, args.refiner_pool)

@@ -217,6 +217,15 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{png}", "dog", "--spatial-ref", "here"], "--spatial-ref 'here'"),
         (["{png}", "dog", "--spatial-ref", "0.5"], "[x, y]"),
         (["{png}", "dog", "--spatial-ref", "0.5,1.5"], "0..1"),
+        (
+            ["{png}", "dog", "--spatial-ref", "-.3,.4"],
+            "spatial_refs[0][0] must be a number in 0..1",
+        ),
+        (["{png}", "dog", "--spatial-ref=-.3,.4"], "spatial_refs[0][0] must be a number in 0..1"),
+        (
+            ["--spatial-ref", ".1,.2", "--spatial-ref", "-1,0,1,1", "{png}", "dog"],
+            "refs[1][0] must",
+        ),
         (["{png}", "dog", "--spatial-ref", "nan,0.5"], "0..1"),
         (["{png}", "dog", "--spatial-ref", "0.9,0.1,0.1,0.9"], "ordered"),
         (["{png}", "dog", *["--spatial-ref", "0.5,0.5"] * 17], "at most 16"),
@@ -250,6 +259,12 @@ def test_a_mistake_is_one_line_and_the_status_of_bad_input(
     assert heard.err.startswith("kestrel: ") and heard.err.count("\n") == 1, heard.err
     assert said.format(**places) in heard.err
     assert not out.exists() or not any(out.iterdir())
+
+
+def test_an_option_is_taken_for_the_point_that_is_missing(png_file, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["segment", str(png_file), "dog", "--spatial-ref", "-o", str(tmp_path)])
+    assert "--spatial-ref: expected one argument" in capsys.readouterr().err
 
 
 def test_a_folder_without_permission_is_refused_before_the_model_is_loaded(

@@ -55,6 +55,16 @@ def test_autoscaling_can_reach_its_target(name: str) -> None:
             assert pool.target_ongoing_requests < pool.max_ongoing_requests
 
 
+def test_a_pool_that_scales_aims_at_more_than_a_replica_runs() -> None:
+    aim = {"max_ongoing_requests": 3, "target_ongoing_requests": 4}
+    with pytest.raises(
+        ValueError, match=r"target_ongoing_requests \(4\) must not exceed max_ongoing"
+    ):
+        GraphArgs.model_validate({"model_pool": {**aim, "max_replicas": 2}})
+    GraphArgs.model_validate({"model_pool": aim})  # nothing is aimed at
+    GraphArgs.model_validate({"model_pool": {**aim, "max_replicas": 2, "max_ongoing_requests": 4}})
+
+
 def shipped() -> dict[str, dict[str, Any]]:
     """Every Serve config of the repository, the manifest's too."""
     manifest = CONFIGS.parent / "deploy" / "kuberay" / "rayservice.yaml"

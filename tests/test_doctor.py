@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from project import PROJECT
 from serving import has_ipv6
 from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkpoint
@@ -494,6 +495,57 @@ def test_a_graph_without_its_http_door_is_called_sound():
     assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, elsewhere))
     alone = Wanted(RuntimeConfig(), None)
     assert all(f.verdict is Verdict.OK for f in found(doctor.check_ray, none, alone))
+
+
+def config_file(folder: Path, application: dict[str, Any], **keys: Any) -> Path:
+    """A Serve config of the graph."""
+    graph = {"name": "segment", "import_path": "serve_graph.app:build", **application}
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump({"applications": [graph], **keys}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("application", "keys", "named"),
+    [
+        (
+            {"args": {"ingress_pool": {"max_ongoing_requests": 2}}},
+            {},
+            "ingress_pool.max_ongoing_re",
+        ),
+        ({"args": {"refiner_pol": {}}}, {}, "refiner_pol: unknown key"),
+        ({"route_prefx": "/seg"}, {}, "unknown key applications[0].route_prefx"),
+        ({}, {"http_option": {}}, "unknown key http_option"),
+        ({"route_prefix": None}, {}, "route_prefix must be a path"),
+        (
+            {"deployments": [{"name": "Ingress", "max_ongoing_requests": 2}]},
+            {},
+            "applications[0].deployments[0].max_ongoing_requests: ingress_pool.max_ongoing",
+        ),
+        ({"deployments": [{"name": "Modle"}]}, {}, "there is no deployment 'Modle'"),
+    ],
+)
+def test_a_config_that_up_refuses_is_called_sound(application, keys, named, tmp_path):
+    pytest.importorskip("ray.serve")
+    asked = read_config(config_file(tmp_path, application, **keys))
+    failures = [f for f in examine(asked, Fake()) if f.verdict is Verdict.FAIL]
+    assert [failure.subject for failure in failures] == ["config"]
+    assert named in failures[0].text and failures[0].remedy and "\n" not in str(failures[0])
+
+
+@pytest.mark.parametrize("args", [{}, {"args": None}, {"args": {"model_pool": {"num_gpus": 0.5}}}])
+def test_a_config_that_up_takes_is_refused(args, tmp_path):
+    pytest.importorskip("ray.serve")
+    asked = read_config(config_file(tmp_path, args))
+    assert [f.verdict for f in found(doctor.check_config, Fake(), asked)] == [Verdict.OK]
+
+
+def test_a_config_cannot_be_checked_without_ray(tmp_path):
+    asked = read_config(config_file(tmp_path, {"args": {"refiner_pol": {}}}))
+    machine = Fake(broken={"serve_graph.refusals": ImportError("No module named 'pydantic'")})
+    (finding,) = found(doctor.check_config, machine, asked)
+    assert finding.verdict is Verdict.WARN and "[serve]" in finding.remedy
+    assert "not checked (No module named 'pydantic')" in finding.text
 
 
 def test_a_port_that_is_taken_is_called_free():

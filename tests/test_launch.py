@@ -187,9 +187,20 @@ def deployed(**keys: Any) -> dict[str, Any]:
     return {"applications": [graph(deployments=[{"name": "Refiner", **keys}])]}
 
 
+def overriding(name: str, args: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A Serve config of the graph in which Serve's own options of a deployment replace ``args``."""
+    first = {"name": "Refiner"}
+    return {
+        "applications": [graph(args=args or {}, deployments=[first, {"name": name, **options}])]
+    }
+
+
 POLICY = "serve_graph.autoscaling:Policy"
 OF_POLICY = r"applications\[0\]\.autoscaling_policy"
 OF_REFINER = r"applications\[0\]\.deployments\[0\]"
+OVERRIDE = r"applications\[0\]\.deployments\[1\]"
+SCALES = {"model_pool": {"max_replicas": 3}}
+ON_GPU = {"runtime": {"device": "cuda"}, "model_pool": {"num_gpus": 1}}
 
 UNSERVABLE = {
     "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
@@ -282,6 +293,72 @@ UNSERVABLE = {
             (rf"{OF_REFINER}\.", deployed(logging_config={"log_levle": "DEBUG"})),
         )
     },
+    "deployment that is not there": (
+        overriding("Modle", max_ongoing_requests=2),
+        rf"{OVERRIDE}\.name: there is no deployment 'Modle'; the deployments are Ingress, Model, R",
+    ),
+    "deployment twice": (overriding("Refiner"), rf"{OVERRIDE}\.name: 'Refiner' is there twice"),
+    **{
+        f"override, {rule}": (config, rf"{OVERRIDE}\.{rule}")
+        for config, rule in (
+            (
+                overriding("Ingress", max_ongoing_requests=2),
+                r"max_ongoing_requests: ingress_pool\.max_ongoing_requests \(2\) must be over",
+            ),
+            (
+                overriding("Model", max_ongoing_requests=5000, num_replicas=2),
+                r"max_ongoing_requests: model_pool\.max_ongoing_requests \(5000\) must not",
+            ),
+            (
+                overriding("Model", SCALES, max_ongoing_requests=1),
+                r"max_ongoing_requests: .*target_ongoing_requests \(2\) must not exceed",
+            ),
+            (
+                overriding("Model", autoscaling_config={"min_replicas": 3}),
+                r"autoscaling_config: .*max_replicas must be at least min_replicas",
+            ),
+            (
+                overriding("Ingress", autoscaling_config={"min_replicas": 0, "max_replicas": 2}),
+                r"autoscaling_config: ingress_pool\.min_replicas must be at least 1: only refiners",
+            ),
+            (
+                overriding("Model", num_replicas="auto", max_ongoing_requests=1),
+                r"max_ongoing_requests, .*num_replicas: .*target_ongoing_requests \(2\) must not",
+            ),
+            (
+                overriding("Model", SCALES, num_replicas=2),
+                r"num_replicas: num_replicas \(2\) changes nothing where a pool scales",
+            ),
+            (
+                overriding("Model", num_replicas=0),
+                r"num_replicas: model_pool\.max_replicas: Input should be greater",
+            ),
+            (
+                overriding("Model", ON_GPU, ray_actor_options={"num_cpus": 4}),
+                r"ray_actor_options: runtime\.device is cuda, so model_pool\.num_gpus must be over",
+            ),
+            (
+                overriding("Model", ray_actor_options={"resources": {"CPU": 1}}),
+                r"ray_actor_options: .*CPU is not a custom resource",
+            ),
+            (
+                overriding("Model", max_queued_requests=-1),
+                r"max_queued_requests: model_pool\.max_queued_requests: Input should be greater",
+            ),
+            (
+                overriding("Model", autoscaling_config=[1]),
+                r"autoscaling_config: autoscaling_config must be a mapping",
+            ),
+            (
+                overriding("Ingress", graceful_shutdown_timeout_s=20),
+                r"graceful_shutdown_timeout_s: 20 must be at least 65, which is runtime\.re",
+            ),
+        )
+    },
+    "threads without work": (
+        deployed(max_ongoing_requests=1),
+        rf"{OF_REFINER}\.max_ongoing_requests: .*threads \(2\) must not exceed max_ongoing",
+    ),
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
     "mapping": ({"applications": {"a": 1}}, "applications must be a list of mappings"),
@@ -316,6 +393,11 @@ def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
             logging_config={"log_level": "DEBUG"},
             user_config={"turdsize": 3},
         ),
+        deployed(autoscaling_config={"min_replicas": 0, "max_replicas": 2}),
+        overriding("Ingress", max_ongoing_requests=2000, graceful_shutdown_timeout_s=90),
+        overriding("Model", SCALES, autoscaling_config=None, num_replicas=2),
+        overriding("Model", num_replicas="auto", max_queued_requests=7, health_check_period_s=1),
+        overriding("Model", ON_GPU, ray_actor_options={"num_gpus": 0.5, "num_cpus": None}),
     ],
 )
 def test_what_serve_takes_beside_args_is_taken(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ def block() -> np.ndarray:
 
 
 def closed(mask: np.ndarray) -> np.ndarray:
-    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    """As within a larger picture."""
+    larger = cv2.morphologyEx(np.pad(mask, 3), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    return larger[3:-3, 3:-3]
 
 
 def noise(side: int, seed: int, blur: float) -> np.ndarray:
@@ -113,6 +115,15 @@ def test_large_parts_are_closed_as_in_the_whole_image(window):
     far = cv2.dilate(small, np.ones((7, 7), np.uint8)) == 0
     assert far.mean() > 0.3
     assert np.array_equal(cleaned[far], closed(mask)[far])
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("gap", range(-30, 4))
+def test_an_object_grows_at_the_rim_of_the_picture(gap, turns):
+    """A disc that the rim cuts, touches or leaves free is what closing leaves of it elsewhere."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    disc = ((x - 40 - gap) ** 2 + (y - 100) ** 2 <= 40**2).astype(np.uint8)
+    assert np.array_equal(clean_mask(np.rot90(disc, turns).copy()), np.rot90(disc, turns))
 
 
 def test_a_mask_is_not_changed_in_place():

@@ -21,12 +21,13 @@ from kestrel.seg_refiner.backends import BACKENDS
 from kestrel.seg_refiner.result import REASONS
 from serve_graph import metrics
 from serve_graph.app import build
-from serve_graph.args import DEPLOYMENTS, GraphArgs, check, refiner_settings
+from serve_graph.args import POOLS, GraphArgs, refiner_settings
 from serve_graph.compose import GraphBackend
 from serve_graph.ingress import IngressDeployment
 from serve_graph.model import ModelDeployment
 from serve_graph.reconfigured import FormerSettings
 from serve_graph.refiner import RefinerDeployment
+from serve_graph.refusals import check
 
 BUILD = "serve_graph.app:build"
 HASH = hash_key("a key that nobody guesses")
@@ -99,13 +100,13 @@ def test_settings_of_a_deployment_that_is_not_there_are_deployed() -> None:
     with pytest.raises(ValueError, match=r"'Refinr'; the deployments are Ingress, Model, Refiner"):
         check(config({"refiner": "none"}, "Refinr"))
     there = build_app(build(GraphArgs()), name="segment").deployments
-    assert {deployment.name for deployment in there} == set(DEPLOYMENTS)
+    assert {deployment.name for deployment in there} == set(POOLS)
 
 
 def test_a_deployment_is_not_told_that_its_settings_are_gone() -> None:
     """Serve says nothing to a replica whose ``user_config`` is none."""
     there = build_app(build(GraphArgs()), name="segment").deployments
-    assert [deployment.user_config for deployment in there] == [{}] * len(DEPLOYMENTS)
+    assert [deployment.user_config for deployment in there] == [{}] * len(POOLS)
 
 
 def test_refiner_settings_that_fit_are_refused() -> None:

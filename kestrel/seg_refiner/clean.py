@@ -63,13 +63,17 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
 
 
 def _close(mask: np.ndarray) -> None:
-    """Morphological closing 3x3 in place, as OpenCV's of the whole mask."""
+    """Morphological closing 3x3 in place, of a mask around which nothing is set."""
     kernel = np.ones((3, 3), np.uint8)
     for top in range(0, len(mask), BAND):
         # A closed pixel looks two rows up and down. That those above are closed already changes
         # nothing: what lies between a mask and its closing has the same closing.
         first = max(0, top - 2)
-        closed = cv2.morphologyEx(mask[first : top + BAND + 2], cv2.MORPH_CLOSE, kernel)
+        rows = mask[first : top + BAND + 2]
+        # OpenCV alone takes what is beyond the rim for set when it erodes: what ends a pixel from
+        # the rim would grow to it, and what touches it along it.
+        rows = cv2.copyMakeBorder(rows, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+        closed = cv2.morphologyEx(rows, cv2.MORPH_CLOSE, kernel)[1:-1, 1:-1]
         mask[top : top + BAND] = closed[top - first :][:BAND]
 
 

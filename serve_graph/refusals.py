@@ -1,0 +1,77 @@
+"""Which Serve configs are not deployed: said before Ray starts, and before Serve has written what
+they hold into its log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kestrel.config import ConfigError
+from kestrel.serve_config import (
+    applications_of,
+    deployments_of,
+    graph_of,
+    http_address,
+    is_graph,
+    mapping_of,
+)
+from serve_graph.args import (
+    POOLS,
+    GraphArgs,
+    IngressSettings,
+    gpu_for,
+    known_backends,
+    model_settings,
+    refiner_settings,
+)
+from serve_graph.errors import reason
+from serve_graph.overrides import overridden
+from serve_graph.serve_keys import check_keys
+
+
+def refusal(config: dict[str, Any]) -> str | None:
+    """Why a Serve config is not served, in one line: Serve or the graph would not take it, or HTTP
+    would not lead to the graph. None: it is."""
+    try:
+        check_keys(config)
+        check(config)
+        http_address(config)
+        prefix = graph_of(config).get("route_prefix", "/")
+    except ValueError as error:
+        return reason(error)
+    if not isinstance(prefix, str):
+        return f"route_prefix must be a path, as / or /seg, not {prefix}"
+    return None
+
+
+def check(config: dict[str, Any]) -> None:
+    """ValueError where the graph would refuse its part of a Serve config, or what Serve would make
+    of its pools."""
+    for i, application in enumerate(applications_of(config)):
+        if not is_graph(application):
+            continue
+        args = GraphArgs.model_validate(mapping_of(application, "args"))
+        named: set[str] = set()
+        for j, deployment in enumerate(deployments_of(application)):
+            name, place = deployment["name"], f"applications[{i}].deployments[{j}]"
+            if name not in POOLS:
+                raise ConfigError(
+                    f"{place}.name: there is no deployment {name!r}; the deployments are "
+                    f"{', '.join(POOLS)}"
+                )
+            if name in named:
+                raise ConfigError(f"{place}.name: {name!r} is there twice")
+            named.add(name)
+            _check_settings(overridden(args, deployment, place), deployment)
+
+
+def _check_settings(args: GraphArgs, deployment: dict[str, Any]) -> None:
+    """ValueError for a ``user_config`` that its deployment would refuse."""
+    name, settings = deployment["name"], mapping_of(deployment, "user_config")
+    if name == "Ingress":
+        IngressSettings.model_validate(settings)
+    if name == "Model":
+        model_settings(settings)
+    if name == "Refiner":
+        refiner = refiner_settings(args.refiner, settings)
+        known_backends(refiner)
+        gpu_for(refiner, args.refiner_pool)
