@@ -25,6 +25,12 @@ from serve_graph.environment import LOOPBACK
 from serve_graph.launch import LocalCluster, free_port
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a cluster of their own come first: the graph, once it is there, stays to the end,
+    and takes its share of the cores also while nobody asks it."""
+    items.sort(key=lambda item: "graph" in getattr(item, "fixturenames", ()))
+
+
 def statuses_until_ready(cluster: LocalCluster, url: str) -> list[int]:
     """What ``url`` answers until it is 200; LaunchError where that never comes."""
     statuses: list[int] = []
