@@ -11,13 +11,11 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m serve_graph demo --output demo_out
 
-# Tests with a cluster mostly wait. Beside those of the graph the others run, which yield to them,
-# and then those with clusters of their own: two clusters at a time.
+# Tests with a cluster mostly wait: the others run beside them, and yield to them.
 test: $(READY)
-	@{ nice -n 10 $(PYTEST) --ignore=tests/e2e; others=$$?; \
-	   $(PYTEST) tests/e2e -m own_cluster && exit $$others; } & beside=$$!; \
-	$(PYTEST) tests/e2e -m 'not own_cluster'; graph=$$?; \
-	wait $$beside && exit $$graph
+	@nice -n 10 $(PYTEST) --ignore=tests/e2e & others=$$!; \
+	$(PYTEST) tests/e2e; clusters=$$?; \
+	wait $$others && exit $$clusters
 
 serve: $(READY)
 	$(BIN)/python -m serve_graph up --config configs/local.yaml
