@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +16,10 @@ import httpx
 import pytest
 from scripted import ScriptedBackend
 from serving import served
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from kestrel.server.compose import server_timing
 from kestrel.server.routes import build_app
@@ -35,8 +41,10 @@ from serve_graph.plan import (
     Aim,
     Starts,
     _smallest,
+    add_arguments,
     describe,
     queue_bound,
+    run,
     scaled,
     scenario,
     search,
@@ -164,6 +172,40 @@ def test_profile_survives_its_file_and_a_broken_one_is_named(tmp_path: Path) -> 
         path.write_text(json.dumps(broken))
         with pytest.raises(PlanError, match="is not a profile"):
             load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("slots", 0, "slots must be an integer of at least 1"),
+        ("slots", "8", "slots must be an integer of at least 1"),
+        ("held", (1.0, 1.0), "held must rise"),
+        ("held", 1.0, "held must be a list of numbers over 0"),
+        ("slot_s", (0.2, math.nan), "slot_s must be a list of numbers over 0"),
+        ("slot_s", (0.2, "0.4"), "slot_s must be a list of numbers over 0"),
+        ("work", (), "work is empty"),
+        ("work", (1.0, -1.0), "work must be a list of numbers of at least 0"),
+        ("refine_s", 0, "refine_s must be a list of numbers of at least 0"),
+        ("refine_s", (0.0, 0.0), "refine_s must not be 0 throughout"),
+        ("refine_s", (0.1, math.nan), "refine_s must be a list of numbers of at least 0"),
+        ("refine_s", (0.1, "x"), "refine_s must be a list of numbers of at least 0"),
+        ("refine_s", "0.1", "refine_s must be a list of numbers of at least 0"),
+        ("overhead_s", (0.01, math.inf), "overhead_s must be a list of numbers of at least 0"),
+        ("refiner_cpus", 0, "refiner_cpus must be a number over 0"),
+        ("refiner_cpus", True, "refiner_cpus must be a number over 0"),
+        ("model_cores", math.nan, "model_cores must be a number over 0"),
+        ("door_s", -1, "door_s must be a number of at least 0"),
+        ("measured", "here", "measured must be a mapping"),
+    ],
+)
+def test_profile_names_the_field_that_is_wrong_and_its_rule(
+    tmp_path: Path, field: str, value: object, rule: str
+) -> None:
+    path = tmp_path / "made-up.json"
+    MADE_UP.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(PlanError, match=f"{path} is not a profile: .*{rule}"):
+        load(path)
 
 
 def test_times_beyond_what_was_measured_keep_the_throughput() -> None:
@@ -303,6 +345,32 @@ async def test_a_graph_of_this_machine_is_measured_through_a_proxy(
         await measure(url, iter([b"{}"] * 100), slots=1, seconds=0.1)
 
 
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_profile_measured_to_a_file_is_found_there_by_both_modes(tmp_path: Path) -> None:
+    seen = set()
+
+    async def answer(request: Request) -> JSONResponse:
+        seen.add(request.headers["authorization"])
+        await asyncio.sleep(0.02)
+        timing = "prepare;dur=0, prefill;dur=2.0, decode;dur=8.0, refine;dur=1.0"
+        return JSONResponse({}, headers={"Server-Timing": timing})
+
+    app = Starlette(routes=[Route("/v1/segment", answer, methods=["POST"])])
+    path = tmp_path / "mine" / "H100.json"
+    elsewhere = ("--profiles", str(tmp_path / "elsewhere"), "--gpu", str(path))
+    with served(app) as url:
+        brief = ("--slots", "1", "--level-seconds", "0.1", "--api-key", "of-mine\r\n")
+        run(options("--measure", url, *elsewhere, *brief))
+    assert [file.name for file in tmp_path.rglob("*.json")] == ["H100.json"]
+    assert load(path).name == "H100" and seen == {"Bearer of-mine"}
+    run(options(*elsewhere, "--rps", "5", "--p99", "1"))
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "serve_graph", "plan", *arguments],
@@ -359,6 +427,12 @@ AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
         ((*NOBODY, "--slots", "4", "--profiles", "/dev/null"), "--profiles: /dev/null cannot be"),
         ((*NOBODY, "--slots", "4", "--profiles", "{folder}"), "is the graph there"),
         ((*NOBODY, "--slots", "4", "--object", "dog", "--image", "no.jpg"), "cannot be read"),
+        (
+            (*NOBODY, "--slots", "4", "--api-key", "s3cret-k\u00e9y"),
+            "--api-key must be visible ASCII",
+        ),
+        ((*NOBODY, "--slots", "4", "--api-key", "s3cret key"), "--api-key must be visible ASCII"),
+        ((*NOBODY, "--slots", "4", "--gpu", "/dev/null/x.json"), "--gpu: /dev/null cannot be"),
     ],
 )
 def test_command_says_in_one_line_what_is_missing(
@@ -367,3 +441,4 @@ def test_command_says_in_one_line_what_is_missing(
     done = command(*(argument.format(folder=tmp_path) for argument in arguments))
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
+    assert "s3cret" not in done.stderr
