@@ -101,10 +101,13 @@ def _offered(
     profile: Profile, aim: Aim, threads: int, models: int, refiners: int
 ) -> tuple[float, float]:
     """What the load is of what so many model replicas and refiners can do."""
-    refined = aim.rps * aim.refined_share
+
+    def part(load: float, most: float) -> float:
+        return load / most if most > 0 else math.inf if load else 0.0
+
     return (
-        aim.rps / (models * profile.model_per_s) if models > 0 else math.inf,
-        refined / (refiners * profile.refiner_per_s(threads)) if refiners > 0 else math.inf,
+        part(aim.rps, max(0, models) * profile.model_per_s),
+        part(aim.rps * aim.refined_share, max(0, refiners) * profile.refiner_per_s(threads)),
     )
 
 
@@ -139,15 +142,18 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
             lines[-1] += (
                 f", those of {nodes[0]} and {nodes[1]} whole nodes {starts.node_s:g} s later"
             )
-        left = _offered(
-            profile,
-            aim,
-            plan.threads,
-            plan.models - aim.lost_models,
-            plan.refiners - aim.lost_refiners,
-        )
+        left = [
+            f"{part:.0%}" if math.isfinite(part) else "(none left)"
+            for part in _offered(
+                profile,
+                aim,
+                plan.threads,
+                plan.models - aim.lost_models,
+                plan.refiners - aim.lost_refiners,
+            )
+        ]
         lines.append(
-            f"  meanwhile     offered {left[0]:.0%} and {left[1]:.0%} of what the others can do; "
+            f"  meanwhile     offered {left[0]} and {left[1]} of what the others can do; "
             "p50 and p99 are of that time and until what piled up is worked off"
         )
     if prices is None:

@@ -155,9 +155,13 @@ def test_plan_tells_how_busy_those_are_that_are_left() -> None:
     aim = replace(AIM, lost_models=1, lost_refiners=2, seconds=5)
     plan = search(MADE_UP, aim, STARTS, threads=2)
     left = f"{50 / 20 / (plan.models - 1):.0%} and {50 / 10 / (plan.refiners - 2):.0%}"
-    assert f"meanwhile     offered {left} of what the others can do" in describe(
-        plan, aim, STARTS, None
-    )
+    said = f"meanwhile     offered {left} of what the others can do"
+    assert said in describe(plan, aim, STARTS, None)
+    for losing, others in (
+        (replace(aim, lost_models=plan.models), f"(none left) and {left.split()[-1]}"),
+        (replace(aim, lost_refiners=plan.refiners, refined_share=0), f"{left.split()[0]} and 0%"),
+    ):
+        assert f"offered {others} of what" in describe(plan, losing, STARTS, None)
 
 
 def test_the_rate_of_a_plan_is_that_of_its_load_although_replicas_come_back_later() -> None:
