@@ -19,15 +19,24 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from kestrel.api_keys import VISIBLE, VISIBLE_RULE
 from kestrel.config import SHIPPED_MODELS
 from kestrel.ports import leads_here
 from serve_graph.cpu_time import CpuTime
-from serve_graph.profile import PlanError, Profile, at_full_speed, quantiles, require_writable
+from serve_graph.profile import (
+    PlanError,
+    Profile,
+    at_full_speed,
+    is_file,
+    quantiles,
+    require_writable,
+)
 
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 WARMUP = 0.2
@@ -306,8 +315,13 @@ def measure_to_file(options: argparse.Namespace) -> None:
     except OSError as error:
         raise PlanError(f"--image cannot be read: {error}") from error
     refiners = Refiners(options.refiners, options.refiner_cpus, options.refiner_threads)
-    path = options.profiles / f"{options.gpu}.json"
-    require_writable(path, "--profiles")
+    named = Path(options.gpu) if is_file(options.gpu) else None
+    path = named or options.profiles / f"{options.gpu}.json"
+    require_writable(path, "--gpu" if named else "--profiles")
+    # As `$(cat file)` or a variable from a file with Windows' line ends gives it.
+    api_key = (options.api_key or "").strip()
+    if api_key and not VISIBLE.fullmatch(api_key):
+        raise PlanError(f"--api-key must be {VISIBLE_RULE}")
     try:
         levels = asyncio.run(
             measure(
@@ -315,7 +329,7 @@ def measure_to_file(options: argparse.Namespace) -> None:
                 bodies(content, noun, options.masks),
                 slots=options.slots,
                 seconds=options.level_seconds,
-                api_key=options.api_key,
+                api_key=api_key,
                 refiners=refiners,
             )
         )
@@ -331,6 +345,6 @@ def measure_to_file(options: argparse.Namespace) -> None:
         "refiners": options.refiners,
         "seconds per level": options.level_seconds,
     }
-    profile = profile_of(options.gpu, levels, options.slots, refiners, measured)
+    profile = profile_of(path.stem, levels, options.slots, refiners, measured)
     profile.save(path)
     print(f"wrote {path}")

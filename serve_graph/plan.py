@@ -12,8 +12,8 @@ from pathlib import Path
 from serve_graph.args import LookAhead
 from serve_graph.arrivals import Poisson
 from serve_graph.profile import SHIPPED, PlanError, Profile, find, require_writable
-from serve_graph.simulated_pool import PoolPlan
-from serve_graph.simulation import Outcome, Scenario, Simulation
+from serve_graph.simulation import Outcome, Simulation
+from serve_graph.trial import Aim, Starts, scenario, trial
 
 MOST_MODELS, MOST_REFINERS = 1_000, 20_000
 """The largest pools that a plan may have."""
@@ -22,39 +22,8 @@ FEWEST_REQUESTS = 300
 LONGEST_S = 1e5
 """Simulated time of a trial at most, seconds: a load of less than three requests in a quarter of an
 hour is planned from fewer of them."""
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What a plan must hold."""
-
-    rps: float
-    p99_s: float
-    seconds: float
-    """Simulated time, after ``warmup_s``."""
-    warmup_s: float
-    refined_share: float
-    lost_models: int
-    lost_refiners: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Starts:
-    """How long replicas and nodes take to start, seconds, and how many replicas a node holds: model
-    replicas one to a GPU, refiners as many as have their CPUs. Each pool has nodes of its own, at
-    first those that it fills. A replica that finds no room on them waits for another node to start
-    before it starts itself."""
-
-    model_s: float
-    refiner_s: float
-    node_s: float
-    gpus_per_node: int
-    cpus_per_node: int
-
-    def refiners_per_node(self, profile: Profile) -> int:
-        """At least one: a refiner that is larger than a node has one of its own."""
-        return max(1, int(self.cpus_per_node // max(1.0, profile.refiner_cpus)))
+SETTLES_S = 60.0
+"""How long a rise is simulated beyond its end and the start of a node and a refiner, seconds."""
 
 
 @dataclass(frozen=True)
@@ -64,65 +33,37 @@ class Plan:
     profile: Profile
     models: int
     refiners: int
+    threads: int
+    """Of each refiner."""
     outcome: Outcome
-
-
-def scenario(
-    profile: Profile, aim: Aim, starts: Starts, models: int, refiners: int, threads: int
-) -> Scenario:
-    """Pools of fixed size under a steady load; what is lost is lost in the middle."""
-    return Scenario(
-        profile=profile,
-        model=PoolPlan(
-            models,
-            max_ongoing=2 * profile.slots,
-            start_s=starts.model_s,
-            per_node=starts.gpus_per_node,
-            node_start_s=starts.node_s,
-        ),
-        refiner=PoolPlan(
-            refiners,
-            max_ongoing=threads,
-            start_s=starts.refiner_s,
-            per_node=starts.refiners_per_node(profile),
-            node_start_s=starts.node_s,
-        ),
-        arrivals=Poisson(lambda _: aim.rps),
-        seconds=aim.warmup_s + aim.seconds,
-        refined_share=aim.refined_share,
-        warmup_s=aim.warmup_s,
-        lost_at_s=aim.warmup_s + aim.seconds / 2,
-        lost_models=aim.lost_models,
-        lost_refiners=aim.lost_refiners,
-        seed=aim.seed,
-    )
 
 
 def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
     """The smallest model pool beside ample refiners, then the smallest refiner pool beside it.
 
-    PlanError where no pool holds the aim: a request alone takes longer than ``p99_s``, or the
-    pools would be larger than ``MOST_MODELS`` and ``MOST_REFINERS``.
+    Neither is busier than ``aim.busiest``, however well a trial went: a queue may take longer to
+    fill than a trial lasts. PlanError where no pool holds the aim: a request alone takes longer
+    than ``p99_s``, or the pools would be larger than ``MOST_MODELS`` and ``MOST_REFINERS``.
     """
     tried: dict[tuple[int, int], Outcome] = {}
 
     def holds(models: int, refiners: int) -> bool:
         key = (models, refiners)
         if key not in tried:
-            tried[key] = Simulation(scenario(profile, aim, starts, models, refiners, threads)).run()
+            tried[key] = trial(profile, aim, starts, models, refiners, threads)
         return tried[key].percentile(99) <= aim.p99_s
 
-    floor = math.ceil(aim.rps / profile.model_per_s)
+    floor = max(1, math.ceil(aim.rps / (aim.busiest * profile.model_per_s)))
     refiner_rate = aim.rps * aim.refined_share
-    few = max(1, math.ceil(refiner_rate / profile.refiner_per_s(threads)))
+    few = max(1, math.ceil(refiner_rate / (aim.busiest * profile.refiner_per_s(threads))))
     # Ample also while those that are lost are away.
     ample = min(MOST_REFINERS, 2 * few + 8 + aim.lost_refiners)
     if floor > MOST_MODELS or few > MOST_REFINERS:
         raise PlanError(
-            f"{aim.rps:g} requests/s need {floor} model replicas and {few} refiners even when all "
-            f"are always busy; the planner goes up to {MOST_MODELS} and {MOST_REFINERS}"
+            f"{aim.rps:g} requests/s need {floor} model replicas and {few} refiners that are "
+            f"{aim.busiest:.0%} busy; the planner goes up to {MOST_MODELS} and {MOST_REFINERS}"
         )
-    models = _smallest(max(1, floor), MOST_MODELS, lambda n: holds(n, ample))
+    models = _smallest(floor, MOST_MODELS, lambda n: holds(n, ample))
     if models is None:
         best = tried[MOST_MODELS, ample].percentile(99)
         raise PlanError(
@@ -131,7 +72,7 @@ def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
         )
     refiners = _smallest(few, ample, lambda n: holds(models, n))
     assert refiners is not None, "the ample pool held the aim"
-    return Plan(profile, models, refiners, tried[models, refiners])
+    return Plan(profile, models, refiners, threads, tried[models, refiners])
 
 
 def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
@@ -151,40 +92,72 @@ def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
     return top
 
 
-def queue_bound(most: int) -> int:
-    """A bound that the simulated queue stays well below, at least 16."""
-    return max(16, 2 ** math.ceil(math.log2(2 * most + 1)))
+def queue_bound(most: int, timely: float) -> int:
+    """A bound that the simulated queue of at most ``most`` stays well below; as long, too, as what
+    is answered in the time that p99 allows, ``timely`` requests; at least 16."""
+    return max(16, 2 ** math.ceil(math.log2(max(2 * most + 1, timely))))
+
+
+def _offered(
+    profile: Profile, aim: Aim, threads: int, models: int, refiners: int
+) -> tuple[float, float]:
+    """What the load is of what so many model replicas and refiners can do."""
+
+    def part(load: float, most: float) -> float:
+        return load / most if most > 0 else math.inf if load else 0.0
+
+    return (
+        part(aim.rps, max(0, models) * profile.model_per_s),
+        part(aim.rps * aim.refined_share, max(0, refiners) * profile.refiner_per_s(threads)),
+    )
 
 
 def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] | None) -> str:
     """The plan for people: pools, queue bounds, latency, cost, and what it rests on."""
     outcome, profile = plan.outcome, plan.profile
+    timely = aim.rps * aim.p99_s
     measured = ", ".join(f"{key} {value}" for key, value in profile.measured.items())
     cpus = plan.refiners * max(1.0, profile.refiner_cpus)
+    model_offered, refiner_offered = _offered(
+        profile, aim, plan.threads, plan.models, plan.refiners
+    )
     lines = [
         f"{aim.rps:g} requests/s, p99 {aim.p99_s:g} s, {aim.refined_share:.0%} refined; "
         f"profile {profile.name} ({measured})",
-        f"  model pool    {plan.models:6} replicas   slots held {outcome.model_busy:4.0%}   "
-        f"model_pool: {{max_queued_requests: {queue_bound(outcome.model_queue)}}}",
-        f"  refiner pool  {plan.refiners:6} replicas   busy       {outcome.refiner_busy:4.0%}   "
-        f"refiner_pool: {{max_queued_requests: {queue_bound(outcome.refiner_queue)}}}",
+        f"  model pool    {plan.models:6} replicas   offered {model_offered:4.0%}   "
+        f"slots held {outcome.model_busy:4.0%}   "
+        f"model_pool: {{max_queued_requests: {queue_bound(outcome.model_queue, timely)}}}",
+        f"  refiner pool  {plan.refiners:6} replicas   offered {refiner_offered:4.0%}   "
+        f"busy       {outcome.refiner_busy:4.0%}   "
+        f"refiner_pool: {{max_queued_requests: {queue_bound(outcome.refiner_queue, timely * aim.refined_share)}}}",
         f"  simulated     {outcome.answered_per_s:.1f} answers/s, "
         f"p50 {outcome.percentile(50):.3f} s, p99 {outcome.percentile(99):.3f} s, "
         f"longest queues {outcome.model_queue} and {outcome.refiner_queue}",
     ]
-    if aim.lost_models or aim.lost_refiners:
+    if aim.loses:
         lines.append(
             f"  survives      {aim.lost_models} model and {aim.lost_refiners} refiner replicas "
             f"lost at once, back after {starts.model_s:g} and {starts.refiner_s:g} s"
         )
-        nodes = (
-            aim.lost_models // starts.gpus_per_node,
-            aim.lost_refiners // starts.refiners_per_node(profile),
-        )
+        nodes = starts.lost_nodes(profile, aim)
         if any(nodes):
             lines[-1] += (
                 f", those of {nodes[0]} and {nodes[1]} whole nodes {starts.node_s:g} s later"
             )
+        left = [
+            f"{part:.0%}" if math.isfinite(part) else "(none left)"
+            for part in _offered(
+                profile,
+                aim,
+                plan.threads,
+                plan.models - aim.lost_models,
+                plan.refiners - aim.lost_refiners,
+            )
+        ]
+        lines.append(
+            f"  meanwhile     offered {left[0]} and {left[1]} of what the others can do; "
+            "p50 and p99 are of that time and until what piled up is worked off"
+        )
     if prices is None:
         lines.append(
             f"  costs         {plan.models} hours of model replicas and {cpus:g} CPU-hours of "
@@ -203,11 +176,13 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
 def scaled(
     plan: Plan, aim: Aim, starts: Starts, threads: int, lookahead: bool, rise_s: float
 ) -> Outcome:
-    """The load rises from a tenth to all of it within ``rise_s``. The model pool is there; the
-    refiners scale from a tenth of theirs, and from the nodes that these fill."""
+    """The load rises from a tenth to all of it within ``rise_s`` and lasts until the pools can have
+    settled. The model pool is there; the refiners scale from a tenth of theirs, and from the nodes
+    that these fill."""
     base = scenario(plan.profile, aim, starts, plan.models, plan.refiners, threads)
     busy_s = 1 / plan.profile.refiner_per_s(threads)
     begins = aim.warmup_s
+    risen_s = rise_s + starts.node_s + starts.refiner_s
 
     def rate(at: float) -> float:
         risen = 1.0 if rise_s == 0 else min(1.0, max(0.0, (at - begins) / rise_s))
@@ -218,6 +193,9 @@ def scaled(
         replace(
             base,
             arrivals=Poisson(rate),
+            seconds=begins + max(aim.seconds, risen_s + SETTLES_S),
+            warmup_s=begins,
+            lost_at_s=math.inf,
             lost_models=0,
             lost_refiners=0,
             refiner=replace(
@@ -267,6 +245,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--refined-share", type=float, default=1.0, help="part of the requests that is refined")
     add("--refiner-threads", type=int, default=2, help="refiner_pool.threads")
     add("--seconds", type=float, default=60, help="simulated time of each trial, at least")
+    add(
+        "--busiest",
+        type=float,
+        default=0.8,
+        help="largest part of what either pool can do that the load may be",
+    )
     add("--model-start", type=float, default=60, help="assumed start of a model replica, seconds")
     add("--refiner-start", type=float, default=10, help="assumed start of a refiner, seconds")
     add("--node-start", type=float, default=180, help="assumed start of a node, seconds")
@@ -292,7 +276,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 OVER_0 = ("rps", "p99", "seconds", "model_start", "refiner_start", "refiner_cpus", "level_seconds")
-AT_LEAST_0 = ("node_start", "rise", "lose_models", "lose_refiners", "gpu_price", "cpu_price")
+AT_LEAST_0 = (
+    "seed",
+    "node_start",
+    "rise",
+    "lose_models",
+    "lose_refiners",
+    "gpu_price",
+    "cpu_price",
+)
 AT_LEAST_1 = ("refiner_threads", "gpus_per_node", "cpus_per_node", "slots", "refiners")
 
 
@@ -320,6 +312,8 @@ def run(options: argparse.Namespace) -> None:
         raise PlanError("plan needs --rps and --p99 (or --measure)")
     if not 0 <= options.refined_share <= 1:
         raise PlanError("--refined-share must be in 0..1")
+    if not 0 < options.busiest <= 1:
+        raise PlanError(f"--busiest must be over 0 and at most 1, not {options.busiest:g}")
     if (options.gpu_price is None) != (options.cpu_price is None):
         raise PlanError("--gpu-price and --cpu-price belong together")
     if options.plot:
@@ -343,6 +337,7 @@ def run(options: argparse.Namespace) -> None:
         lost_models=options.lose_models,
         lost_refiners=options.lose_refiners,
         seed=options.seed,
+        busiest=options.busiest,
     )
     began = time.perf_counter()
     plan = search(profile, aim, starts, options.refiner_threads)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +19,9 @@ import numpy as np
 from kestrel.folders import made_writable
 
 SHIPPED = Path(__file__).parent / "profiles"
+LEVELS: tuple[str, ...] = ("held", "slot_s")
+QUANTILES: tuple[str, ...] = ("work", "refine_s", "overhead_s")
+"""Fields of a profile that are lists."""
 
 
 class PlanError(ValueError):
@@ -52,13 +57,39 @@ class Profile:
     apart from ``overhead_s``, which is then what passes while nothing of it runs."""
 
     def __post_init__(self) -> None:
-        if len(self.held) != len(self.slot_s) or not self.held:
-            raise PlanError(f"profile {self.name}: held and slot_s must have as many entries")
-        if list(self.held) != sorted(self.held) or min(self.held) <= 0 or min(self.slot_s) <= 0:
-            raise PlanError(f"profile {self.name}: held must rise, times must be over 0")
-        for key in ("work", "refine_s", "overhead_s"):
-            if not getattr(self, key):
-                raise PlanError(f"profile {self.name}: {key} is empty")
+        problem = self._problem()
+        if problem is not None:
+            raise PlanError(f"profile {self.name}: {problem}")
+
+    def _problem(self) -> str | None:
+        """The field that breaks its rule, and the rule."""
+        if not isinstance(self.measured, dict):
+            return "measured must be a mapping"
+        if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
+            return f"slots must be an integer of at least 1, not {self.slots!r}"
+        for key in ("refiner_cpus", "model_cores"):
+            if not _over_0(value := getattr(self, key)):
+                return f"{key} must be a number over 0, not {value!r}"
+        if not _at_least_0(self.door_s):
+            return f"door_s must be a number of at least 0, not {self.door_s!r}"
+        for keys, fits, rule in (
+            (LEVELS, _over_0, "over 0"),
+            (QUANTILES, _at_least_0, "of at least 0"),
+        ):
+            for key in keys:
+                values = getattr(self, key)
+                if not isinstance(values, (list, tuple)) or not all(map(fits, values)):
+                    return f"{key} must be a list of numbers {rule}"
+                if not values:
+                    return f"{key} is empty"
+        for key in ("work", "refine_s"):
+            if not any(getattr(self, key)):
+                return f"{key} must not be 0 throughout"
+        if len(self.held) != len(self.slot_s):
+            return "held and slot_s must have as many entries"
+        if any(after <= before for before, after in itertools.pairwise(self.held)):
+            return "held must rise"
+        return None
 
     def seconds(self, held: np.ndarray | float) -> np.ndarray:
         """Mean time in the model when a replica holds so many requests; beyond the measured levels
@@ -80,6 +111,16 @@ class Profile:
         """Write the JSON file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def _at_least_0(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < math.inf
+
+
+def _over_0(value: object) -> bool:
+    return _at_least_0(value) and value != 0
 
 
 def require_writable(path: Path, option: str) -> None:
@@ -104,9 +145,14 @@ def load(path: Path) -> Profile:
         raise PlanError(f"{path} is not a profile: {error}") from error
 
 
+def is_file(name: str) -> bool:
+    """Whether ``--gpu`` is the path of a profile, whatever the folders of profiles are."""
+    return name.endswith(".json")
+
+
 def find(name: str, folders: Sequence[Path]) -> Profile:
     """The profile of that name (or file); PlanError that says how to measure one."""
-    if name.endswith(".json"):
+    if is_file(name):
         return load(Path(name))
     known: list[str] = []
     for folder in folders:

@@ -150,6 +150,7 @@ class Simulation:
         self.numbers = itertools.count()
         self.leaving: set[int] = set()
         """Requests on their way out through the door."""
+        self.answers = 0
         self.finished: list[tuple[float, float]] = []
         self.trace: list[Look] = []
 
@@ -168,7 +169,8 @@ class Simulation:
         if self.scenario.lost_at_s < self.scenario.seconds:
             self.push(self.scenario.lost_at_s, LOSE, None)
         now = 0.0
-        while self.events or self.ends:
+        # Replicas that come back after the last answer are no part of the load.
+        while (self.events or self.ends) and self.answers < len(self.arrivals):
             ends_at = self.cores.when(self.ends[0][0]) if self.ends else math.inf
             if self.events and self.events[0][0] <= ends_at:
                 at, _, kind, what = heapq.heappop(self.events)
@@ -239,6 +241,7 @@ class Simulation:
         self.leaving.discard(request)
         overhead = float(self.overhead[request % len(self.overhead)])
         end = now + overhead
+        self.answers += 1
         if self.arrivals[request] >= self.scenario.warmup_s:
             self.finished.append((end, end - self.arrivals[request]))
         if self.closed and end < self.scenario.seconds:
@@ -324,7 +327,6 @@ class Simulation:
     def outcome(self, now: float) -> Outcome:
         for pool in (self.model, self.refiner):
             pool.count(now)
-        # To the last answer: replicas that come back after it are no part of the load.
         last = max((end for end, _ in self.finished), default=now)
         span = max(last - self.scenario.warmup_s, 1e-9)
         return Outcome(

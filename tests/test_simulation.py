@@ -89,6 +89,23 @@ def test_requests_of_replicas_that_die_run_again() -> None:
     assert lost.trace[-1].models == 8
 
 
+def test_replicas_that_come_back_after_the_last_answer_are_no_part_of_the_load() -> None:
+    scenario = steady(SECOND, 8, 4.0, seconds=300.0, warmup_s=0.0, refined_share=1.0)
+    slow = replace(
+        scenario,
+        model=replace(scenario.model, start_s=1e5),
+        refiner=PoolPlan(2, max_ongoing=1, start_s=1e5),
+        lost_at_s=150.0,
+        lost_models=1,
+        lost_refiners=1,
+    )
+    outcome = Simulation(slow).run()
+    # Lost ones are paid for until they are back: 4 of 8, and 0.4 of 2.
+    assert outcome.model_busy == pytest.approx(0.5, rel=0.15)
+    assert outcome.refiner_busy == pytest.approx(0.2, rel=0.15)
+    assert outcome.refiner_seconds == pytest.approx(2 * 300, rel=0.05)
+
+
 @pytest.mark.parametrize(("lost", "whole_nodes"), [(3, 0), (4, 1), (7, 1), (8, 2)])
 def test_replicas_that_fill_a_node_are_lost_with_it_and_wait_for_another(
     lost: int, whole_nodes: int
