@@ -133,8 +133,8 @@ class IngressDeployment:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer
         out; raises RequestError. ``timeout_s``: the call's own deadline, seconds from its
         arrival."""
-        with _counted(), self._backend.room.enter() as place:
-            deadline = self._deadline(timeout_s)
+        with _counted() as ended, self._backend.room.enter() as place:
+            deadline = ended.deadline = self._deadline(timeout_s)
             request = await self._taken(fields, place, deadline)
             left = deadline.left()
             model, refined = await self._backend.complete(request, _request_id(), left)
@@ -145,7 +145,7 @@ class IngressDeployment:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
         with _counted() as ended, self._backend.room.enter() as place:
-            deadline = self._deadline(timeout_s)
+            deadline = ended.deadline = self._deadline(timeout_s)
             request = await self._taken(fields, place, deadline)
             events = self._backend.events(request, _request_id(), deadline.left())
             async with contextlib.aclosing(events):
@@ -194,8 +194,9 @@ def _request_id() -> str:
 
 @contextlib.contextmanager
 def _counted() -> Iterator[SimpleNamespace]:
-    """Count and time one call of the handle door. ``outcome`` may be set where nothing raises."""
-    ended, started = SimpleNamespace(outcome=None), time.monotonic()
+    """Count and time one call of the handle door. ``deadline`` is to be set once it is known,
+    ``outcome`` may be where nothing raises."""
+    ended, started = SimpleNamespace(outcome=None, deadline=None), time.monotonic()
     failure: BaseException | None = None
     try:
         yield ended
@@ -203,5 +204,6 @@ def _counted() -> Iterator[SimpleNamespace]:
         failure = error
         raise
     finally:
-        outcome = ended.outcome or api.outcome(failure)
+        deadline = ended.deadline.at if ended.deadline is not None else None
+        outcome = ended.outcome or api.outcome(failure, deadline)
         metrics.request_ended("handle", outcome, time.monotonic() - started)
