@@ -38,6 +38,7 @@ from kestrel.config import RuntimeConfig
 from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
+from serve_graph.args import GraphArgs
 from serve_graph.ingress import COUNTED, IngressDeployment
 from serve_graph.model import ModelDeployment
 from serve_graph.reconfigured import FormerSettings
@@ -45,6 +46,7 @@ from serve_graph.reconfigured import FormerSettings
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+MANIFEST = "deploy/kuberay/rayservice.yaml"
 OPERATIONS = ROOT / "docs" / "operations.md"
 
 
@@ -475,6 +477,25 @@ def test_what_an_alarm_counts_is_there_at_0_before_the_first_burst(rule):
         assert there and all(set(tags) == set(EXPORTED[name].tags) for tags in there)
         for tag, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
             assert set(values.split("|")) <= {tags[tag] for tags in there}
+
+
+@pytest.mark.parametrize("file", ["configs/cluster.yaml", "configs/local.yaml", MANIFEST])
+def test_the_alarm_of_a_long_queue_is_reached_before_a_queue_is_full(file):
+    whole = yaml.safe_load((ROOT / file).read_text())
+    config = yaml.safe_load(whole["spec"]["serveConfigV2"]) if file == MANIFEST else whole
+    args = GraphArgs.model_validate(config["applications"][0]["args"])
+    model, ingress = args.model_pool, args.ingress_pool
+    slots = args.runtime.max_batch_size
+    # Most replicas with fewest routers before them: the longest queue is needed, with least room.
+    full = {
+        "ray_segment_model_waiting_requests": model.max_replicas
+        * (model.max_ongoing_requests - slots),
+        "ray_serve_deployment_queued_queries": ingress.min_replicas * model.max_queued_requests,
+    }
+    (expression,) = (r["expr"] for r in rules() if r["alert"] == "SegmentModelQueueLong")
+    waiting, _, most = expression.partition(">")
+    assert names(most) == {"ray_segment_model_slots"}
+    assert sum(full[name] for name in names(waiting)) > model.max_replicas * slots
 
 
 def test_every_series_that_an_ingress_replica_may_count_is_there_from_its_start():
