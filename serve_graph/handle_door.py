@@ -9,12 +9,15 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from kestrel.deadlines import within
+from serve_graph import ray_connection
 from serve_graph.environment import LOOPBACK
 from serve_graph.patience import Patience
+from serve_graph.ray_address import check_address
 from serve_graph.ray_token import MODE, use_token
 
 if TYPE_CHECKING:
@@ -34,11 +37,13 @@ async def in_threads(
 ) -> AsyncGenerator[T, None]:
     """What a generator that blocks gives, each item waited for in a thread. Left early, it is told
     so by ``leave``, and closed once it gives up the wait or the item has come."""
-    waiting: asyncio.Future[T | None] | None = None
+    loop, waiting = asyncio.get_running_loop(), None
+    # Its own: those that the loop shares are few, and the program's too.
+    thread = ThreadPoolExecutor(1, "segment_stream")
     try:
         while True:
             # Not a task, which a loop that ends cancels, thread or not.
-            waiting = asyncio.get_running_loop().run_in_executor(None, next, items, None)
+            waiting = loop.run_in_executor(thread, next, items, None)
             # Left, the thread goes on. Not ``shield``, which from Python 3.14 on reports what those
             # who left did not hear.
             await asyncio.wait({waiting})
@@ -49,10 +54,13 @@ async def in_threads(
     finally:
         # A generator that runs cannot be closed, and a thread cannot be cancelled.
         leave()
-        if waiting is not None:
-            await asyncio.wait({waiting})
-            waiting.exception()  # heard
-        await asyncio.to_thread(items.close)
+        try:
+            if waiting is not None:
+                await asyncio.wait({waiting})
+                waiting.exception()  # heard
+            await loop.run_in_executor(thread, items.close)
+        finally:
+            thread.shutdown(wait=False)
 
 
 class HandleDoor:
@@ -67,8 +75,8 @@ class HandleDoor:
         from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
-        self._connected_here = not ray.is_initialized()
-        if self._connected_here:
+        def connect() -> None:
+            check_address(address)
             try:
                 use_token()
                 ray.init(address or "auto", log_to_driver=False, logging_level=logging.WARNING)
@@ -78,6 +86,9 @@ class HandleDoor:
                     f"token needs RAY_AUTH_MODE=token (it is {os.environ.get(MODE, 'not set')}) "
                     "and its token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
                 ) from error
+
+        ray_connection.join(connect)
+        self._joined = True
         self._ray = ray
         self._timeout_s = timeout_s
         self._task_error = RayTaskError
@@ -185,5 +196,6 @@ class HandleDoor:
     async def leave_loop(self) -> None: ...
 
     def close(self) -> None:
-        if self._connected_here:
-            self._ray.shutdown()
+        if self._joined:
+            self._joined = False
+            ray_connection.leave()
