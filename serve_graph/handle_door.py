@@ -63,6 +63,23 @@ async def in_threads(
             thread.shutdown(wait=False)
 
 
+class Left:
+    """What is left until ``deadline`` (by ``time.monotonic()``), seconds: the service gets it as
+    the number that it is when the call is sent, which is after a replica was found for it."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (max(0.001, self.deadline - time.monotonic()),)
+
+
+def timing(deadline: float) -> dict[str, Any]:
+    """How long the service has for a call; and, as the way to it takes time that nobody knows
+    there, when its caller leaves, by the clocks of both machines."""
+    return {"timeout_s": Left(deadline), "due": time.time() + deadline - time.monotonic()}
+
+
 class HandleDoor:
     """Calls the ingress deployment's methods; the same composing happens as for HTTP. Calls are
     the contract's fields."""
@@ -121,9 +138,9 @@ class HandleDoor:
 
     async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with self._plain_errors():
-            response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
+            until = time.monotonic() + self._timeout_s
+            response = self._handle.segment.remote(**timing(until), **fields)
             try:
-                until = time.monotonic() + self._timeout_s
                 answer: dict[str, Any] = await within(until, response)
                 return answer
             except BaseException:
@@ -138,7 +155,8 @@ class HandleDoor:
                 async for event in events:
                     yield event
             return
-        patience, response = Patience(self._timeout_s), self._streamed(fields)
+        patience = Patience(self._timeout_s)
+        response = self._streamed(fields, patience.deadline)
         # Not ``anext(response)`` alone, whose wait nothing can end.
         try:
             with self._plain_errors():
@@ -151,9 +169,9 @@ class HandleDoor:
         finally:
             response.cancel()
 
-    def _streamed(self, fields: dict[str, Any]) -> Any:
+    def _streamed(self, fields: dict[str, Any], deadline: float) -> Any:
         handle = self._handle.options(stream=True)
-        return handle.stream.remote(timeout_s=self._timeout_s, **fields)
+        return handle.stream.remote(**timing(deadline), **fields)
 
     def _queued_events(
         self, fields: dict[str, Any], left: threading.Event
@@ -162,7 +180,7 @@ class HandleDoor:
         from ray.util.queue import Queue
 
         patience, queue = Patience(self._timeout_s), Queue(actor_options={"num_cpus": 0})
-        response = self._handle.stream_into.remote(queue, timeout_s=self._timeout_s, **fields)
+        response = self._handle.stream_into.remote(queue, **timing(patience.deadline), **fields)
         try:
             with self._plain_errors():
                 while not left.is_set():

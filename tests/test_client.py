@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import pickle
 import socket
 import socketserver
 import threading
@@ -672,7 +673,8 @@ def test_a_stream_by_handle_that_nobody_serves_is_late_and_cancelled(handled, th
     with pytest.raises(DeadlineExceeded):
         asyncio.run(read())
     assert [call.cancelled for call in calls] == [True, True]
-    assert [call.fields["timeout_s"] for call in calls] == [0.3, 0.3]
+    # What is left when a call is sent, which each was long ago.
+    assert all(0 < pickle.loads(pickle.dumps(call.fields["timeout_s"])) < 0.3 for call in calls)
     client.close()
     until(lambda: set(threading.enumerate()) <= threads)
     called_off(client)

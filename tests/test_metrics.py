@@ -7,6 +7,7 @@ import ast
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -235,6 +236,21 @@ async def test_a_call_by_handle_that_is_cancelled_is_counted_alike(
     watched.backend.script = [30.0]
     calls = {False: ingress.segment, True: lambda **fields: anext(ingress.stream(**fields))}
     await left(calls[stream](object="disc"), lambda: watched.backend.held == 1)
+    assert watched.outcomes == [expected]
+
+
+@pytest.mark.parametrize(("expected", "due_s"), [("left", 30.0), ("late", 0.0)])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_by_handle_that_was_long_on_its_way_is_cancelled_when_it_is_due(
+    stream, expected, due_s, monkeypatch
+):
+    watched = Watched()
+    monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
+    ingress = ingress_over(watched.backend)
+    watched.backend.script = [30.0]
+    calls = {False: ingress.segment, True: lambda **fields: anext(ingress.stream(**fields))}
+    call = calls[stream](object="disc", timeout_s=60.0, due=time.time() + due_s)
+    await left(call, lambda: watched.backend.held == 1)
     assert watched.outcomes == [expected]
 
 
