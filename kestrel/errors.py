@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,13 +126,20 @@ OUTCOMES = {
 """What operators call the end of a refused request, by its status."""
 
 
-def outcome(error: BaseException | None) -> str:
+EARLY_S = 0.1
+"""Whoever waits for a request has its deadline too, and leaves or cancels it up to so long before
+it passes here, seconds: it began to count when it sent the request."""
+
+
+def outcome(error: BaseException | None, deadline: float | None = None) -> str:
     """How a request ended, for metrics: ``ok``, an ``OUTCOMES``, ``left`` (its client went away)
-    or ``fault``."""
+    or ``fault``. A client that leaves at its ``deadline`` (by ``time.monotonic()``; None: there is
+    none) or later did not get its answer in time: ``late``."""
     if error is None:
         return "ok"
     if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
-        return "left"
+        late = deadline is not None and deadline - time.monotonic() < EARLY_S
+        return "late" if late else "left"
     return OUTCOMES.get(error.status, "fault") if isinstance(error, RequestError) else "fault"
 
 

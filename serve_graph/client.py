@@ -24,9 +24,9 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 import PIL.Image
 
-from kestrel.api import SegmentSettings, validate_segment
-from kestrel.config import Limits
-from serve_graph.loop_thread import LoopThread
+from kestrel.api import SegmentSettings, timeout_of_call, validate_segment
+from kestrel.config import LONGEST_TIMEOUT_S, Limits
+from serve_graph.loop_thread import CLOSED, LoopThread
 
 Image = bytes | np.ndarray | str | os.PathLike[str]
 Answer = dict[str, Any]
@@ -56,7 +56,12 @@ class SegmentClient:
     ``app`` names the Serve application for the two Ray doors.
 
     Nothing here bounds how many calls are under way at once: what is too much for the service's
-    queues it refuses (``Overloaded``). Over HTTP each has a connection, hence an open file.
+    queues it refuses (``Overloaded``). Over HTTP each has a connection, hence an open file. Through
+    Ray Client each stream has a thread here, and an actor on the cluster, which is a process and
+    takes a moment to start: for many streams at once take another door.
+
+    Raises ValueError for an ``api_key`` or a ``timeout_s`` that makes no sense, and ConnectionError
+    where there is no Ray cluster at the address. Over HTTP the first call connects.
     """
 
     def __init__(
@@ -69,8 +74,10 @@ class SegmentClient:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
+        timeout_s = timeout_of_call(timeout_s, LONGEST_TIMEOUT_S)
+        self._closed = False
         self._door: Door
-        if address and address.startswith(("http://", "https://")):
+        if address and address.lower().startswith(("http://", "https://")):
             from serve_graph.http_door import HttpDoor
 
             self._door = HttpDoor(address, api_key=api_key, timeout_s=timeout_s)
@@ -189,6 +196,8 @@ class SegmentClient:
 
     def _fields(self, *, image: Image | None, model: str | None, **given: Any) -> dict[str, Any]:
         """The call as the doors take it."""
+        if self._closed:
+            raise ConnectionError(CLOSED)
         if isinstance(image, (str, os.PathLike)):
             image = Path(image).read_bytes()
         request = validate_segment(image=image, limits=self._limits, **given)
@@ -209,8 +218,11 @@ class SegmentClient:
         return fields
 
     def close(self) -> None:
-        """Close the connections of calls that were not awaited; disconnects from Ray when this
-        client connected to it."""
+        """Close the connections of calls that were not awaited; a later call is a ConnectionError.
+
+        The last client of this process disconnects it from Ray, unless the program connected it.
+        """
+        self._closed = True
         self._thread.close()
         self._door.close()
 

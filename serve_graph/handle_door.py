@@ -9,12 +9,15 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from kestrel.deadlines import within
+from serve_graph import ray_connection
 from serve_graph.environment import LOOPBACK
 from serve_graph.patience import Patience
+from serve_graph.ray_address import check_address
 from serve_graph.ray_token import MODE, use_token
 
 if TYPE_CHECKING:
@@ -34,11 +37,13 @@ async def in_threads(
 ) -> AsyncGenerator[T, None]:
     """What a generator that blocks gives, each item waited for in a thread. Left early, it is told
     so by ``leave``, and closed once it gives up the wait or the item has come."""
-    waiting: asyncio.Future[T | None] | None = None
+    loop, waiting = asyncio.get_running_loop(), None
+    # Its own: those that the loop shares are few, and the program's too.
+    thread = ThreadPoolExecutor(1, "segment_stream")
     try:
         while True:
             # Not a task, which a loop that ends cancels, thread or not.
-            waiting = asyncio.get_running_loop().run_in_executor(None, next, items, None)
+            waiting = loop.run_in_executor(thread, next, items, None)
             # Left, the thread goes on. Not ``shield``, which from Python 3.14 on reports what those
             # who left did not hear.
             await asyncio.wait({waiting})
@@ -49,10 +54,30 @@ async def in_threads(
     finally:
         # A generator that runs cannot be closed, and a thread cannot be cancelled.
         leave()
-        if waiting is not None:
-            await asyncio.wait({waiting})
-            waiting.exception()  # heard
-        await asyncio.to_thread(items.close)
+        try:
+            if waiting is not None:
+                await asyncio.wait({waiting})
+                waiting.exception()  # heard
+            await loop.run_in_executor(thread, items.close)
+        finally:
+            thread.shutdown(wait=False)
+
+
+class Left:
+    """What is left until ``deadline`` (by ``time.monotonic()``), seconds: the service gets it as
+    the number that it is when the call is sent, which is after a replica was found for it."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (max(0.001, self.deadline - time.monotonic()),)
+
+
+def timing(deadline: float) -> dict[str, Any]:
+    """How long the service has for a call; and, as the way to it takes time that nobody knows
+    there, when its caller leaves, by the clocks of both machines."""
+    return {"timeout_s": Left(deadline), "due": time.time() + deadline - time.monotonic()}
 
 
 class HandleDoor:
@@ -67,8 +92,8 @@ class HandleDoor:
         from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
-        self._connected_here = not ray.is_initialized()
-        if self._connected_here:
+        def connect() -> None:
+            check_address(address)
             try:
                 use_token()
                 ray.init(address or "auto", log_to_driver=False, logging_level=logging.WARNING)
@@ -78,6 +103,9 @@ class HandleDoor:
                     f"token needs RAY_AUTH_MODE=token (it is {os.environ.get(MODE, 'not set')}) "
                     "and its token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
                 ) from error
+
+        ray_connection.join(connect)
+        self._joined = True
         self._ray = ray
         self._timeout_s = timeout_s
         self._task_error = RayTaskError
@@ -110,9 +138,9 @@ class HandleDoor:
 
     async def acall(self, fields: dict[str, Any]) -> dict[str, Any]:
         with self._plain_errors():
-            response = self._handle.segment.remote(timeout_s=self._timeout_s, **fields)
+            until = time.monotonic() + self._timeout_s
+            response = self._handle.segment.remote(**timing(until), **fields)
             try:
-                until = time.monotonic() + self._timeout_s
                 answer: dict[str, Any] = await within(until, response)
                 return answer
             except BaseException:
@@ -127,7 +155,8 @@ class HandleDoor:
                 async for event in events:
                     yield event
             return
-        patience, response = Patience(self._timeout_s), self._streamed(fields)
+        patience = Patience(self._timeout_s)
+        response = self._streamed(fields, patience.deadline)
         # Not ``anext(response)`` alone, whose wait nothing can end.
         try:
             with self._plain_errors():
@@ -140,9 +169,9 @@ class HandleDoor:
         finally:
             response.cancel()
 
-    def _streamed(self, fields: dict[str, Any]) -> Any:
+    def _streamed(self, fields: dict[str, Any], deadline: float) -> Any:
         handle = self._handle.options(stream=True)
-        return handle.stream.remote(timeout_s=self._timeout_s, **fields)
+        return handle.stream.remote(**timing(deadline), **fields)
 
     def _queued_events(
         self, fields: dict[str, Any], left: threading.Event
@@ -151,7 +180,7 @@ class HandleDoor:
         from ray.util.queue import Queue
 
         patience, queue = Patience(self._timeout_s), Queue(actor_options={"num_cpus": 0})
-        response = self._handle.stream_into.remote(queue, timeout_s=self._timeout_s, **fields)
+        response = self._handle.stream_into.remote(queue, **timing(patience.deadline), **fields)
         try:
             with self._plain_errors():
                 while not left.is_set():
@@ -185,5 +214,6 @@ class HandleDoor:
     async def leave_loop(self) -> None: ...
 
     def close(self) -> None:
-        if self._connected_here:
-            self._ray.shutdown()
+        if self._joined:
+            self._joined = False
+            ray_connection.leave()

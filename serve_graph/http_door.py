@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 
 from kestrel.api import TIMEOUT_HEADER, DeadlineExceeded, error_from_response
+from kestrel.api_keys import VISIBLE, VISIBLE_RULE
 from kestrel.deadlines import within
 from kestrel.ports import leads_here
 from serve_graph.patience import Patience
 
+PATH = "/v1/segment"
 LAST = ("final", "error")
 """Types of the event that ends a stream."""
 # A body without a length ends where its connection does, whole or not.
@@ -29,6 +31,10 @@ class HttpDoor:
     """POST /v1/segment, plain and SSE. Calls are the contract's fields."""
 
     def __init__(self, address: str, *, api_key: str | None, timeout_s: float) -> None:
+        if api_key:
+            api_key = api_key.strip()  # the line end of a file is no part of its key
+            if not VISIBLE.fullmatch(api_key):
+                raise ValueError(f"api_key must be {VISIBLE_RULE}")
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
             "base_url": address.rstrip("/"),
@@ -89,7 +95,7 @@ class HttpDoor:
         """The answer to a request that is not refused, its content not yet read."""
         async with self._client().stream(
             "POST",
-            "/v1/segment",
+            PATH,
             json=body,
             headers={TIMEOUT_HEADER: sending.left_ms()},
             extensions={"trace": sending.trace},
@@ -152,7 +158,7 @@ def _plain_errors(sending: _Sending) -> Iterator[None]:
             raise
         # No service has the request yet, whose deadline it could be.
         raise ConnectionError("no connection in time") from error
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise ConnectionError(str(error)) from error
 
 
@@ -186,6 +192,12 @@ def _body(fields: dict[str, Any], *, stream: bool) -> dict[str, Any]:
 
 
 def _check(response: httpx.Response) -> None:
+    if response.has_redirect_location:
+        to = response.headers["location"][:200].removesuffix(PATH)
+        raise ConnectionError(
+            f"the service redirects to {to!r}: give that address to the client, which does not "
+            "follow, as the API key would go there too"
+        )
     if not response.is_error:
         return
     try:

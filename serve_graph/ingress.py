@@ -129,23 +129,26 @@ class IngressDeployment:
         self._backend.change(settings.refine_timeout_s, settings.api_keys)
         self._backend.draining = settings.draining
 
-    async def segment(self, *, timeout_s: Any = None, **fields: Any) -> dict[str, Any]:
+    async def segment(
+        self, *, timeout_s: Any = None, due: float | None = None, **fields: Any
+    ) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer
         out; raises RequestError. ``timeout_s``: the call's own deadline, seconds from its
-        arrival."""
-        with _counted(), self._backend.room.enter() as place:
-            deadline = self._deadline(timeout_s)
+        arrival. ``due``: when its caller leaves, by ``time.time()``; only for the count of those
+        who leave, as clocks may differ."""
+        with _counted(due) as ended, self._backend.room.enter() as place:
+            deadline = ended.deadline = self._deadline(timeout_s)
             request = await self._taken(fields, place, deadline)
             left = deadline.left()
             model, refined = await self._backend.complete(request, _request_id(), left)
             return segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(
-        self, *, timeout_s: Any = None, **fields: Any
+        self, *, timeout_s: Any = None, due: float | None = None, **fields: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
-        with _counted() as ended, self._backend.room.enter() as place:
-            deadline = self._deadline(timeout_s)
+        with _counted(due) as ended, self._backend.room.enter() as place:
+            deadline = ended.deadline = self._deadline(timeout_s)
             request = await self._taken(fields, place, deadline)
             events = self._backend.events(request, _request_id(), deadline.left())
             async with contextlib.aclosing(events):
@@ -193,9 +196,10 @@ def _request_id() -> str:
 
 
 @contextlib.contextmanager
-def _counted() -> Iterator[SimpleNamespace]:
-    """Count and time one call of the handle door. ``outcome`` may be set where nothing raises."""
-    ended, started = SimpleNamespace(outcome=None), time.monotonic()
+def _counted(due: float | None) -> Iterator[SimpleNamespace]:
+    """Count and time one call of the handle door, whose caller leaves when it is ``due``.
+    ``deadline`` is to be set once it is known, ``outcome`` may be where nothing raises."""
+    ended, started = SimpleNamespace(outcome=None, deadline=None), time.monotonic()
     failure: BaseException | None = None
     try:
         yield ended
@@ -203,5 +207,8 @@ def _counted() -> Iterator[SimpleNamespace]:
         failure = error
         raise
     finally:
-        outcome = ended.outcome or api.outcome(failure)
+        deadline = ended.deadline.at if ended.deadline is not None else None
+        if deadline is not None and due is not None:
+            deadline = min(deadline, time.monotonic() + due - time.time())
+        outcome = ended.outcome or api.outcome(failure, deadline)
         metrics.request_ended("handle", outcome, time.monotonic() - started)

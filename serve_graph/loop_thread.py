@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop
 
+CLOSED = "the client was closed"
+
 
 class LoopThread:
     """Awaits for callers of any thread, also of one that runs an event loop itself, as a notebook
@@ -23,6 +25,7 @@ class LoopThread:
         """``last`` is awaited in the loop at its end."""
         self._last = last
         self._lock = threading.Lock()
+        self._closed = False
         self._thread: threading.Thread | None = None
         self._loop: Loop | None = None
 
@@ -32,7 +35,7 @@ class LoopThread:
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise ConnectionError("the client was closed") from None
+            raise ConnectionError(CLOSED) from None
         finally:
             future.cancel()
 
@@ -53,13 +56,14 @@ class LoopThread:
                 yield item
             taking.result()
         except concurrent.futures.CancelledError:
-            raise ConnectionError("the client was closed") from None
+            raise ConnectionError(CLOSED) from None
         finally:
             taking.cancel()
 
     def close(self) -> None:
-        """Cancel what is under way and end the thread; a later call starts another."""
+        """Cancel what is under way and end the thread; a later call is refused."""
         with self._lock:
+            self._closed = True
             thread, self._thread = self._thread, None
             if thread is None or not thread.is_alive() or self._loop is None:
                 return
@@ -68,6 +72,9 @@ class LoopThread:
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         with self._lock:
+            if self._closed:
+                work.close()
+                raise ConnectionError(CLOSED)
             # In a process that was forked it is not alive.
             if self._thread is None or not self._thread.is_alive():
                 started: concurrent.futures.Future[Loop] = concurrent.futures.Future()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class ModelDeployment:
     ) -> AsyncGenerator[ModelEvent, None]:
         """The model's events of one request; leaving the iteration frees its slot."""
         events = self._engine.generate(request, request_id=request_id, timeout_s=timeout_s)
-        with self._counted() as ended:
+        with self._counted(timeout_s) as ended:
             async with contextlib.aclosing(events):
                 async for event in events:
                     if isinstance(event, ModelDone):
@@ -78,7 +79,7 @@ class ModelDeployment:
         """The finished path and box of one request, as one message: no event is made for it."""
         # Masks come from the other half; without one, an engine would count them as missing.
         request = replace(request, return_base64=False)
-        with self._counted() as ended:
+        with self._counted(timeout_s) as ended:
             result, _ = await self._engine.complete(
                 request, request_id=request_id, timeout_s=timeout_s
             )
@@ -86,9 +87,10 @@ class ModelDeployment:
             return result
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[Callable[[SegmentRequest, ModelResult], None]]:
+    def _counted(self, timeout_s: float) -> Iterator[Callable[[SegmentRequest, ModelResult], None]]:
         """Count one request; what it gives is called with the result of one that completes."""
         outcome, failure = "cancelled", None
+        deadline = time.monotonic() + timeout_s
         self._running += 1
 
         def ended(request: SegmentRequest, result: ModelResult) -> None:
@@ -107,7 +109,7 @@ class ModelDeployment:
             self._running -= 1
             self._outcomes[outcome] += 1
             left = asyncio.CancelledError() if outcome == "cancelled" else None
-            metrics.count(metrics.MODEL_REQUESTS, outcome=api.outcome(failure or left))
+            metrics.count(metrics.MODEL_REQUESTS, outcome=api.outcome(failure or left, deadline))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve's autoscaler: the fields of ``serve_graph.lookahead.ModelLoad``."""

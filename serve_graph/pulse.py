@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from kestrel.api import DeadlineExceeded, Overloaded, RequestError
+from kestrel.api import DeadlineExceeded, Overloaded, RequestError, outcome
 from serve_graph.halves import Deadline
 
 logger = logging.getLogger("ray.serve")
@@ -19,8 +19,6 @@ what a full pool needs for the next of its requests, as it then has no room for 
 """
 ASK_AFTER_S = 1.0
 """How long after that failure it is asked itself: a pool that is only full answers others first."""
-EARLY_S = 0.1
-"""A request is cancelled by whoever waits for it as well, a moment before its own deadline."""
 
 
 class Pulse:
@@ -56,8 +54,8 @@ class Pulse:
         except RequestError:
             self.answered()
             raise
-        except asyncio.CancelledError:
-            if deadline.at - time.monotonic() < EARLY_S:
+        except asyncio.CancelledError as error:
+            if outcome(error, deadline.at) == "late":
                 self._failed()
             raise
 

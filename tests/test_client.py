@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import pickle
 import socket
 import socketserver
 import threading
@@ -44,7 +45,18 @@ def address(backend: ScriptedBackend) -> Iterator[str]:
         yield url
 
 
-def test_a_ray_cluster_that_does_not_let_in_is_no_word_about_its_token(monkeypatch):
+@pytest.fixture
+def ray_s_kind() -> Iterator[str]:
+    """The address of a server that speaks as Ray's do."""
+    grpc = pytest.importorskip("grpc")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_a_ray_cluster_that_does_not_let_in_is_no_word_about_its_token(monkeypatch, ray_s_kind):
     ray = pytest.importorskip("ray")
     exceptions = pytest.importorskip("ray.exceptions")
     monkeypatch.setattr("serve_graph.handle_door.use_token", lambda: None)
@@ -58,8 +70,65 @@ def test_a_ray_cluster_that_does_not_let_in_is_no_word_about_its_token(monkeypat
         with pytest.raises(
             ConnectionError, match=r"RAY_AUTH_MODE=token \(it is not set\)"
         ) as raised:
-            SegmentClient("ray://127.0.0.1:1")
+            SegmentClient(f"ray://{ray_s_kind}")
         assert str(error)[:20] in str(raised.value)
+
+
+def not_ray(monkeypatch: pytest.MonkeyPatch, address: str | None) -> str:
+    """What a client says that is given this address, before Ray is asked for it."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", Mock(side_effect=RuntimeError("Ray was asked")))
+    with pytest.raises(ConnectionError) as raised:
+        SegmentClient(address)
+    assert "Ray was asked" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_ray_does_not_wait_for_minutes_for_a_server_that_is_none_of_its_own(monkeypatch, scheme):
+    with answering(b"HTTP/1.0 404 Not Found\r\n\r\n") as url:
+        place = url.removeprefix("http://")
+        said = not_ray(monkeypatch, scheme + place)
+    assert "server of another kind" in said and f"for HTTP write {url}" in said
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    said = not_ray(monkeypatch, None)  # nobody is there any more
+    assert f"no Ray cluster at {place}: " in said and "refused" in said
+
+
+def test_ray_does_not_wait_for_minutes_for_a_server_that_is_silent(monkeypatch):
+    monkeypatch.setattr("serve_graph.ray_address.ANSWER_S", 0.2, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert "says nothing" in not_ray(monkeypatch, f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The address that this process is connected to, by Ray."""
+    ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
+    found: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(found))
+    monkeypatch.setattr(ray, "init", lambda address, **_: found.append(address))
+    monkeypatch.setattr(ray, "shutdown", found.clear)
+    monkeypatch.setattr(serve, "get_app_handle", lambda app: Mock())
+    return found
+
+
+def test_a_client_that_is_closed_leaves_ray_to_the_other_clients(connected, ray_s_kind):
+    for _ in range(2):
+        clients = [SegmentClient(ray_s_kind) for _ in range(3)]
+        for client in clients[:2]:
+            client.close()
+            client.close()
+            assert connected == [ray_s_kind]
+        clients[2].close()
+        assert connected == []
+
+
+def test_the_connection_that_the_program_made_stays(connected, ray_s_kind):
+    connected.append("the program's own")
+    with SegmentClient(ray_s_kind), SegmentClient(ray_s_kind):
+        pass
+    assert connected == ["the program's own"]
 
 
 def everyhow(address: str, **options: Any) -> list[Any]:
@@ -237,6 +306,81 @@ def test_a_plain_answer_that_is_no_json_is_a_lost_connection():
         for call in (plain, aplain):
             with pytest.raises(ConnectionError, match="no JSON object"):
                 call(object="disc")
+
+
+def test_a_service_that_has_moved_is_a_lost_connection_that_says_where_to():
+    with answering(
+        b"HTTP/1.0 301 Moved\r\nLocation: https://serve.example/v1/segment\r\n\r\n"
+    ) as address:
+        for call in everyhow(address):
+            with pytest.raises(
+                ConnectionError, match=r"redirects to 'https://serve\.example': give"
+            ):
+                call(object="disc")
+
+
+def test_an_answer_that_cannot_be_unpacked_is_a_lost_connection():
+    with answering(b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\nabcde") as address:
+        for call in everyhow(address):
+            with pytest.raises(ConnectionError):
+                call(object="disc")
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf"), "5"])
+def test_a_deadline_that_is_none_is_refused_before_the_first_call(timeout_s):
+    with pytest.raises(ValueError, match="timeout_s"):
+        SegmentClient("http://127.0.0.1:9", timeout_s=timeout_s)
+
+
+def test_a_key_from_a_file_opens_the_door_with_its_line_end_too():
+    backend = ScriptedBackend(api_keys=["a-key-of-a-client"])
+    with served(build_app(backend)) as url:
+        for call in everyhow(url, api_key="a-key-of-a-client\r\n"):
+            call(object="disc")
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "schl\u00fcssel", "with space", " \n"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(key):
+    with pytest.raises(ValueError, match="api_key must be visible ASCII") as raised:
+        SegmentClient("http://127.0.0.1:9", api_key=key)
+    assert key.strip() == "" or key not in repr(raised.value)
+
+
+def test_the_scheme_of_an_address_is_read_in_capitals_too(address):
+    with SegmentClient(address.replace("http", "HTTP")) as client:
+        assert client.segment(object="disc")["path"]
+
+
+def test_a_client_that_is_closed_answers_no_call_in_any_way(address, backend):
+    client = SegmentClient(address)
+    client.close()
+    called_off(client)
+    assert backend.begun == 0
+
+
+def called_off(client: SegmentClient) -> None:
+    """Every call of this client says that it was closed."""
+
+    async def streamed() -> list[Any]:
+        return [event async for event in client.astream(object="disc")]
+
+    for call in (
+        lambda: client.segment(object="disc"),
+        lambda: list(client.segment(object="disc", stream=True)),
+        lambda: asyncio.run(client.asegment(object="disc")),
+        lambda: asyncio.run(streamed()),
+    ):
+        with pytest.raises(ConnectionError, match="the client was closed"):
+            call()
+
+
+def test_a_stream_that_is_begun_after_its_client_was_closed_starts_no_thread(address):
+    client, threads = SegmentClient(address), set(threading.enumerate())
+    events = client.segment(object="disc", stream=True)
+    client.close()
+    with pytest.raises(ConnectionError, match="the client was closed"):
+        next(iter(events))
+    assert set(threading.enumerate()) <= threads
 
 
 def test_another_model_is_refused_in_every_way(address, backend):
@@ -419,6 +563,24 @@ async def test_a_stream_left_while_its_thread_waits_ends_as_cancelled_and_is_clo
     assert closed.is_set()
 
 
+async def test_no_stream_waits_for_the_threads_of_others():
+    pytest.importorskip("ray")
+    from serve_graph.handle_door import in_threads
+
+    all_here = threading.Barrier(40)
+
+    def blocking() -> Generator[int, None, None]:
+        yield all_here.wait(20)
+
+    async def read() -> list[int]:
+        return [item async for item in in_threads(blocking(), lambda: None)]
+
+    threads = set(threading.enumerate())
+    read_ = await asyncio.gather(*(read() for _ in range(all_here.parties)))
+    assert sorted(items[0] for items in read_) == list(range(all_here.parties))
+    until(lambda: set(threading.enumerate()) <= threads)
+
+
 class NeverTaken:
     """A call of a handle that no replica takes."""
 
@@ -488,7 +650,7 @@ def handled(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SegmentClient, li
     door._handle, door._timeout_s, door._through_queue = handle, 0.3, False
     door._late = (TimeoutError, asyncio.TimeoutError)
     door._busy = door._task_error = door._lost = ()
-    door._ray, door._connected_here = SimpleNamespace(get=waited), False
+    door._ray, door._joined = SimpleNamespace(get=waited), False
     monkeypatch.setattr("ray.util.queue.Queue", EmptyQueue)
     monkeypatch.setattr("serve_graph.handle_door.HandleDoor", lambda *_, **__: door)
     with SegmentClient() as client:
@@ -511,9 +673,12 @@ def test_a_stream_by_handle_that_nobody_serves_is_late_and_cancelled(handled, th
     with pytest.raises(DeadlineExceeded):
         asyncio.run(read())
     assert [call.cancelled for call in calls] == [True, True]
-    assert [call.fields["timeout_s"] for call in calls] == [0.3, 0.3]
+    # What is left when a call is sent, which each was long ago.
+    assert all(0 < pickle.loads(pickle.dumps(call.fields["timeout_s"])) < 0.3 for call in calls)
     client.close()
     until(lambda: set(threading.enumerate()) <= threads)
+    called_off(client)
+    assert len(calls) == 2
 
 
 def serves(monkeypatch: pytest.MonkeyPatch, client: Any, events: list[Any]) -> None:

@@ -7,7 +7,9 @@ import ast
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +32,22 @@ from kestrel.api import (
     Overloaded,
     PromptTooLong,
     RequestError,
+    SegmentRequest,
     outcome,
 )
 from kestrel.config import RuntimeConfig
 from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
+from serve_graph.args import GraphArgs
 from serve_graph.ingress import COUNTED, IngressDeployment
+from serve_graph.model import ModelDeployment
 from serve_graph.reconfigured import FormerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+MANIFEST = "deploy/kuberay/rayservice.yaml"
 OPERATIONS = ROOT / "docs" / "operations.md"
 
 
@@ -128,6 +134,14 @@ async def test_a_stream_that_breaks_after_its_200_is_not_counted_as_ok():
     assert response.status_code == 200 and watched.outcomes == ["broken_stream"]
 
 
+def ingress_over(backend: ScriptedBackend) -> Any:
+    """The methods that a handle calls, over ``backend``."""
+    ingress: Any = IngressDeployment.__new__(IngressDeployment)
+    ingress._backend = backend
+    ingress._backend.room = Room(backend.config)
+    return ingress
+
+
 STREAM_ENDS = [
     (DeadlineExceeded(), "late"),
     (Overloaded("the refiner is unavailable"), "overloaded"),
@@ -147,9 +161,7 @@ async def test_an_error_after_the_first_event_is_counted_as_it_is_before_it(
         await watched.client.post("/v1/segment", json=ASK | {"stream": True})
     else:
         monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
-        ingress = IngressDeployment.__new__(IngressDeployment)
-        ingress._backend = watched.backend  # type: ignore[assignment]
-        ingress._backend.room = Room(watched.backend.config)
+        ingress = ingress_over(watched.backend)
         events = [event async for event in ingress.stream(object="disc")]
         assert [event["type"] for event in events] == ["bbox", "path_delta", "error"]
         # Whoever calls need not have this package to unpickle them.
@@ -190,8 +202,17 @@ async def test_a_backend_that_breaks_its_promise_is_counted_as_a_broken_stream()
     assert watched.outcomes == ["broken_stream"]
 
 
+LEFT = [("left", 0.0), ("late", 1e3)]
+"""How a client that goes away is counted, by how long before its deadline it counts as gone at it,
+seconds; a client has its deadline by its own clock."""
+
+
+@pytest.mark.parametrize(("expected", "early_s"), LEFT)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_is_counted_as_left(stream):
+def test_a_client_that_goes_away_is_counted_as_left_or_at_its_deadline_as_late(
+    stream, expected, early_s, monkeypatch
+):
+    monkeypatch.setattr("kestrel.errors.EARLY_S", early_s, raising=False)
     watched = Watched()
     script: list[ModelEvent | Exception | float] = [WELL[0], 30.0]
     watched.backend.script = script
@@ -200,7 +221,72 @@ def test_a_client_that_goes_away_is_counted_as_left(stream):
             sock.sendall(post_bytes(url, ASK | {"stream": stream}))
             until(lambda: watched.backend.held == 1)
         until(lambda: watched.outcomes)
-    assert watched.outcomes == ["left"]
+    assert watched.outcomes == [expected]
+
+
+@pytest.mark.parametrize(("expected", "early_s"), LEFT)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_by_handle_that_is_cancelled_is_counted_alike(
+    stream, expected, early_s, monkeypatch
+):
+    monkeypatch.setattr("kestrel.errors.EARLY_S", early_s, raising=False)
+    watched = Watched()
+    monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
+    ingress = ingress_over(watched.backend)
+    watched.backend.script = [30.0]
+    calls = {False: ingress.segment, True: lambda **fields: anext(ingress.stream(**fields))}
+    await left(calls[stream](object="disc"), lambda: watched.backend.held == 1)
+    assert watched.outcomes == [expected]
+
+
+@pytest.mark.parametrize(("expected", "due_s"), [("left", 30.0), ("late", 0.0)])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_by_handle_that_was_long_on_its_way_is_cancelled_when_it_is_due(
+    stream, expected, due_s, monkeypatch
+):
+    watched = Watched()
+    monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
+    ingress = ingress_over(watched.backend)
+    watched.backend.script = [30.0]
+    calls = {False: ingress.segment, True: lambda **fields: anext(ingress.stream(**fields))}
+    call = calls[stream](object="disc", timeout_s=60.0, due=time.time() + due_s)
+    await left(call, lambda: watched.backend.held == 1)
+    assert watched.outcomes == [expected]
+
+
+@pytest.mark.parametrize(("expected", "early_s"), LEFT)
+@pytest.mark.parametrize("method", ["complete", "generate"])
+async def test_a_model_s_request_that_is_cancelled_is_counted_alike(
+    method, expected, early_s, monkeypatch
+):
+    monkeypatch.setattr("kestrel.errors.EARLY_S", early_s, raising=False)
+    counted: list[Any] = []
+    monkeypatch.setattr(metrics, "count", lambda spec, **tags: counted.append((spec, tags)))
+    model: Any = SimpleNamespace(_running=0, _outcomes={"cancelled": 0}, _engine=NeverDone())
+    model._counted = partial(ModelDeployment._counted, model)
+    call = getattr(ModelDeployment, method)(model, SegmentRequest("disc"), "id", 60.0)
+    await left(call if method == "complete" else anext(call), lambda: model._running == 1)
+    assert counted == [(metrics.MODEL_REQUESTS, {"outcome": expected})]
+
+
+class NeverDone:
+    """An engine that does not get to its requests."""
+
+    async def complete(self, *_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def generate(self, *_: Any, **__: Any) -> AsyncGenerator[ModelEvent, None]:
+        await asyncio.Event().wait()
+        yield WELL[0]  # type: ignore[misc]
+
+
+async def left(call: Awaitable[Any], begun: Callable[[], bool]) -> None:
+    """Make the call, and cancel it once it is under way."""
+    task = asyncio.ensure_future(call)
+    while not begun():
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def test_every_status_of_the_contract_has_an_outcome_that_is_documented():
@@ -407,6 +493,25 @@ def test_what_an_alarm_counts_is_there_at_0_before_the_first_burst(rule):
         assert there and all(set(tags) == set(EXPORTED[name].tags) for tags in there)
         for tag, values in re.findall(r'(\w+)=~?"([^"]*)"', selector):
             assert set(values.split("|")) <= {tags[tag] for tags in there}
+
+
+@pytest.mark.parametrize("file", ["configs/cluster.yaml", "configs/local.yaml", MANIFEST])
+def test_the_alarm_of_a_long_queue_is_reached_before_a_queue_is_full(file):
+    whole = yaml.safe_load((ROOT / file).read_text())
+    config = yaml.safe_load(whole["spec"]["serveConfigV2"]) if file == MANIFEST else whole
+    args = GraphArgs.model_validate(config["applications"][0]["args"])
+    model, ingress = args.model_pool, args.ingress_pool
+    slots = args.runtime.max_batch_size
+    # Most replicas with fewest routers before them: the longest queue is needed, with least room.
+    full = {
+        "ray_segment_model_waiting_requests": model.max_replicas
+        * (model.max_ongoing_requests - slots),
+        "ray_serve_deployment_queued_queries": ingress.min_replicas * model.max_queued_requests,
+    }
+    (expression,) = (r["expr"] for r in rules() if r["alert"] == "SegmentModelQueueLong")
+    waiting, _, most = expression.partition(">")
+    assert names(most) == {"ray_segment_model_slots"}
+    assert sum(full[name] for name in names(waiting)) > model.max_replicas * slots
 
 
 def test_every_series_that_an_ingress_replica_may_count_is_there_from_its_start():

@@ -566,6 +566,19 @@ def test_the_sizes_of_a_config_are_not_read(form, tmp_path):
     assert local_checkpoint(tmp_path).architecture() == expected
 
 
+@pytest.mark.parametrize("left_out", [("decoder_arch", "use_ln"), ("use_ln",)])
+@pytest.mark.parametrize("config", [TINY_2, TINY_3], ids=["md2", "md3"])
+def test_what_a_config_leaves_out_of_the_region_is_moondream_2_s(config, left_out, tmp_path):
+    """Moondream 3's own implementation leaves out what is its default there."""
+    sizes = config.to_dict()
+    for key in left_out:
+        del sizes["region"][key]
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    save_file(engine_tensors(random_model(config)), tmp_path / "m.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    assert local_checkpoint(tmp_path).architecture().region == config.region
+
+
 @pytest.mark.parametrize(
     ("config", "expected"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
 )

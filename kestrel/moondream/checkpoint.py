@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -20,6 +21,8 @@ from kestrel.moondream.weights import Ties, read_index
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PUBLIC_TOKENIZER = "moondream/starmie-v1"
+TOLD_APART = {"decoder_arch", "use_ln"}
+"""Keys of a ``RegionConfig`` by which the published models differ."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|pt)")
 
 
@@ -48,6 +51,10 @@ class Checkpoint:
         if self.config is not None:
             given = sections(self.config)
             if given is not None:
+                region = given.get("region") or {}
+                if isinstance(region, dict) and not region.keys() >= TOLD_APART:
+                    # Moondream 2 and 3 each leave out what they have, and have not the same.
+                    given = {**given, "region": {**told_region(self.weights), **region}}
                 return MoondreamConfig.from_dict(given)
         return published_architecture(self.weights)
 
@@ -146,16 +153,25 @@ def _one_checkpoint(folder: Path, found: list[Path]) -> list[Path]:
     return found
 
 
+def told_region(weights: Iterable[Path]) -> dict[str, Any]:
+    """The values of ``TOLD_APART`` by a checkpoint's tensors; none where they have no decoder."""
+    names = {parameter_name(stored.name) for stored in read_index(weights)}
+    norm = "region.ln.weight" in names
+    for arch, tensor in (("mlp", "fc1.weight"), ("linear", "weight")):
+        if f"region.coord_decoder.{tensor}" in names:
+            return {"decoder_arch": arch, "use_ln": norm}
+    return {}
+
+
 def published_architecture(weights: Iterable[Path]) -> MoondreamConfig:
     """Moondream 2 or 3 at their published sizes, told apart by a checkpoint's tensors.
 
     Raises ``ConfigError`` for tensors of neither.
     """
-    names = {parameter_name(stored.name) for stored in read_index(weights)}
-    if "region.coord_decoder.weight" in names and "region.ln.weight" in names:
-        return MOONDREAM_3
-    if "region.coord_decoder.fc1.weight" in names:
-        return MOONDREAM_2
+    told = told_region(weights)
+    for published in (MOONDREAM_2, MOONDREAM_3):
+        if told == {key: getattr(published.region, key) for key in TOLD_APART}:
+            return published
     raise ConfigError(
         "model.path: the tensors are of no known Moondream; put the model's config.json beside them"
     )

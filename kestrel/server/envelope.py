@@ -85,6 +85,7 @@ class Envelope:
         except ClientGone as gone:
             failure = failure or asyncio.CancelledError()
             if isinstance(gone, ClientStalled):
+                scope.pop("kestrel.deadline", None)  # it was answered in time
                 log.info("request %s: the client does not read its answer", request_id)
                 await _hang_up(scope)
             else:
@@ -94,7 +95,9 @@ class Envelope:
             raise
         finally:
             if self._ended is not None and _segments(scope):
-                outcome = scope.get("kestrel.outcome") or api.outcome(failure)
+                outcome = scope.get("kestrel.outcome") or api.outcome(
+                    failure, scope.get("kestrel.deadline")
+                )
                 self._ended(outcome, time.monotonic() - arrived)
 
 

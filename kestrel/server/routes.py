@@ -131,6 +131,7 @@ class _Routes:
         timeout_s = api.timeout_from_headers(request.headers, config.request_timeout_s)
         deadline = arrived + timeout_s
         request.scope["kestrel.send_by"] = send_by(deadline)
+        request.scope["kestrel.deadline"] = deadline
         # Left by the envelope: an event stream goes on after this returns.
         place = request.scope["kestrel.places"].enter_context(self.room.enter())
         body = await within(deadline, _read_body(request, config.limits.max_body_bytes, place))

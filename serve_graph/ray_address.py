@@ -1,0 +1,56 @@
+"""Whether Ray is at an address: asked first, as Ray itself tries for minutes, and ends the process
+in the end."""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+from kestrel.ports import written
+
+ANSWER_S = 10.0
+"""How long a connection may take to be made, and then the first bytes on it to come, seconds."""
+
+# Ray speaks first, in frames of HTTP/2 or, with TLS, to say that this is none. A server of another
+# kind takes it for a request or for noise, and answers with text.
+QUESTION = b"GET / HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n"
+
+
+def check_address(address: str | None) -> None:
+    """ConnectionError where nobody listens at the address of a cluster, or something else than Ray.
+
+    ``address`` as ``ray.init`` takes it. What names no host and port is left to Ray.
+    """
+    if address in (None, "", "auto"):
+        address = os.environ.get("RAY_ADDRESS", "")
+    assert address is not None
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        host, port = place.hostname, place.port
+    except ValueError:
+        return
+    if place.scheme not in ("", "ray") or host is None or port is None:
+        return
+    wrong = _wrong(host, port)
+    if wrong is not None:
+        raise ConnectionError(
+            f"no Ray cluster at {address}: {wrong}; for HTTP write http://{written(host, port)}"
+        )
+
+
+def _wrong(host: str, port: int) -> str | None:
+    """Why Ray is not there; None where it may be."""
+    try:
+        connection = socket.create_connection((host, port), timeout=ANSWER_S)
+    except OSError as error:
+        return str(error)
+    with connection:
+        try:
+            connection.sendall(QUESTION)
+            said = connection.recv(1)
+        except TimeoutError:
+            return f"what listens there says nothing within {ANSWER_S:g} s"
+        except OSError:
+            return None
+    return "a server of another kind answers there" if said.isalpha() else None
