@@ -116,6 +116,8 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
     """The plan for people: pools, queue bounds, latency, cost, and what it rests on."""
     outcome, profile = plan.outcome, plan.profile
     timely = aim.rps * aim.p99_s
+    model_bound = queue_bound(outcome.model_queue, timely)
+    refiner_bound = queue_bound(outcome.refiner_queue, timely * aim.refined_share)
     measured = ", ".join(f"{key} {value}" for key, value in profile.measured.items())
     cpus = plan.refiners * max(1.0, profile.refiner_cpus)
     model_offered, refiner_offered = _offered(
@@ -126,10 +128,10 @@ def describe(plan: Plan, aim: Aim, starts: Starts, prices: tuple[float, float] |
         f"profile {profile.name} ({measured})",
         f"  model pool    {plan.models:6} replicas   offered {model_offered:4.0%}   "
         f"slots held {outcome.model_busy:4.0%}   "
-        f"model_pool: {{max_queued_requests: {queue_bound(outcome.model_queue, timely)}}}",
+        f"model_pool: {{max_queued_requests: {model_bound}}}",
         f"  refiner pool  {plan.refiners:6} replicas   offered {refiner_offered:4.0%}   "
         f"busy       {outcome.refiner_busy:4.0%}   "
-        f"refiner_pool: {{max_queued_requests: {queue_bound(outcome.refiner_queue, timely * aim.refined_share)}}}",
+        f"refiner_pool: {{max_queued_requests: {refiner_bound}}}",
         f"  simulated     {outcome.answered_per_s:.1f} answers/s, "
         f"p50 {outcome.percentile(50):.3f} s, p99 {outcome.percentile(99):.3f} s, "
         f"longest queues {outcome.model_queue} and {outcome.refiner_queue}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from kestrel.ops.device import has_matrix_unit
 
 log = logging.getLogger(__name__)
 
+MODULE = "kestrel.ops.unmasked"
+"""By name: Numba, which it needs, may be missing."""
 HEAD = 32
-"""Heads of a multiple of so many numbers are taken by ``kestrel.ops.unmasked``."""
+"""Heads of a multiple of so many numbers are taken by it."""
 FEW = 4
 """Fewer queries are left to torch."""
 
@@ -57,9 +60,8 @@ def _kernel_for(q: Tensor) -> Callable[..., None] | None:
 @cache
 def _kernel(numbers: str) -> Callable[..., None] | None:
     try:
-        from kestrel.ops.unmasked import unmasked
-
-        return unmasked(numbers)
+        kernel: Callable[..., None] = importlib.import_module(MODULE).unmasked(numbers)
+        return kernel
     except Exception as error:  # not installed, or not for this Python, NumPy or processor
         log.warning(
             "images are encoded by torch's attention, which takes twice as long "
