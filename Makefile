@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 READY := $(VENV)/.ready
 
 .PHONY: demo test serve lint types clean
@@ -11,8 +13,8 @@ demo: $(READY)
 
 # Tests with a cluster mostly wait: the others run beside them, and yield to them.
 test: $(READY)
-	@nice -n 10 $(BIN)/python -m pytest -q --ignore=tests/e2e & others=$$!; \
-	$(BIN)/python -m pytest -q tests/e2e; clusters=$$?; \
+	@nice -n 10 $(PYTEST) --ignore=tests/e2e & others=$$!; \
+	$(PYTEST) tests/e2e; clusters=$$?; \
 	wait $$others && exit $$clusters
 
 serve: $(READY)
@@ -30,8 +32,11 @@ $(READY): pyproject.toml constraints.txt
 	@sh tools/system_packages.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone: the pinned release, so that nothing else pulls another build.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,dev]'
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -e '.[serve,dev]'
+	@# On every core, where pip takes one; but for transformers' models, of which the tests load one.
+	@# A few files are not for this Python.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/transformers/models/' $(VENV)/lib kestrel serve_graph || true
 	@touch $(READY)
 
 clean:

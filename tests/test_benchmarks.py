@@ -27,11 +27,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import aiohttp
 import cv2
 import httpx
 import numba
 import numpy
 import PIL.Image
+import pydantic
+import safetensors.torch
+import tokenizers
 import torch
 
 for script in map(Path, sys.argv[2:]):

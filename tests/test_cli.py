@@ -147,13 +147,13 @@ def test_a_noun_that_is_not_in_the_picture_is_said_in_words(
     assert "the model finds no 'dog' in the picture" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_one_line(photo, tmp_path) -> None:
+def test_a_file_that_cannot_be_written_is_one_line(photo, tmp_path, capsys) -> None:
     file, noun = photo
     (tmp_path / "overlay.png").mkdir()
-    done = run("segment", file, noun, "-o", tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("kestrel: ") and "overlay.png" in done.stderr
+    assert main(["segment", str(file), noun, "-o", str(tmp_path), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("kestrel: ") and "overlay.png" in said
     assert json.loads((tmp_path / "response.json").read_text())["path"] is not None
 
 
@@ -277,10 +277,15 @@ def test_a_folder_without_permission_is_refused_before_the_model_is_loaded(
     assert f"{tmp_path} (--output) is not yours to write" in capsys.readouterr().err
 
 
-def test_a_picture_that_breaks_in_decoding_is_one_line(tmp_path) -> None:
+def test_a_picture_that_breaks_in_decoding_is_one_line(tmp_path, capsys) -> None:
     whole = picture(300, 200)
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    refused(run("segment", tmp_path / "cut.png", "dog", "-o", tmp_path / "out"), "decoded")
+    cut, out = tmp_path / "cut.png", tmp_path / "out"
+    cut.write_bytes(whole[: len(whole) // 2])
+    assert main(["segment", str(cut), "dog", "-o", str(out), "--device", "cpu"]) == 2
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert heard.err.startswith("kestrel: ") and heard.err.count("\n") == 1, heard.err
+    assert "decoded" in heard.err
 
 
 def test_a_file_name_that_is_no_text_is_still_a_message(tmp_path) -> None:

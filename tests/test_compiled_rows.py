@@ -329,7 +329,7 @@ def test_a_machine_that_keeps_no_compiled_code_does_not_serve():
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"  # no place will do
         "from kestrel.ops.rows import compiled\n"
-        "assert compiled(lambda made: made.layer_rows('float32')) is not None\n"
+        "assert compiled(lambda made: made.head('float32')) is not None\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

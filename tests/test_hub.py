@@ -31,17 +31,34 @@ from tiny_models import hugging_face_tensors, random_model, write_checkpoint
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 LOCATE = """
-import json, sys
+import json, os, signal, sys, traceback
 from kestrel.config import ConfigError, ModelSource
 from kestrel.moondream.checkpoint import locate
-for source in json.loads(sys.argv[1]):
+
+def answer(source):
     try:
         found = locate(ModelSource(**source))
-        answer = [[str(f) for f in found.weights], str(found.tokenizer), str(found.config)]
     except ConfigError as error:
-        answer = str(error)
-    print(json.dumps(answer))
+        return str(error)
+    return [[str(f) for f in found.weights], str(found.tokenizer), str(found.config)]
+
+assert "huggingface_hub" not in sys.modules
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+for line in sys.stdin:
+    sources, variables, pipe = json.loads(line)
+    if os.fork():
+        continue
+    os.environ.update(variables)
+    try:
+        told = json.dumps([answer(source) for source in sources])
+    except BaseException:
+        told = traceback.format_exc()
+    with open(pipe, "w") as asked:
+        asked.write(told)
+    os._exit(0)
 """
+"""Answers each line of its input in a fork, which is the first to load ``huggingface_hub``; what
+everything else takes to load is waited for once."""
 
 
 class Hub:
@@ -128,24 +145,38 @@ def hub(files):
         yield made
 
 
-def located(sources: list[dict[str, Any]], home: Path, url: str, **environment: str) -> list[Any]:
+Locate = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def located(tmp_path_factory) -> Iterator[Locate]:
     """What ``locate`` gives or says for each source, in a process with a cache of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run(
-        [sys.executable, "-c", LOCATE, json.dumps(sources)],
-        env=clean | {"HF_HOME": str(home), "HF_ENDPOINT": url} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCATE], env=clean, stdin=subprocess.PIPE, text=True
+    ) as process:
+
+        def locate(
+            sources: list[dict[str, Any]], home: Path, url: str, **environment: str
+        ) -> list[Any]:
+            pipe = tmp_path_factory.mktemp("pipes") / "answers"
+            os.mkfifo(pipe)
+            variables = {"HF_HOME": str(home), "HF_ENDPOINT": url} | environment
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([sources, variables, str(pipe)]) + "\n")
+            process.stdin.flush()
+            told = pipe.read_text()
+            assert told.startswith("["), told
+            found: list[Any] = json.loads(told)
+            return found
+
+        yield locate
 
 
 WHOLE = {"repo": "team/whole", "revision": COMMIT}
 
 
-def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, tmp_path):
+def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, located, tmp_path):
     sources = [
         WHOLE,
         {"repo": "team/sharded", "revision": COMMIT, "filename": "part/m.index.json"},
@@ -174,7 +205,7 @@ def test_a_pinned_repository_is_fetched_wrongly_or_again(hub, tmp_path):
     assert offline == [whole, sharded, pt, nested]
 
 
-def test_what_may_change_is_served(hub, tmp_path):
+def test_what_may_change_is_served(hub, located, tmp_path):
     revisions = (None, "main", COMMIT[:12], COMMIT.upper())
     sources = [{"repo": "team/whole", "revision": revision} for revision in revisions]
     for revision, said in zip(revisions, located(sources, tmp_path, hub.url), strict=True):
@@ -184,7 +215,7 @@ def test_what_may_change_is_served(hub, tmp_path):
         assert (f"now it is {COMMIT}" in said) == (revision in (None, "main"))
 
 
-def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, tmp_path):
+def test_what_cannot_be_had_is_a_traceback_or_does_not_say_what_to_do(hub, located, tmp_path):
     pinned = {"revision": COMMIT}
     said = located(
         [
@@ -232,7 +263,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
-def said(hub, files, tmp_path_factory) -> dict[tuple[str, str], Any]:
+def said(hub, files, located, tmp_path_factory) -> dict[tuple[str, str], Any]:
     """What machines without access say, by what their cache lacks (``all``, a file) and by
     ``HF_HUB_OFFLINE``, and where the hub is ``busy``; side by side, since the library tries for
     half a minute."""
@@ -281,7 +312,9 @@ def test_a_hub_that_does_not_answer_is_tried_for_every_file(said, hub):
     }
 
 
-def test_weights_that_were_copied_alone_are_not_found_for_want_of_an_index(files, tmp_path):
+def test_weights_that_were_copied_alone_are_not_found_for_want_of_an_index(
+    files, located, tmp_path
+):
     cached(tmp_path, "team/whole", files["team/whole"])
     (found,) = located([WHOLE], tmp_path, NOWHERE, HF_HUB_OFFLINE="1")
     assert [Path(file).name for file in found[0]] == ["model.safetensors"]
@@ -330,7 +363,7 @@ def cut(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("fault", ["proxy", "cut"])
-def test_a_network_that_lets_nothing_through_is_a_traceback(fault, tmp_path):
+def test_a_network_that_lets_nothing_through_is_a_traceback(fault, located, tmp_path):
     source = WHOLE | {"filename": "model.safetensors"}
     if fault == "proxy":
         with answering(refuse) as address:

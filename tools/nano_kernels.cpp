@@ -6,10 +6,14 @@
 // the largest score of a query, the sum of its exponentials and its gradients are then plain sums of
 // vectors. Nothing of the size of queries times keys is ever written to memory.
 
+// Of torch no more than is used: all of it (torch/extension.h) takes twice as long to compile.
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <unistd.h>
 
 #include <algorithm>

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ ROOM = 256
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(graph: Graph, samples: list[Sample]) -> list[Expected]:
     async def ask() -> list[Expected]:
         async with connections(60, HEADERS) as client:
@@ -101,9 +101,10 @@ def kill_one(graph: Graph, title: str, number: signal.Signals = signal.SIGKILL) 
     return victim
 
 
-@pytest.fixture(scope="module")
-def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
-    """Every replica replaced under traffic: deeper queues for this module, quick health checks."""
+@pytest.fixture(scope="session")
+def updated(graph: Graph, expected: list[Expected]) -> Traffic:
+    """Every replica replaced under traffic: deeper queues, quick health checks. They stay to the
+    end; see conftest.py."""
     config = copy.deepcopy(graph.config)
     args = config["applications"][0]["args"]
     args["refine_timeout_s"] = PATIENCE_S / 2
@@ -117,14 +118,11 @@ def updated(graph: Graph, expected: list[Expected]) -> Iterator[Traffic]:
     args["refiner_pool"].update(max_queued_requests=ROOM)
     for pool in ("model_pool", "refiner_pool"):
         args[pool].update(health_check_period_s=1, health_check_timeout_s=3)
-    before, config_before = graph.pids(MODEL), graph.config
+    before = graph.pids(MODEL)
     traffic = traffic_while(graph, expected, lambda: graph.deploy(config), rate=0.4)
     assert not set(before) & set(graph.pids(MODEL))
     graph.config = config
-    yield traffic
-    graph.config = config_before
-    graph.deploy(config_before)
-    assert wait_for(lambda: graph.http.get("/healthz").status_code == 200, 60)
+    return traffic
 
 
 def test_no_request_fails_while_every_replica_is_replaced(updated: Traffic) -> None:

@@ -315,10 +315,10 @@ def test_full_queue_is_a_503_that_says_when_to_come_back(
         assert reply.json()["error"]
 
 
-def test_request_survives_the_death_of_its_refiner(
-    graph: Graph, samples: list[Sample], huge: bytes
-) -> None:
-    request = body(replace(samples[0], image=huge), return_base64=True)
+def test_request_survives_the_death_of_its_refiner(graph: Graph, samples: list[Sample]) -> None:
+    # Refined for a while, and four of them within the time that refinement has, twice over.
+    large = enlarged(samples[0], 4000, 2500)
+    request = body(replace(samples[0], image=large), return_base64=True)
     busy: list[int] = []
 
     def refining() -> bool:

@@ -1,5 +1,4 @@
-"""The graph's HTTP door before hostile clients: no fault, no hang, nothing that grows; and what the
-cluster's logs do not show."""
+"""The graph's HTTP door before hostile clients: no fault, no hang, nothing that grows."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,22 +132,3 @@ def test_what_the_document_allows_or_forbids_breaks_nothing(
     answer = case.call(timeout=TIMEOUT_S)
     assert allowed(answer.status_code), answer.content
     assert answer.status_code != 401
-
-
-def test_no_log_of_the_cluster_shows_a_key_or_the_token(
-    graph: Graph, samples: list[Sample]
-) -> None:
-    wrong = "a-key-that-nobody-has"
-    for headers in ({"Authorization": f"Bearer {wrong}"}, {"X-Moondream-Auth": wrong}):
-        reply = httpx.post(f"{graph.url}/v1/segment", json=body(samples[0]), headers=headers)
-        assert reply.status_code == 401
-    token = graph.cluster.variables["RAY_AUTH_TOKEN"]
-    logs = [f for f in Path(graph.cluster.dir).glob("session_2*/logs/**/*") if f.is_file()]
-    assert logs
-    shown = [
-        (file.name, secret)
-        for file in logs
-        for secret in (KEY, wrong, token)
-        if secret.encode() in file.read_bytes()
-    ]
-    assert not shown
