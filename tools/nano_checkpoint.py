@@ -46,7 +46,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
-    """Sizes of the shipped model: 224 px, 256 patches, width 192, tau attention."""
+    """Sizes of the shipped model: 252 px, 324 patches, width 192, tau attention."""
     vocab = -(-tokenizer.get_vocab_size() // 64) * 64
     return MoondreamConfig(
         text=TextConfig(
@@ -57,7 +57,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             max_context=512,
             n_heads=6,
             n_kv_heads=6,
-            prefix_attn=257,
+            prefix_attn=325,
             tau_attn=True,
         ),
         vision=VisionConfig(
@@ -66,7 +66,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             enc_ff_dim=768,
             enc_n_heads=6,
             proj_out_dim=192,
-            crop_size=224,
+            crop_size=252,
             max_crops=0,
             overlap_margin=0,
             proj_inner_dim=768,
