@@ -130,7 +130,7 @@ class IngressDeployment:
         self._backend.draining = settings.draining
 
     async def segment(
-        self, *, timeout_s: Any = None, due: float | None = None, **fields: Any
+        self, *, timeout_s: Any = None, due: Any = None, **fields: Any
     ) -> dict[str, Any]:
         """The contract's fields in (``kestrel.api.validate_call``), those of the plain HTTP answer
         out; raises RequestError. ``timeout_s``: the call's own deadline, seconds from its
@@ -144,7 +144,7 @@ class IngressDeployment:
             return segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(
-        self, *, timeout_s: Any = None, due: float | None = None, **fields: Any
+        self, *, timeout_s: Any = None, due: Any = None, **fields: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
         with _counted(due) as ended, self._backend.room.enter() as place:
@@ -196,7 +196,7 @@ def _request_id() -> str:
 
 
 @contextlib.contextmanager
-def _counted(due: float | None) -> Iterator[SimpleNamespace]:
+def _counted(due: Any) -> Iterator[SimpleNamespace]:
     """Count and time one call of the handle door, whose caller leaves when it is ``due``.
     ``deadline`` is to be set once it is known, ``outcome`` may be where nothing raises."""
     ended, started = SimpleNamespace(outcome=None, deadline=None), time.monotonic()
@@ -208,7 +208,7 @@ def _counted(due: float | None) -> Iterator[SimpleNamespace]:
         raise
     finally:
         deadline = ended.deadline.at if ended.deadline is not None else None
-        if deadline is not None and due is not None:
+        if deadline is not None and isinstance(due, (int, float)):
             deadline = min(deadline, time.monotonic() + due - time.time())
         outcome = ended.outcome or api.outcome(failure, deadline)
         metrics.request_ended("handle", outcome, time.monotonic() - started)

@@ -221,7 +221,9 @@ def test_a_size_of_a_checkpoint_that_cannot_work_is_taken(
 
 def test_margins_as_wide_as_a_crop_are_taken() -> None:
     values = copy.deepcopy(NANO)
-    values["vision"] |= {"max_crops": 4, "overlap_margin": 8}
+    vision = values["vision"]
+    grid = vision["crop_size"] // vision["enc_patch_size"]
+    vision |= {"max_crops": 4, "overlap_margin": grid // 2}
     with pytest.raises(ConfigError, match=r"vision\.overlap_margin must be"):
         MoondreamConfig.from_dict(values)
 

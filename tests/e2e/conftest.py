@@ -40,9 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 + LAST.index(item.path.name) if item.path.name in LAST else 1
 
     items.sort(key=turn)
-    for item in items:
-        if HERE in item.path.parents and not turn(item):
-            item.add_marker("own_cluster")
 
 
 def statuses_until_ready(cluster: LocalCluster, url: str) -> list[int]:
