@@ -146,7 +146,7 @@ async def large_batching(folder: Path, rounds: int) -> dict[str, float]:
         refiner=None,
         torch_threads=1,
         max_batch_size=16,
-        max_context=320,
+        max_context=416,  # image, prompt and ``TOKENS``
         allow_empty_paths=True,
     )
     engine = await InferenceEngine.create(runtime)
