@@ -24,55 +24,30 @@ QUERIES = 4
 
 
 @njit(inline="always", **OPTIONS)
-def _scores(asking, keys, dim, at, scores, width):
-    """Scores of four queries ``asking`` [4 * dim] and of the ``PAIR`` positions from ``at`` on,
-    into ``scores`` [4 * width]."""
+def _four(rows, length, count, numbers, start, step, out, to, width):
+    """For each of four rows the sum of ``count`` times ``PAIR`` of ``numbers``, from ``start`` on
+    and ``step`` apart, each time by the next number of the row; into ``out`` from ``to`` on. Rows
+    lie ``length`` apart in ``rows``, and ``width`` apart in ``out``."""
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
-    for d in range(dim):
-        place = at * dim + d * PAIR
-        left, right = load(keys, place), load(keys, place + LANES)
-        number = splat(asking[d])
+    for n in range(count):
+        place = start + n * step
+        left, right = load(numbers, place), load(numbers, place + LANES)
+        number = splat(rows[n])
         a0, a1 = add_times(a0, number, left), add_times(a1, number, right)
-        number = splat(asking[dim + d])
+        number = splat(rows[length + n])
         b0, b1 = add_times(b0, number, left), add_times(b1, number, right)
-        number = splat(asking[2 * dim + d])
+        number = splat(rows[2 * length + n])
         c0, c1 = add_times(c0, number, left), add_times(c1, number, right)
-        number = splat(asking[3 * dim + d])
+        number = splat(rows[3 * length + n])
         d0, d1 = add_times(d0, number, left), add_times(d1, number, right)
-    store(scores, at, a0)
-    store(scores, at + LANES, a1)
-    store(scores, width + at, b0)
-    store(scores, width + at + LANES, b1)
-    store(scores, 2 * width + at, c0)
-    store(scores, 2 * width + at + LANES, c1)
-    store(scores, 3 * width + at, d0)
-    store(scores, 3 * width + at + LANES, d1)
-
-
-@njit(inline="always", **OPTIONS)
-def _sums(shares, width, values, dim, first, seen):
-    """``PAIR`` numbers from ``first`` on of what four queries see: ``values`` [positions * dim] by
-    ``shares`` [4 * width], into ``seen`` [4 * dim]."""
-    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
-    for s in range(values.shape[0] // dim):
-        place = s * dim + first
-        left, right = load(values, place), load(values, place + LANES)
-        share = splat(shares[s])
-        a0, a1 = add_times(a0, share, left), add_times(a1, share, right)
-        share = splat(shares[width + s])
-        b0, b1 = add_times(b0, share, left), add_times(b1, share, right)
-        share = splat(shares[2 * width + s])
-        c0, c1 = add_times(c0, share, left), add_times(c1, share, right)
-        share = splat(shares[3 * width + s])
-        d0, d1 = add_times(d0, share, left), add_times(d1, share, right)
-    store(seen, first, a0)
-    store(seen, first + LANES, a1)
-    store(seen, dim + first, b0)
-    store(seen, dim + first + LANES, b1)
-    store(seen, 2 * dim + first, c0)
-    store(seen, 2 * dim + first + LANES, c1)
-    store(seen, 3 * dim + first, d0)
-    store(seen, 3 * dim + first + LANES, d1)
+    store(out, to, a0)
+    store(out, to + LANES, a1)
+    store(out, width + to, b0)
+    store(out, width + to + LANES, b1)
+    store(out, 2 * width + to, c0)
+    store(out, 2 * width + to + LANES, c1)
+    store(out, 3 * width + to, d0)
+    store(out, 3 * width + to + LANES, d1)
 
 
 def _attend(q, k, v, out):
@@ -103,11 +78,11 @@ def _attend(q, k, v, out):
                     for d in range(dim):
                         asking[i * dim + d] = load_one(query, d) * scale
                 for at in range(0, width, PAIR):
-                    _scores(asking, keys, dim, at, scores, width)
+                    _four(asking, dim, dim, keys, at * dim, PAIR, scores, at, width)
                 for i in range(QUERIES):
                     softmax(scores[i * width : i * width + length])
                 for d in range(0, dim, PAIR):
-                    _sums(scores, width, values, dim, d, seen)
+                    _four(scores, width, length, values, d, dim, seen, d, dim)
                 for i in range(min(QUERIES, count - t)):
                     for d in range(0, dim, LANES):
                         store(out[t + i, h], d, load(seen, i * dim + d))
