@@ -36,13 +36,23 @@ def hash_key(key: str) -> str:
     return PREFIX + hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def given_key(key: str, name: str) -> str:
+    """A key as somebody gives it, without the line end of its file; ValueError, which does not show
+    it, where no HTTP header could carry it."""
+    key = key.strip()
+    if not VISIBLE.fullmatch(key):
+        raise ValueError(f"{name} must be {VISIBLE_RULE}")
+    return key
+
+
 def hash_key_command() -> str | None:
     """``python -m kestrel hash-key``: print the hash of the key on standard input (a terminal is
     asked for it without echo). Gives what is wrong with the key, never the key."""
     key = getpass.getpass("API key: ") if sys.stdin.isatty() else sys.stdin.read()
-    key = key.strip()
-    if not VISIBLE.fullmatch(key):
-        return f"the key must be {VISIBLE_RULE}"
+    try:
+        key = given_key(key, "the key")
+    except ValueError as error:
+        return str(error)
     if len(key) < SHORT_KEY_CHARS:
         print(
             f"warning: a key of fewer than {SHORT_KEY_CHARS} characters can be guessed from its "

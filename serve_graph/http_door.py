@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from kestrel.api import TIMEOUT_HEADER, DeadlineExceeded, error_from_response
-from kestrel.api_keys import VISIBLE, VISIBLE_RULE
+from kestrel.api_keys import given_key
 from kestrel.deadlines import within
 from kestrel.ports import leads_here
 from serve_graph.patience import Patience
@@ -32,9 +32,7 @@ class HttpDoor:
 
     def __init__(self, address: str, *, api_key: str | None, timeout_s: float) -> None:
         if api_key:
-            api_key = api_key.strip()  # the line end of a file is no part of its key
-            if not VISIBLE.fullmatch(api_key):
-                raise ValueError(f"api_key must be {VISIBLE_RULE}")
+            api_key = given_key(api_key, "api_key")
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
             "base_url": address.rstrip("/"),

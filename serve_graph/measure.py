@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from kestrel.api_keys import VISIBLE, VISIBLE_RULE
+from kestrel.api_keys import given_key
 from kestrel.config import SHIPPED_MODELS
 from kestrel.ports import leads_here
 from serve_graph.cpu_time import CpuTime
@@ -318,10 +318,11 @@ def measure_to_file(options: argparse.Namespace) -> None:
     named = Path(options.gpu) if is_file(options.gpu) else None
     path = named or options.profiles / f"{options.gpu}.json"
     require_writable(path, "--gpu" if named else "--profiles")
-    # As `$(cat file)` or a variable from a file with Windows' line ends gives it.
-    api_key = (options.api_key or "").strip()
-    if api_key and not VISIBLE.fullmatch(api_key):
-        raise PlanError(f"--api-key must be {VISIBLE_RULE}")
+    try:
+        said = (options.api_key or "").strip()  # an empty variable or file is no key
+        api_key = given_key(said, "--api-key") if said else None
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     try:
         levels = asyncio.run(
             measure(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.moe import MixtureOfExperts
-from kestrel.moondream.stacked import StackedLayers, bits_of, numpy_name, stackable
+from kestrel.moondream.stacked import StackedLayers, stackable
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
 from kestrel.ops.attention import attend
+from kestrel.ops.bits import bits_of, numpy_name
 from kestrel.ops.linear import Product, shape_of
 from kestrel.ops.rows import compiled
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kestrel.moondream.text import DenseMlp, TextDecoder
+from kestrel.ops.bits import bits_of, numpy_name
 
 SMALL = 16_000_000
 """Parameters of all layers up to which they are held once more for steps: larger ones are bound by
@@ -122,17 +123,6 @@ class StackedLayers:
             np.ascontiguousarray(hidden), self._head_norm, self._head_weights, self._head_bias, out
         )
         return out
-
-
-def numpy_name(dtype: torch.dtype) -> str:
-    """The type of what ``bits_of`` gives."""
-    return "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
-
-
-def bits_of(numbers: Tensor) -> np.ndarray:
-    """A tensor's memory for NumPy, which has no bfloat16: as the uint16 of their bits."""
-    same = numbers.view(torch.uint16) if numbers.dtype == torch.bfloat16 else numbers
-    return same.numpy()
 
 
 def _array(numbers: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kestrel.ops.bits import bits_of, numpy_name
 from kestrel.ops.device import has_matrix_unit
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,8 @@ def _kernel_for(q: Tensor) -> Callable[..., None] | None:
     few = q.shape[-1] % HEAD or q.shape[2] < FEW
     if q.device.type != "cpu" or few or torch.get_num_threads() > 1:
         return None
-    if q.dtype == torch.float32:
-        return _kernel("float32")
-    return _kernel("uint16") if q.dtype == torch.bfloat16 and not has_matrix_unit() else None
+    faster = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and not has_matrix_unit())
+    return _kernel(numpy_name(q.dtype)) if faster else None
 
 
 @cache
@@ -77,10 +77,6 @@ def _unmasked(kernel: Callable[..., None], q: Tensor, k: Tensor, v: Tensor) -> T
     batch, heads, count, dim = q.shape
     out = q.new_empty(batch, count, heads, dim)
     numbers = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
-    if q.dtype == torch.bfloat16:
-        numbers, written = [t.view(torch.uint16) for t in numbers], out.view(torch.uint16)
-    else:
-        written = out
     for n in range(batch):
-        kernel(*(t[n].transpose(0, 1).numpy() for t in numbers), written[n].numpy())
+        kernel(*(bits_of(t[n].transpose(0, 1)) for t in numbers), bits_of(out[n]))
     return out.transpose(1, 2)
