@@ -19,12 +19,15 @@ from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
 from kestrel.ops.sampling import Nucleus, is_greedy, sample
+from kestrel.ops.shares import Share, Team
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
 
 Part = TypeVar("Part")
 
 MANY = 4
 """Rows of a compiled step from which on two threads are faster than one."""
+SHARES = 4
+"""Threads that encode one picture, at most: each reads the keys and values of all of it."""
 AHEAD = 8
 """Steps that one call may take."""
 AHEAD_ROWS = 32
@@ -118,6 +121,7 @@ class Batch:
         self.run_on = False
         """Whether a step may give rows more than one token each, where only their paths go on."""
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._team = Team(SHARES - 1)
         region = config.region
         coords = torch.arange(region.coord_out_dim, device=device)
         sizes = torch.arange(region.size_out_dim // 2, device=device)
@@ -140,6 +144,23 @@ class Batch:
         ``CachedText.prefix`` gives them."""
         image = self.model.vision.join(features, tiling)
         return self._text.prefix(torch.cat([self._bos, image.to(self._bos.dtype)]))
+
+    def encode(self, crops: np.ndarray, tiling: tuple[int, int], threads: int = 1) -> Tensor:
+        """Crops uint8 [N, S, S, 3] of an image -> its ``prefix``, on a CPU, by so many threads where
+        it is one crop and they give the same numbers as one. May be called by any thread."""
+        vision = self.model.vision
+        if len(crops) > 1 or not (vision.shares_features and self._text.shares_prefixes):
+            threads = 1
+        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
+
+        def some(share: Share | None) -> Tensor:
+            image = vision.join(vision.features(pixels, share), tiling).to(self._bos.dtype)
+            if share is not None and share.number:
+                return self._text.prefix(image, share, 1 + share.part.start)
+            return self._text.prefix(torch.cat([self._bos, image]), share)
+
+        parts = self._team.by_shares(vision.config.n_patches, min(threads, SHARES), some)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def join(self, row: Row, prefix: Tensor | None) -> None:
         """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot, and
@@ -169,8 +190,9 @@ class Batch:
         self.cache.clear()
 
     def close(self) -> None:
-        """End the thread that it may have."""
+        """End the threads that it may have."""
         self._helper.shutdown()
+        self._team.close()
 
     def step(self, chunks: Sequence[tuple[Row, int]] = ()) -> list[Row]:
         """Feed the last token of every row that has one and, for each of ``chunks``, so many

@@ -30,7 +30,12 @@ from kestrel.deadlines import within
 from kestrel.job import EngineError, Job, engine_ended
 from kestrel.moondream.checkpoint import locate
 from kestrel.moondream.model import Moondream, load
-from kestrel.ops.device import resolve_device, resolve_dtype, resolve_image_dtype
+from kestrel.ops.device import (
+    resolve_device,
+    resolve_dtype,
+    resolve_image_dtype,
+    resolve_kv_dtype,
+)
 from kestrel.refining import RefineThreads, make_refiner, refined_by
 from kestrel.scheduler import Scheduler
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -105,9 +110,17 @@ class InferenceEngine:
             device = resolve_device(config.device)
             checkpoint = locate(config.located)
             dtype = resolve_dtype(config.dtype, device)
-            images = resolve_image_dtype(config.image_dtype, device, dtype, *checkpoint.stored())
-            halved = images != dtype
-            model = load(checkpoint, device, dtype, config.max_context, half_images=halved)
+            stored = checkpoint.stored()
+            images = resolve_image_dtype(config.image_dtype, device, dtype, *stored)
+            kept = resolve_kv_dtype(config.kv_dtype, images, device, dtype, *stored)
+            model = load(
+                checkpoint,
+                device,
+                dtype,
+                config.max_context,
+                half_images=images != dtype,
+                half_kv=kept != dtype,
+            )
             return cls(config, model, checkpoint.folder)
 
         engine = await asyncio.to_thread(build)

@@ -106,9 +106,9 @@ class Pictures:
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
     @property
-    def spare_core(self) -> bool:
-        """Whether a core is left beside the engine's and those that prepare pictures."""
-        return self._filling + 1 < self._cores
+    def spare_cores(self) -> int:
+        """Cores that are left beside the engine's and those that prepare pictures."""
+        return max(0, self._cores - self._filling - 1)
 
     def prepare(self, asking: Asking) -> None:
         """Begin to find or make the picture of a request, in a worker thread. Within ``wake``."""

@@ -99,7 +99,7 @@ def test_a_compiled_prefix_holds_other_numbers(monkeypatch, name):
 @torch.inference_mode()
 def test_images_in_bfloat16_are_far_from_those_in_float32():
     plain = load(NANO, CPU, torch.float32)
-    half = load(NANO, CPU, torch.float32, half_images=True)
+    half = load(NANO, CPU, torch.float32, half_images=True, half_kv=True)
     assert half.vision.pos_emb.dtype == torch.bfloat16 and half.dtype == torch.float32
     side = plain.config.vision.crop_size
     crops = np.random.default_rng(2).integers(0, 256, (1, side, side, 3), np.uint8)
@@ -117,9 +117,9 @@ def test_a_cache_in_bfloat16_holds_other_numbers(monkeypatch, name):
     config = CONFIGS[name]
     plain, half, in_parts = (random_model(config) for _ in range(3))
     plain.fuse()
-    half.fuse(half_images=True)
+    half.fuse(half_images=True, half_kv=True)
     monkeypatch.setattr(stacked, "SMALL", 0)
-    in_parts.fuse(half_images=True)
+    in_parts.fuse(half_images=True, half_kv=True)
     assert (half.cached.stacked is None) == (plain.cached.stacked is None)
     assert in_parts.cached.stacked is None and compiles(in_parts)
     caches = [model.new_cache(4) for model in (plain, half, in_parts)]

@@ -19,10 +19,11 @@ from kestrel.moondream.kv import PAGE, KVCache, PagedKV, SlotKV, Write
 from kestrel.moondream.moe import MixtureOfExperts
 from kestrel.moondream.stacked import StackedLayers, stackable
 from kestrel.moondream.text import Block, DenseMlp, TextDecoder
-from kestrel.ops.attention import attend
+from kestrel.ops.attention import attend, by_query
 from kestrel.ops.bits import bits_of, numpy_name
 from kestrel.ops.linear import Product, shape_of
 from kestrel.ops.rows import compiled
+from kestrel.ops.shares import Share
 
 LANES = 16
 """Attention reads this many positions, or a multiple: the CPU's kernel adds up what is left over
@@ -60,12 +61,14 @@ class CachedText:
     held twice. The decoder may then no longer be trained.
     """
 
-    def __init__(self, text: TextDecoder, *, fuse: bool, half_prefix: bool = False) -> None:
-        """``half_prefix``: where what lies between products is compiled, those of prefixes are in
-        bfloat16, from a copy of the weights, and keys and values are kept in it."""
+    def __init__(
+        self, text: TextDecoder, *, fuse: bool, half_prefix: bool = False, half_kv: bool = False
+    ) -> None:
+        """Where what lies between products is compiled: ``half_prefix``: those of prefixes are in
+        bfloat16, from a copy of the weights; ``half_kv``: keys and values are kept in it."""
         c = text.config
         self.text, self.config = text, c
-        self.kv_dtype = torch.bfloat16 if half_prefix else text.wte.dtype
+        self.kv_dtype = torch.bfloat16 if half_kv else text.wte.dtype
         """Type of keys and values."""
         self._kv_heads = c.n_heads + c.n_kv_heads
         self._all_heads = c.n_heads + 2 * c.n_kv_heads
@@ -95,7 +98,7 @@ class CachedText:
                 )
             else:
                 self._rows = compiled(lambda made: made.layer_rows(kept))
-            kind = kept if half_prefix else "float32"
+            kind = "uint16" if half_prefix else "float32"
             self._prefix_rows = compiled(lambda made: made.prefix_rows(kind, kept))
             self._tables = tables
         if self.stacked is None and self._rows is None:
@@ -179,15 +182,23 @@ class CachedText:
         zeros = self.text.wte.new_zeros(c.n_layers, pages, *page, dtype=self.kv_dtype)
         return PagedKV(zeros, slots, c.max_context)
 
-    def prefix(self, x: Tensor) -> Tensor:
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether ``prefix`` takes shares, and gives the same numbers by them."""
+        kind = torch.bfloat16 if self._half else self.text.wte.dtype
+        return self._prefix_rows is not None and by_query(kind, self.config.head_dim)
+
+    def prefix(self, x: Tensor, share: Share | None = None, start: int = 0) -> Tensor:
         """Keys and values of positions that all see each other: BOS and image.
 
         ``x`` [P, dim] embeddings of positions 0..P-1; gives [layers, 2, P, kv_heads, head_dim].
+        With a share (``shares_prefixes``), both are of its positions alone, from ``start`` on.
         """
         # Several threads do as much of a large model operator by operator.
         several = self.stacked is None and torch.get_num_threads() > 1
         if self._prefix_rows is not None and (self._half or not several):
-            return self._prefix_compiled(x, self._prefix_rows)
+            return self._prefix_compiled(x, self._prefix_rows, share, start)
+        assert share is None
         length = len(x)
         kept = []
         step = self._step(torch.arange(length, device=x.device))
@@ -199,7 +210,9 @@ class CachedText:
                 x = self._residual(layer, x, normed, attend(q, k, v), hidden)
         return torch.stack(kept).to(self.kv_dtype)
 
-    def _prefix_compiled(self, x: Tensor, rows: Callable[..., None]) -> Tensor:
+    def _prefix_compiled(
+        self, x: Tensor, rows: Callable[..., None], share: Share | None, start: int
+    ) -> Tensor:
         """``prefix`` with products and attention alone left to torch."""
         c, length = self.config, len(x)
         kind = torch.bfloat16 if self._half else x.dtype
@@ -212,11 +225,13 @@ class CachedText:
             joined = into(normed.to(kind))
             seen = q.new_empty(length, joined.shape[1] - self._packed + q[0].numel())
             written = bits_of(kept[number]), c.n_heads, bits_of(q.flatten(1)), bits_of(seen)
-            rows(bits_of(joined), *tables, *written)
+            weights, *by_position = tables
+            rows(bits_of(joined), weights, *(table[start:] for table in by_position), *written)
             if number + 1 == c.n_layers:  # its output is nobody's input
                 break
+            both = kept[number] if share is None else share.gathered(kept[number], 1)
             # One image, heads before positions.
-            asking, keys, values = (t.transpose(0, 1)[None] for t in (q, *kept[number].to(kind)))
+            asking, keys, values = (t.transpose(0, 1)[None] for t in (q, *both.to(kind)))
             attended = attend(asking, keys, values)[0].transpose(0, 1)
             seen[:, : q[0].numel()].unflatten(1, (c.n_heads, -1)).copy_(attended)
             if layer.mixture is not None:

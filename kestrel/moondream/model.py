@@ -69,10 +69,12 @@ class Moondream(nn.Module):
         """The text decoder over a KV cache; made anew each time until ``fuse``."""
         return self._cached or CachedText(self.text, fuse=False)
 
-    def fuse(self, *, half_images: bool = False) -> None:
+    def fuse(self, *, half_images: bool = False, half_kv: bool = False) -> None:
         """Make the model ready to serve: faster, and its weights final. ``half_images``: images are
-        encoded in bfloat16, and keys and values kept in it."""
-        self._cached = CachedText(self.text, fuse=True, half_prefix=half_images)
+        encoded in bfloat16; ``half_kv``: keys and values are kept in it."""
+        self._cached = CachedText(
+            self.text, fuse=True, half_prefix=half_images, half_kv=half_kv
+        )
         if half_images:
             self.vision.bfloat16()
         self.text.lm_head = final(self.text.lm_head)
@@ -144,11 +146,13 @@ def load(
     max_context: int | None = None,
     *,
     half_images: bool = False,
+    half_kv: bool = False,
 ) -> Moondream:
     """Load a checkpoint (a folder, a weights file with its other files beside it, or one found).
 
     ``max_context``: positions of a request are bounded by it where the model would take more.
-    ``half_images``: a float32 model encodes images in bfloat16, and keeps keys and values in it.
+    ``half_images``: a float32 model encodes images in bfloat16; ``half_kv``: it keeps keys and values
+    in it.
     Raises ``ConfigError`` naming the missing file or the tensors that do not fit.
     """
     checkpoint = local_checkpoint(source) if isinstance(source, Path) else source
@@ -164,7 +168,8 @@ def load(
         model = Moondream(config)
     load_weights(model, checkpoint.weights, device, dtype, ties=checkpoint.ties)
     model.text.reset_tables()
-    model.fuse(half_images=half_images and dtype == torch.float32)
+    whole = dtype == torch.float32
+    model.fuse(half_images=half_images and whole, half_kv=half_kv and whole)
     model.tokenizer = SegmentTokenizer.from_file(checkpoint.tokenizer, config.prompt)
     if model.tokenizer.size > config.text.vocab_size:
         # Most nouns may still be read: those that cannot are refused one by one.

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from kestrel.moondream.config import VisionConfig
 from kestrel.moondream.crops import UInt8Array, overlap_crops, stitch
 from kestrel.moondream.text import DenseMlp
-from kestrel.ops.attention import attend
+from kestrel.ops.attention import attend, by_query
+from kestrel.ops.linear import reorders
+from kestrel.ops.shares import Share
 
 
 class VisionAttention(nn.Module):
@@ -19,9 +21,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(x).view(batch, length, 3, self.n_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        if share is not None:
+            k, v = share.gathered(heads[:, :, 1:], 1).permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -33,8 +38,8 @@ class VisionBlock(nn.Module):
         self.ln2 = nn.LayerNorm(config.enc_dim, eps=1e-5)
         self.mlp = DenseMlp(config.enc_dim, config.enc_ff_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln1(x))
+    def forward(self, x: Tensor, share: Share | None = None) -> Tensor:
+        x = x + self.attn(self.ln1(x), share)
         return x + self.mlp(self.ln2(x))
 
 
@@ -52,11 +57,19 @@ class VisionEncoder(nn.Module):
         self.proj_mlp = DenseMlp(2 * config.enc_dim, config.proj_inner_dim)
         self.proj_mlp.fc2 = nn.Linear(config.proj_inner_dim, config.proj_out_dim)
 
-    def features(self, crops: Tensor) -> Tensor:
-        """Crops uint8 [N, 3, S, S] -> final features [N, patches, enc_dim]."""
-        x = self._patches(crops)
+    @property
+    def shares_features(self) -> bool:
+        """Whether ``features`` gives the same numbers by shares, on a CPU and ready to serve."""
+        config = self.config
+        head_dim = config.enc_dim // config.enc_n_heads
+        return reorders(self.pos_emb) and by_query(self.pos_emb.dtype, head_dim)
+
+    def features(self, crops: Tensor, share: Share | None = None) -> Tensor:
+        """Crops uint8 [N, 3, S, S] -> final features [N, patches, enc_dim]; of a share's patches
+        alone where there is one."""
+        x = self._patches(crops, slice(None) if share is None else share.part)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, share)
         return self.post_ln(x)
 
     def features_with_early(self, crops: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -68,13 +81,14 @@ class VisionEncoder(nn.Module):
                 early = x
         return self.post_ln(x), early
 
-    def _patches(self, crops: Tensor) -> Tensor:
+    def _patches(self, crops: Tensor, part: slice = slice(None)) -> Tensor:
         config = self.config
         n, channels, size, _ = crops.shape
         p, grid = config.enc_patch_size, size // config.enc_patch_size
         x = (crops.to(self.pos_emb.dtype) / 255.0 - 0.5) / 0.5
         x = x.view(n, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
-        return self.patch_emb(x.reshape(n, grid * grid, channels * p * p)) + self.pos_emb
+        x = x.reshape(n, grid * grid, channels * p * p)[:, part]
+        return self.patch_emb(x) + self.pos_emb[:, part]
 
     def project(self, whole: Tensor, local: Tensor) -> Tensor:
         """Global features [..., patches, enc_dim] and local ones alike -> [..., patches, dim]."""

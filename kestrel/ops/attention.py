@@ -50,11 +50,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 def _kernel_for(q: Tensor) -> Callable[..., None] | None:
     """The compiled kernel where it takes less time than torch's: for one thread of a CPU, and in
     bfloat16 where there is no unit for products of matrices."""
-    few = q.shape[-1] % HEAD or q.shape[2] < FEW
-    if q.device.type != "cpu" or few or torch.get_num_threads() > 1:
+    if q.device.type != "cpu" or q.shape[2] < FEW or torch.get_num_threads() > 1:
         return None
-    faster = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and not has_matrix_unit())
-    return _kernel(numpy_name(q.dtype)) if faster else None
+    return _kernel(numpy_name(q.dtype)) if _faster(q.dtype, q.shape[-1]) else None
+
+
+def _faster(dtype: torch.dtype, head_dim: int) -> bool:
+    half = dtype == torch.bfloat16 and not has_matrix_unit()
+    return head_dim % HEAD == 0 and (dtype == torch.float32 or half)
+
+
+def by_query(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether, with one thread of a CPU, a query of an image sees the same, to the last bit,
+    whichever others are asked with it."""
+    return _faster(dtype, head_dim) and _kernel(numpy_name(dtype)) is not None
 
 
 @cache

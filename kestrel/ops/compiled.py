@@ -21,6 +21,7 @@ from numba import njit
 from kestrel.ops.jit import compiled
 from kestrel.ops.lanes import (
     LANES,
+    WIDE,
     add_times,
     fetch,
     floor,
@@ -108,6 +109,17 @@ def _gelus(numbers, start, out, to, count):
         store(out, to + i, ratio(x, plus(splat(_ONE), e)))
     for i in range(whole, count):
         store_one(out, to + i, _gelu(numbers[start + i]))
+
+
+def _gelu_all(numbers):
+    """GELU (tanh form) of an array [n], in place."""
+    _gelus(numbers, 0, numbers, 0, numbers.shape[0])
+
+
+@cache
+def gelu_all() -> Callable[..., None]:
+    """``_gelu_all`` of float32, compiled."""
+    return compiled("void(float32[::1])", _gelu_all, **OPTIONS)
 
 
 @njit(inline="always", **OPTIONS)
@@ -207,6 +219,56 @@ def _scores(q, keys, heads, kv_heads, dim, scores):
                     line[s] += q[h * dim + d] * key * scale
 
 
+@njit(inline="always", **OPTIONS)
+def _sum_pair(line, start, stop, values, step, at, out, to):
+    """``PAIR`` numbers of ``out`` += those of ``values``, from ``at`` on, at positions ``start`` to
+    ``stop``, each by its number of ``line``."""
+    # Eight sums, as a processor has several under way.
+    a0, a1 = load(out, to), load(out, to + LANES)
+    b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
+    by_four = stop - (stop - start) % 4
+    for s in range(start, by_four, 4):
+        place = s * step + at
+        share = splat(line[s])
+        a0 = add_times(a0, share, load(values, place))
+        a1 = add_times(a1, share, load(values, place + LANES))
+        place += step
+        share = splat(line[s + 1])
+        b0 = add_times(b0, share, load(values, place))
+        b1 = add_times(b1, share, load(values, place + LANES))
+        place += step
+        share = splat(line[s + 2])
+        c0 = add_times(c0, share, load(values, place))
+        c1 = add_times(c1, share, load(values, place + LANES))
+        place += step
+        share = splat(line[s + 3])
+        d0 = add_times(d0, share, load(values, place))
+        d1 = add_times(d1, share, load(values, place + LANES))
+    for s in range(by_four, stop):
+        share, place = splat(line[s]), s * step + at
+        a0 = add_times(a0, share, load(values, place))
+        a1 = add_times(a1, share, load(values, place + LANES))
+    store(out, to, plus(plus(a0, b0), plus(c0, d0)))
+    store(out, to + LANES, plus(plus(a1, b1), plus(c1, d1)))
+
+
+@njit(inline="always", **OPTIONS)
+def _sum_one(line, start, stop, values, step, at, out, to):
+    """``_sum_pair`` of ``LANES`` numbers, to the same bits."""
+    a = load(out, to)
+    b = c = d = splat(np.float32(0))
+    by_four = stop - (stop - start) % 4
+    for s in range(start, by_four, 4):
+        place = s * step + at
+        a = add_times(a, splat(line[s]), load(values, place))
+        b = add_times(b, splat(line[s + 1]), load(values, place + step))
+        c = add_times(c, splat(line[s + 2]), load(values, place + 2 * step))
+        d = add_times(d, splat(line[s + 3]), load(values, place + 3 * step))
+    for s in range(by_four, stop):
+        a = add_times(a, splat(line[s]), load(values, s * step + at))
+    store(out, to, plus(plus(a, b), plus(c, d)))
+
+
 @njit(**OPTIONS)
 def _sums(shares, values, kv_heads, dim, out):
     """``out`` [heads * dim]: ``values`` [positions * kv_heads * dim] by ``shares`` [heads,
@@ -219,37 +281,14 @@ def _sums(shares, values, kv_heads, dim, out):
         stop = min(count, start + STRETCH)
         ahead = start + AHEAD * STRETCH
         _fetch_stretch(values, ahead * step, (ahead + STRETCH) * step)
-        by_four = stop - (stop - start) % 4
         for h in range(heads):
             line, at = shares[h], h // group * dim
-            for d in range(0, paired, PAIR):
-                to = h * dim + d
-                # Eight sums, as a processor has several under way.
-                a0, a1 = load(out, to), load(out, to + LANES)
-                b0 = b1 = c0 = c1 = e0 = e1 = splat(np.float32(0))
-                for s in range(start, by_four, 4):
-                    place = s * step + at + d
-                    share = splat(line[s])
-                    a0 = add_times(a0, share, load(values, place))
-                    a1 = add_times(a1, share, load(values, place + LANES))
-                    place += step
-                    share = splat(line[s + 1])
-                    b0 = add_times(b0, share, load(values, place))
-                    b1 = add_times(b1, share, load(values, place + LANES))
-                    place += step
-                    share = splat(line[s + 2])
-                    c0 = add_times(c0, share, load(values, place))
-                    c1 = add_times(c1, share, load(values, place + LANES))
-                    place += step
-                    share = splat(line[s + 3])
-                    e0 = add_times(e0, share, load(values, place))
-                    e1 = add_times(e1, share, load(values, place + LANES))
-                for s in range(by_four, stop):
-                    share, place = splat(line[s]), s * step + at + d
-                    a0 = add_times(a0, share, load(values, place))
-                    a1 = add_times(a1, share, load(values, place + LANES))
-                store(out, to, plus(plus(a0, b0), plus(c0, e0)))
-                store(out, to + LANES, plus(plus(a1, b1), plus(c1, e1)))
+            if WIDE:
+                for d in range(0, paired, PAIR):
+                    _sum_pair(line, start, stop, values, step, at + d, out, h * dim + d)
+            else:
+                for d in range(0, paired, LANES):
+                    _sum_one(line, start, stop, values, step, at + d, out, h * dim + d)
             for d in range(paired, dim):
                 for s in range(start, stop):
                     out[h * dim + d] += line[s] * load_one(values, s * step + at + d)
@@ -459,6 +498,24 @@ def _add_four(x0, x1, x2, x3, weights, block, to0, to1, to2, to3, column):
 
 
 @njit(inline="always", **OPTIONS)
+def _add_six(x0, x1, x2, x3, x4, x5, weights, block, to0, to1, to2, to3, to4, to5, column):
+    """One block of a product for six rows."""
+    a, b, c = load(to0, column), load(to1, column), load(to2, column)
+    d, e, f = load(to3, column), load(to4, column), load(to5, column)
+    for k in range(x0.shape[0]):
+        vector = load(weights, block + k * LANES)
+        a, b = add_times(a, splat(x0[k]), vector), add_times(b, splat(x1[k]), vector)
+        c, d = add_times(c, splat(x2[k]), vector), add_times(d, splat(x3[k]), vector)
+        e, f = add_times(e, splat(x4[k]), vector), add_times(f, splat(x5[k]), vector)
+    store(to0, column, a)
+    store(to1, column, b)
+    store(to2, column, c)
+    store(to3, column, d)
+    store(to4, column, e)
+    store(to5, column, f)
+
+
+@njit(inline="always", **OPTIONS)
 def _add_block(x, weights, block, to, column):
     """One block of a product for one row."""
     sums = load(to, column)
@@ -481,12 +538,22 @@ def _add_product(x, blocks, out):
         whole = count - count % 2
         for n in range(0, whole, 2):  # the weights of two blocks stay in the first cache
             at, column = n * step, n * LANES
-            for i in range(0, rows - rows % 4, 4):
-                _add_four(
-                    x[i], x[i + 1], x[i + 2], x[i + 3], weights, at,
-                    out[i], out[i + 1], out[i + 2], out[i + 3], column,
-                )  # fmt: skip
-            for i in range(rows - rows % 4, rows, 2):
+            taken = rows - rows % (4 if WIDE else 6)
+            if WIDE:
+                for i in range(0, taken, 4):
+                    _add_four(
+                        x[i], x[i + 1], x[i + 2], x[i + 3], weights, at,
+                        out[i], out[i + 1], out[i + 2], out[i + 3], column,
+                    )  # fmt: skip
+            else:
+                for i in range(0, taken, 6):
+                    for k in range(2):
+                        _add_six(
+                            x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], weights,
+                            at + k * step, out[i], out[i + 1], out[i + 2], out[i + 3], out[i + 4],
+                            out[i + 5], column + k * LANES,
+                        )  # fmt: skip
+            for i in range(taken, rows, 2):
                 j = min(i + 1, rows - 1)  # the last row twice where it is alone
                 _add_two(x[i], x[j], weights, at, out[i], out[j], column)
     for n in range(whole, count):

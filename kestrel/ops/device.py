@@ -76,8 +76,29 @@ def resolve_image_dtype(
     """
     if image_dtype is None or device.type != "cpu" or dtype != torch.float32:
         return dtype
-    if image_dtype == "auto":
-        exact = all(kind == torch.bfloat16 for kind in stored)
-        if not (exact and parameters < SMALL_MODEL and has_bfloat16_products()):
-            return dtype
+    if image_dtype == "auto" and not (_small(stored, parameters) and has_bfloat16_products()):
+        return dtype
     return torch.bfloat16
+
+
+def resolve_kv_dtype(
+    kv_dtype: str | None,
+    images: torch.dtype,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Iterable[torch.dtype | None],
+    parameters: int,
+) -> torch.dtype:
+    """What keys and values are kept in by a model that computes in ``dtype`` and encodes images in
+    ``images``: ``bfloat16`` counts for float32 on a CPU, where ``auto`` means it as
+    ``RuntimeConfig.kv_dtype`` says. None: ``dtype``."""
+    if kv_dtype is None or device.type != "cpu" or dtype != torch.float32:
+        return dtype
+    if kv_dtype == "auto" and images == dtype and not _small(stored, parameters):
+        return dtype
+    return torch.bfloat16
+
+
+def _small(stored: Iterable[torch.dtype | None], parameters: int) -> bool:
+    """Whether a model is under ``SMALL_MODEL``, its weights all stored in bfloat16."""
+    return parameters < SMALL_MODEL and all(kind == torch.bfloat16 for kind in stored)

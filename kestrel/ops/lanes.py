@@ -15,12 +15,16 @@ from functools import partial
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 """Numbers of one vector."""
+WIDE = bool(get_host_cpu_features().get("avx512f"))
+"""Whether a vector is one register, of thirty-two. Else it is two of sixteen at best, and of more
+than six vectors that are summed at once some go to memory and back."""
 
 
 class _Vector(types.Type):

@@ -14,11 +14,14 @@ and in a batch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kestrel.ops.rows import compiled
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,10 @@ class Product:
 
     def gelu(self, x: Tensor) -> Tensor:
         """The product's GELU (tanh form)."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 and (by_us := _own_gelu()):
+            inner = self(x)
+            by_us(inner.view(-1).numpy())
+            return inner
         if self._ordered is None:
             return F.gelu(F.linear(x, self.weight, self._bias), approximate="tanh")  # type: ignore[arg-type]
         return torch.ops.mkldnn._linear_pointwise(x, self._ordered, self._bias, "gelu", [], "tanh")
@@ -120,6 +127,21 @@ def _reordered(weight: Tensor) -> Tensor | None:
         return None
     with torch.no_grad():
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def _own_gelu() -> Callable[..., None] | None:
+    """GELU in place by one thread, where the processor has no vectors for which oneDNN has a fast
+    ``tanh``: there it takes as long as the product, and ours a fifth of that."""
+    if torch.get_num_threads() > 1 or torch.is_grad_enabled():
+        return None
+    return _narrow_gelu()
+
+
+@cache
+def _narrow_gelu() -> Callable[..., None] | None:
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return None
+    return compiled(lambda made: made.gelu_all())
 
 
 @cache

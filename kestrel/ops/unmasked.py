@@ -1,7 +1,7 @@
 """Attention in which every position sees all others, as those of an image do, compiled by Numba.
 
 torch multiplies a head's short rows by calls made for large matrices. Here a head's keys and values
-are laid out once, as float32, and four queries at a time go over them; scores stay in the first
+are laid out once, as float32, and a few queries at a time go over them; scores stay in the first
 cache. Sums are float32 whatever the inputs are.
 """
 
@@ -15,19 +15,19 @@ from numba import njit
 
 from kestrel.ops.compiled import OPTIONS, softmax
 from kestrel.ops.jit import compiled
-from kestrel.ops.lanes import LANES, add_times, load, load_one, splat, store
+from kestrel.ops.lanes import LANES, WIDE, add_times, load, load_one, splat, store
 
-PAIR = 2 * LANES
-"""Numbers of a head that are taken at once; its size is a multiple."""
-QUERIES = 4
+COLUMNS = 2 * LANES if WIDE else LANES
+"""Numbers that are summed at once for each query."""
+QUERIES = 4 if WIDE else 6
 """Queries that share the reading of keys and values. The last ones may be the same."""
 
 
 @njit(inline="always", **OPTIONS)
 def _four(rows, length, count, numbers, start, step, out, to, width):
-    """For each of four rows the sum of ``count`` times ``PAIR`` of ``numbers``, from ``start`` on
-    and ``step`` apart, each time by the next number of the row; into ``out`` from ``to`` on. Rows
-    lie ``length`` apart in ``rows``, and ``width`` apart in ``out``."""
+    """For each of four rows the sum of ``count`` times two vectors of ``numbers``, from ``start``
+    on and ``step`` apart, each time by the next number of the row; into ``out`` from ``to`` on.
+    Rows lie ``length`` apart in ``rows``, and ``width`` apart in ``out``."""
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(np.float32(0))
     for n in range(count):
         place = start + n * step
@@ -50,14 +50,37 @@ def _four(rows, length, count, numbers, start, step, out, to, width):
     store(out, 3 * width + to + LANES, d1)
 
 
+@njit(inline="always", **OPTIONS)
+def _six(rows, length, count, numbers, start, step, out, to, width):
+    """``_four`` of six rows and one vector."""
+    a = b = c = d = e = f = splat(np.float32(0))
+    for n in range(count):
+        vector = load(numbers, start + n * step)
+        a = add_times(a, splat(rows[n]), vector)
+        b = add_times(b, splat(rows[length + n]), vector)
+        c = add_times(c, splat(rows[2 * length + n]), vector)
+        d = add_times(d, splat(rows[3 * length + n]), vector)
+        e = add_times(e, splat(rows[4 * length + n]), vector)
+        f = add_times(f, splat(rows[5 * length + n]), vector)
+    store(out, to, a)
+    store(out, width + to, b)
+    store(out, 2 * width + to, c)
+    store(out, 3 * width + to, d)
+    store(out, 4 * width + to, e)
+    store(out, 5 * width + to, f)
+
+
+_sums = _four if WIDE else _six
+
+
 def _attend(q, k, v, out):
     """``out`` [T, H, D] of ``q`` [T, H, D] over ``k``, ``v`` [S, G, D], H a multiple of G and D of
-    ``PAIR``: float32 or the bits of bfloat16, the numbers of a head in a row."""
+    ``COLUMNS``: float32 or the bits of bfloat16, the numbers of a head in a row."""
     count, heads, dim = q.shape
     length, groups = k.shape[0], k.shape[1]
-    width = (length + PAIR - 1) // PAIR * PAIR
+    width = (length + COLUMNS - 1) // COLUMNS * COLUMNS
     scale = np.float32(1) / np.sqrt(np.float32(dim))
-    # By ``PAIR`` positions, and the numbers of each beside those of the others. The last ones, that
+    # By ``COLUMNS`` positions, and the numbers of each beside those of the others. The last ones, that
     # are none, are never looked at.
     keys = np.zeros(width * dim, np.float32)
     values = np.empty(length * dim, np.float32)
@@ -66,9 +89,9 @@ def _attend(q, k, v, out):
     for g in range(groups):
         for s in range(length):
             key, value = k[s, g], v[s, g]
-            place = s // PAIR * PAIR * dim + s % PAIR
+            place = s // COLUMNS * COLUMNS * dim + s % COLUMNS
             for d in range(dim):
-                keys[place + d * PAIR] = load_one(key, d)
+                keys[place + d * COLUMNS] = load_one(key, d)
             for d in range(0, dim, LANES):
                 store(values, s * dim + d, load(value, d))
         for h in range(g * (heads // groups), (g + 1) * (heads // groups)):
@@ -77,12 +100,12 @@ def _attend(q, k, v, out):
                     query = q[min(t + i, count - 1), h]
                     for d in range(dim):
                         asking[i * dim + d] = load_one(query, d) * scale
-                for at in range(0, width, PAIR):
-                    _four(asking, dim, dim, keys, at * dim, PAIR, scores, at, width)
+                for at in range(0, width, COLUMNS):
+                    _sums(asking, dim, dim, keys, at * dim, COLUMNS, scores, at, width)
                 for i in range(QUERIES):
                     softmax(scores[i * width : i * width + length])
-                for d in range(0, dim, PAIR):
-                    _four(scores, width, length, values, d, dim, seen, d, dim)
+                for d in range(0, dim, COLUMNS):
+                    _sums(scores, width, length, values, d, dim, seen, d, dim)
                 for i in range(min(QUERIES, count - t)):
                     for d in range(0, dim, LANES):
                         store(out[t + i, h], d, load(seen, i * dim + d))
