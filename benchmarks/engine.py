@@ -230,9 +230,7 @@ def shipped_model() -> Moondream:
     images = resolve_image_dtype("auto", cpu, torch.float32, *stored)
     kept = resolve_kv_dtype("auto", images, cpu, torch.float32, *stored)
     half = torch.bfloat16
-    return load(
-        checkpoint, cpu, torch.float32, half_images=images == half, half_kv=kept == half
-    )
+    return load(checkpoint, cpu, torch.float32, half_images=images == half, half_kv=kept == half)
 
 
 async def idle_overhead(rounds: int) -> dict[str, Any]:

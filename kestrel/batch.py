@@ -146,8 +146,8 @@ class Batch:
         return self._text.prefix(torch.cat([self._bos, image.to(self._bos.dtype)]))
 
     def encode(self, crops: np.ndarray, tiling: tuple[int, int], threads: int = 1) -> Tensor:
-        """Crops uint8 [N, S, S, 3] of an image -> its ``prefix``, on a CPU, by so many threads where
-        it is one crop and they give the same numbers as one. May be called by any thread."""
+        """Crops uint8 [N, S, S, 3] of an image -> its ``prefix``, on a CPU, by so many threads
+        where it is one crop and they give the same numbers as one. May be called by any thread."""
         vision = self.model.vision
         if len(crops) > 1 or not (vision.shares_features and self._text.shares_prefixes):
             threads = 1

@@ -170,12 +170,6 @@ class RefinerConfig:
             names,
         )
         object.__setattr__(self, "selectable", tuple(names))
-        _check(
-            self.kv_dtype in (None, "auto", "bfloat16"),
-            "kv_dtype",
-            "must be auto, bfloat16 or null",
-            self.kv_dtype,
-        )
         _check_device(self.device)
         vision: Any = self.seghead_vision
         if isinstance(vision, str) and vision:
@@ -305,15 +299,14 @@ class RuntimeConfig:
     image_dtype: str | None = "auto"
     """``bfloat16``: a float32 model on a CPU encodes images in bfloat16, vision tower and prefix,
     which takes half to two thirds of the time where the processor has products for it (AMX,
-    AVX512-BF16). The decoder's weights are then held once more in
-    bfloat16. Prompt and answer are computed in float32, and a request's answer is the same alone
-    and in a batch, but its tokens are often others than float32 gives. ``auto``: bfloat16 for a
-    small model on such a processor whose weights are stored in it, so that none is rounded. None:
-    as ``dtype``."""
+    AVX512-BF16). The decoder's weights are then held once more in bfloat16. Prompt and answer are
+    computed in float32, and a request's answer is the same alone and in a batch, but its tokens are
+    often others than float32 gives. ``auto``: bfloat16 for a small model on such a processor whose
+    weights are stored in it, so that none is rounded. None: as ``dtype``."""
     kv_dtype: str | None = "auto"
-    """``bfloat16``: a float32 model on a CPU keeps keys and values in it, half of what a decode step
-    reads of them, and computes with them in float32. ``auto``: bfloat16 where images are encoded in
-    it, and for a small model whose weights are stored in it. None: as ``dtype``."""
+    """``bfloat16``: a float32 model on a CPU keeps keys and values in it, half of what a decode
+    step reads of them, and computes with them in float32. ``auto``: bfloat16 where images are
+    encoded in it, and for a small model whose weights are stored in it. None: as ``dtype``."""
     max_batch_size: int = 16
     """Requests that decode together (KV slots)."""
     max_context: int = 4096

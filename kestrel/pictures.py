@@ -106,9 +106,9 @@ class Pictures:
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
 
     @property
-    def spare_cores(self) -> int:
-        """Cores that are left beside the engine's and those that prepare pictures."""
-        return max(0, self._cores - self._filling - 1)
+    def free_cores(self) -> int:
+        """Cores besides those that prepare pictures, for the engine's thread and others."""
+        return max(0, self._cores - self._filling)
 
     def prepare(self, asking: Asking) -> None:
         """Begin to find or make the picture of a request, in a worker thread. Within ``wake``."""

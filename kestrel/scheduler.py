@@ -187,9 +187,9 @@ class Scheduler:
     def _encode_beside(self, crops: np.ndarray, tiling: tuple[int, int]) -> Tensor:
         """A picture's prefix, made by the thread that cropped it, and others while their cores have
         nothing else to do."""
-        idle = not self._batch.rows
+        idle = self._pictures.free_cores - bool(self._batch.rows)
         try:
-            prefix = self._batch.encode(crops, tiling, 1 + idle + self._pictures.spare_cores)
+            prefix = self._batch.encode(crops, tiling, 1 + max(0, idle))
         except Exception as error:
             raise _encoding_failed(error) from error
         with self._wake:
@@ -334,7 +334,7 @@ class Scheduler:
     def _step(self) -> None:
         try:
             chunks = self._chunks()
-            self._batch.two_threads = self._beside and self._pictures.spare_cores > 0
+            self._batch.two_threads = self._beside and self._pictures.free_cores > 1
             sampled = cast(list[Job], self._batch.step(chunks))
         except Exception as error:
             self._failed_step(error)

@@ -87,7 +87,7 @@ async def test_requests_of_one_batch_get_the_answers_they_get_alone(engine):
 
 async def test_pictures_that_are_encoded_at_once_spoil_each_other(monkeypatch):
     monkeypatch.setattr("kestrel.pictures._cores", lambda: 4)
-    encoding = counting(monkeypatch, Batch, "prefix")
+    encoding = counting(monkeypatch, Batch, "encode")
     runtime = RuntimeConfig(**{**CONFIG, "image_cache_bytes": 0, "torch_threads": 1})
     asked = list({arguments["image"]: arguments for arguments in SAMPLES}.values())
     async with await InferenceEngine.create(runtime) as engine:
@@ -118,25 +118,25 @@ async def test_rows_that_two_threads_share_are_answered_otherwise(monkeypatch, a
 async def test_a_thread_takes_rows_from_those_that_encode_pictures(monkeypatch, ask):
     monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
     begun, go_on = threading.Event(), threading.Event()
-    prefix = Batch.prefix
+    encode = Batch.encode
 
     def held(*arguments: Any) -> Any:
         begun.set()
         assert go_on.wait(30)
-        return prefix(*arguments)
+        return encode(*arguments)
 
     async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
         pictures = engine._scheduler._pictures
-        assert pictures.spare_core
-        monkeypatch.setattr(Batch, "prefix", held)
+        assert pictures.free_cores == 2
+        monkeypatch.setattr(Batch, "encode", held)
         asking = asyncio.create_task(engine.segment(**ask))
         assert await asyncio.to_thread(begun.wait, 30)
-        assert not pictures.spare_core
+        assert pictures.free_cores == 1
         go_on.set()
         await asking
         with pytest.raises(InvalidRequest):
             await engine.segment(image=ask["image"][:500], object="cat")
-        assert pictures.spare_core
+        assert pictures.free_cores == 2
 
 
 async def test_a_request_that_draws_lots_is_not_swayed_by_its_neighbours(engine, ask):

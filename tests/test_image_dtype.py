@@ -1,4 +1,5 @@
-"""Images are encoded in another number format than the configuration and the processor call for."""
+"""Images are encoded, or keys and values kept, in another number format than the configuration and
+the processor call for."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.config import SHIPPED_MODELS, ConfigError
 from kestrel.moondream.checkpoint import local_checkpoint
 from kestrel.ops import device as devices
-from kestrel.ops.device import SMALL_MODEL, resolve_image_dtype
+from kestrel.ops.device import SMALL_MODEL, resolve_image_dtype, resolve_kv_dtype
 
 NANO = SHIPPED_MODELS / "nano"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -46,6 +47,38 @@ def test_another_type_than_asked(
 ):
     monkeypatch.setattr(devices, "has_bfloat16_products", lambda: units)
     assert resolve_image_dtype(asked, device, dtype, stored, parameters) == given
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "device", "dtype", "stored", "parameters", "given"),
+    [
+        ("auto", WHOLE, CPU, WHOLE, {HALF}, FEW, HALF),
+        ("auto", HALF, CPU, WHOLE, {WHOLE}, MANY, HALF),
+        ("auto", WHOLE, CPU, WHOLE, {HALF}, MANY, WHOLE),
+        ("auto", WHOLE, CPU, WHOLE, {HALF, WHOLE}, FEW, WHOLE),
+        ("auto", WHOLE, CUDA, WHOLE, {HALF}, FEW, WHOLE),
+        ("auto", HALF, CUDA, HALF, {HALF}, FEW, HALF),
+        ("bfloat16", WHOLE, CPU, WHOLE, {WHOLE}, MANY, HALF),
+        ("bfloat16", WHOLE, CUDA, WHOLE, {HALF}, FEW, WHOLE),
+        ("bfloat16", torch.float16, CPU, torch.float16, {HALF}, FEW, torch.float16),
+        (None, HALF, CPU, WHOLE, {HALF}, FEW, WHOLE),
+    ],
+)
+def test_keys_and_values_are_of_another_type_than_asked(
+    asked, images, device, dtype, stored, parameters, given
+):
+    assert resolve_kv_dtype(asked, images, device, dtype, stored, parameters) == given
+
+
+@pytest.mark.parametrize(("asked", "nbytes"), [("auto", 2), ("bfloat16", 2), (None, 4)])
+@pytest.mark.parametrize("images", ["bfloat16", None])
+async def test_an_engine_keeps_keys_and_values_of_another_type(images, asked, nbytes):
+    runtime = RuntimeConfig(device="cpu", refiner=None, image_dtype=images, kv_dtype=asked)
+    async with await InferenceEngine.create(runtime) as engine:
+        cache = engine._scheduler._batch.cache
+        text = engine._scheduler._batch.model.config.text
+        numbers = 2 * text.n_layers * text.n_kv_heads * text.head_dim
+        assert cache.position_bytes == numbers * nbytes
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nothing else tells the flags")
@@ -107,6 +140,7 @@ async def test_the_shipped_model_takes_another_type_than_its_processor_has(monke
     assert paths["auto"] == paths["bfloat16" if units else None]
 
 
-def test_an_unknown_type_is_taken():
-    with pytest.raises(ConfigError, match="image_dtype must be auto, bfloat16 or null"):
-        RuntimeConfig(image_dtype="float16")
+@pytest.mark.parametrize("key", ["image_dtype", "kv_dtype"])
+def test_an_unknown_type_is_taken(key):
+    with pytest.raises(ConfigError, match=f"{key} must be auto, bfloat16 or null"):
+        RuntimeConfig(**{key: "float16"})

@@ -12,6 +12,7 @@ from torch import nn
 from kestrel.moondream.vision import VisionEncoder
 from kestrel.ops import linear
 from kestrel.ops.linear import FinalLinear, Product, finalize, gelu_of
+from kestrel.ops.rows import compiled
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -41,6 +42,29 @@ def test_a_product_differs_from_the_plain_one(rows, dtype):
     torch.testing.assert_close(product.plus(x, rest), rest + expected, **close(dtype))
     bare = Product(plain.weight, None, reorder=True)
     torch.testing.assert_close(bare.plus(x, rest), rest + F.linear(x, plain.weight), **close(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@torch.inference_mode()
+def test_our_own_gelu_is_far_from_its_formula(monkeypatch, rows):
+    """Wherever it runs, not only on processors for which it is meant."""
+    kernel = compiled(lambda made: made.gelu_all())
+    assert kernel is not None
+    monkeypatch.setattr(linear, "_narrow_gelu", lambda: kernel)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    plain = layer(72, 40)
+    x = 4 * torch.randn(rows, 40)
+    expected = F.gelu(
+        F.linear(x.double(), plain.weight.double(), plain.bias.double()), approximate="tanh"
+    )
+    assert float(expected.max()) > 3
+    for reorder in (False, True):
+        product = Product(plain.weight, plain.bias, reorder=reorder)
+        found = product.gelu(x)
+        torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-6)
+        assert torch.equal(product.gelu(x[:1]), found[:1]) or not reorder
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.testing.assert_close(product.gelu(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(72, 40), (576, 192), (192, 960), (1100, 1000)])

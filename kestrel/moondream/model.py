@@ -72,9 +72,7 @@ class Moondream(nn.Module):
     def fuse(self, *, half_images: bool = False, half_kv: bool = False) -> None:
         """Make the model ready to serve: faster, and its weights final. ``half_images``: images are
         encoded in bfloat16; ``half_kv``: keys and values are kept in it."""
-        self._cached = CachedText(
-            self.text, fuse=True, half_prefix=half_images, half_kv=half_kv
-        )
+        self._cached = CachedText(self.text, fuse=True, half_prefix=half_images, half_kv=half_kv)
         if half_images:
             self.vision.bfloat16()
         self.text.lm_head = final(self.text.lm_head)
@@ -151,8 +149,8 @@ def load(
     """Load a checkpoint (a folder, a weights file with its other files beside it, or one found).
 
     ``max_context``: positions of a request are bounded by it where the model would take more.
-    ``half_images``: a float32 model encodes images in bfloat16; ``half_kv``: it keeps keys and values
-    in it.
+    ``half_images``: a float32 model encodes images in bfloat16; ``half_kv``: it keeps keys and
+    values in it.
     Raises ``ConfigError`` naming the missing file or the tensors that do not fit.
     """
     checkpoint = local_checkpoint(source) if isinstance(source, Path) else source

@@ -88,18 +88,16 @@ class Team:
                 raise
 
         others = [self._helpers.submit(take, number) for number in range(1, threads)]
-        errors: list[BaseException] = []
+        failed: list[BaseException] = []
         given: list[Tensor] = []
         for result in (lambda: take(0), *(other.result for other in others)):
             try:
                 given.append(result())
             except BaseException as error:
-                errors.append(error)
-        for error in errors:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        if errors:
-            raise errors[0]
+                failed.append(error)
+        if failed:
+            # Those that waited for the one that failed were only told so.
+            raise min(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError))
         return given
 
     def close(self) -> None:
