@@ -171,7 +171,7 @@ def test_rounding_to_bfloat16_differs_from_torchs():
 
 def test_vectors_hold_other_bits_than_single_numbers():
     numba = pytest.importorskip("numba")
-    from kestrel.ops.compiled import _copy, _exp, _gelu, _gelus, softmax
+    from kestrel.ops.compiled import _copy, _exp, _gelu, _gelus, _softmax
     from kestrel.ops.lanes import store_one
 
     @numba.njit(error_model="numpy")
@@ -179,7 +179,7 @@ def test_vectors_hold_other_bits_than_single_numbers():
         _copy(numbers, halves, len(numbers))
         _gelus(numbers, 0, gelus, 0, len(numbers))
         shares[:] = numbers
-        softmax(shares)
+        _softmax(shares)
 
     @numba.njit(error_model="numpy")
     def one_by_one(numbers, halves, gelus, shares):

@@ -83,7 +83,7 @@ def _gelu(x):
 
 
 @njit(inline="always", **OPTIONS)
-def _exps(x):
+def exps(x):
     """``_exp`` of a vector, to the same bits."""
     x = larger(smaller(x, splat(np.float32(88))), splat(np.float32(-87)))
     k = floor(add_times(splat(np.float32(0.5)), x, splat(np.float32(1.4426950408889634))))
@@ -105,7 +105,7 @@ def _gelus(numbers, start, out, to, count):
     for i in range(0, whole, LANES):
         x = load(numbers, start + i)
         u = add_times(x, times(times(splat(np.float32(0.044715)), x), x), x)
-        e = _exps(times(splat(-_TWO), times(splat(np.float32(0.7978845608028654)), u)))
+        e = exps(times(splat(-_TWO), times(splat(np.float32(0.7978845608028654)), u)))
         store(out, to + i, ratio(x, plus(splat(_ONE), e)))
     for i in range(whole, count):
         store_one(out, to + i, _gelu(numbers[start + i]))
@@ -295,7 +295,7 @@ def _sums(shares, values, kv_heads, dim, out):
 
 
 @njit(**OPTIONS)
-def softmax(line):
+def _softmax(line):
     count = line.shape[0]
     whole = count - count % LANES
     top = line[count - 1]
@@ -310,7 +310,7 @@ def softmax(line):
     if whole:
         less, sums = splat(-top), splat(np.float32(0))
         for s in range(0, whole, LANES):
-            numbers = _exps(plus(load(line, s), less))
+            numbers = exps(plus(load(line, s), less))
             sums = plus(sums, numbers)
             store(line, s, numbers)
         everything = total(sums)
@@ -380,7 +380,7 @@ def _layer_rows(joined, tau_weights, tau_rows, cos, sin, kv, slots, positions, h
         line = scores[: heads * count].reshape(heads, count)
         _scores(joined[n], keys, heads, kv_heads, dim, line)
         for h in range(heads):
-            softmax(line[h])
+            _softmax(line[h])
         _sums(line, values, kv_heads, dim, out[n])
 
 

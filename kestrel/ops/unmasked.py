@@ -13,9 +13,22 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from kestrel.ops.compiled import OPTIONS, softmax
+from kestrel.ops.compiled import OPTIONS, exps
 from kestrel.ops.jit import compiled
-from kestrel.ops.lanes import LANES, WIDE, add_times, load, load_one, splat, store
+from kestrel.ops.lanes import (
+    LANES,
+    WIDE,
+    add_times,
+    larger,
+    largest,
+    load,
+    load_one,
+    plus,
+    splat,
+    store,
+    times,
+    total,
+)
 
 COLUMNS = 2 * LANES if WIDE else LANES
 """Numbers that are summed at once for each query."""
@@ -73,6 +86,21 @@ def _six(rows, length, count, numbers, start, step, out, to, width):
 _sums = _four if WIDE else _six
 
 
+@njit(inline="always", **OPTIONS)
+def _exponentials(numbers, start, count):
+    """``count`` numbers from ``start`` on become their exponentials, less the largest of them;
+    gives one over the sum of these."""
+    tops = load(numbers, start)
+    for s in range(start + LANES, start + count, LANES):
+        tops = larger(tops, load(numbers, s))
+    less, sums = splat(-largest(tops)), splat(np.float32(0))
+    for s in range(start, start + count, LANES):
+        vector = exps(plus(load(numbers, s), less))
+        sums = plus(sums, vector)
+        store(numbers, s, vector)
+    return np.float32(1) / total(sums)
+
+
 def _attend(q, k, v, out):
     """``out`` [T, H, D] of ``q`` [T, H, D] over ``k``, ``v`` [S, G, D], H a multiple of G and D of
     ``COLUMNS``: float32 or the bits of bfloat16, the numbers of a head in a row."""
@@ -85,7 +113,7 @@ def _attend(q, k, v, out):
     keys = np.zeros(width * dim, np.float32)
     values = np.empty(length * dim, np.float32)
     asking, seen = np.empty(QUERIES * dim, np.float32), np.empty(QUERIES * dim, np.float32)
-    scores = np.empty(QUERIES * width, np.float32)
+    scores, shares = np.empty(QUERIES * width, np.float32), np.empty(QUERIES, np.float32)
     for g in range(groups):
         for s in range(length):
             key, value = k[s, g], v[s, g]
@@ -103,12 +131,15 @@ def _attend(q, k, v, out):
                 for at in range(0, width, COLUMNS):
                     _sums(asking, dim, dim, keys, at * dim, COLUMNS, scores, at, width)
                 for i in range(QUERIES):
-                    softmax(scores[i * width : i * width + length])
+                    for s in range(i * width + length, (i + 1) * width):
+                        scores[s] = -np.inf
+                    shares[i] = _exponentials(scores, i * width, width)
                 for d in range(0, dim, COLUMNS):
                     _sums(scores, width, length, values, d, dim, seen, d, dim)
                 for i in range(min(QUERIES, count - t)):
+                    share = splat(shares[i])
                     for d in range(0, dim, LANES):
-                        store(out[t + i, h], d, load(seen, i * dim + d))
+                        store(out[t + i, h], d, times(share, load(seen, i * dim + d)))
 
 
 @cache
