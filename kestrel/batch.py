@@ -18,6 +18,7 @@ from kestrel.moondream.kv import PAGE, KVCache, SlotKV
 from kestrel.moondream.model import Moondream
 from kestrel.moondream.steps import DecodeSteps
 from kestrel.ops import fast
+from kestrel.ops.attention import FEW
 from kestrel.ops.sampling import Nucleus, is_greedy, sample
 from kestrel.ops.shares import Share, Team
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
@@ -151,6 +152,8 @@ class Batch:
         vision = self.model.vision
         if len(crops) > 1 or not (vision.shares_features and self._text.shares_prefixes):
             threads = 1
+        # ``attend`` takes fewer queries otherwise.
+        threads = min(threads, SHARES, vision.config.n_patches // FEW)
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
 
         def some(share: Share | None) -> Tensor:
@@ -159,7 +162,7 @@ class Batch:
                 return self._text.prefix(image, share, 1 + share.part.start)
             return self._text.prefix(torch.cat([self._bos, image]), share)
 
-        parts = self._team.by_shares(vision.config.n_patches, min(threads, SHARES), some)
+        parts = self._team.by_shares(vision.config.n_patches, threads, some)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def join(self, row: Row, prefix: Tensor | None) -> None:

@@ -62,7 +62,7 @@ def _faster(dtype: torch.dtype, head_dim: int) -> bool:
 
 def by_query(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether, with one thread of a CPU, a query of an image sees the same, to the last bit,
-    whichever others are asked with it."""
+    whichever others are asked with it, of ``FEW`` or more."""
     return _faster(dtype, head_dim) and _kernel(numpy_name(dtype)) is not None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Team:
         self, count: int, threads: int, work: Callable[[Share | None], Tensor]
     ) -> list[Tensor]:
         """What ``work`` makes of each of ``threads`` stretches of ``count`` lines, in their order,
-        or of all of them (None) where one thread is to take them or the others are taken.
+        or of all of them (None) where one thread is to take them, or the others are taken or gone.
 
         Runs in inference mode, with one of torch's threads for each. Raises what the first that
         failed raised.
@@ -87,7 +87,15 @@ class Team:
                 common.meeting.abort()  # nobody is to wait for it
                 raise
 
-        others = [self._helpers.submit(take, number) for number in range(1, threads)]
+        others: list[Future[Tensor]] = []
+        try:
+            for number in range(1, threads):
+                others.append(self._helpers.submit(take, number))
+        except RuntimeError:  # closed, the interpreter ends, or there may be no more threads
+            common.meeting.abort()
+            self.close()  # what could not be begun may lie in the line yet
+            wait(others)
+            return [_alone(work, None)]
         failed: list[BaseException] = []
         given: list[Tensor] = []
         for result in (lambda: take(0), *(other.result for other in others)):
@@ -101,7 +109,7 @@ class Team:
         return given
 
     def close(self) -> None:
-        """Take no more work; what is under way ends by itself. Idempotent."""
+        """Give no more work to the helpers; what is under way ends by itself. Idempotent."""
         if self._helpers is not None:
             self._helpers.shutdown(wait=False)
 
