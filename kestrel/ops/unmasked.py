@@ -109,7 +109,7 @@ def _attend(q, k, v, out):
     width = (length + COLUMNS - 1) // COLUMNS * COLUMNS
     scale = np.float32(1) / np.sqrt(np.float32(dim))
     # By ``COLUMNS`` positions, and the numbers of each beside those of the others. The last ones,
-    # that are none, are never looked at.
+    # that are none, get no share.
     keys = np.zeros(width * dim, np.float32)
     values = np.empty(length * dim, np.float32)
     asking, seen = np.empty(QUERIES * dim, np.float32), np.empty(QUERIES * dim, np.float32)
