@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -30,6 +32,8 @@ KEEP_PIXELS = 8_000_000
 KEEP_SIDE = 2047
 """Nor those with a longer side of the kind that it may decode smaller than they are: its answer
 would depend on whether they are held."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container's limits are."""
 HELD_BYTES = 256 * 2**20
 """Decoded pictures held for the refiner, bytes in all: eleven of the largest, ninety of a
 megapixel. Those past it are decoded again too."""
@@ -223,9 +227,25 @@ class Pictures:
 
 def _cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    # There is no ``sched_getaffinity`` on macOS.
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, int(min(there or 1, _quota(CGROUP))))
+
+
+def _quota(folder: Path) -> float:
+    """Cores whose time a container is limited to; infinity where it is not."""
+    for limit, period in (
+        ("cpu.max", "cpu.max"),
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),  # before cgroup 2
+    ):
+        with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
+            # Not a number where there is no limit, or -1.
+            cores = int((folder / limit).read_text().split()[0]) / int(
+                (folder / period).read_text().split()[-1]
+            )
+            if cores > 0:
+                return cores
+    return math.inf
 
 
 def digest(image: bytes | np.ndarray) -> bytes:

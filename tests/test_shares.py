@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from engines import CONFIG, NANO, SAMPLES, comparable
 from tiny_models import TINY_3, random_model
 from torch import Tensor
 
-from kestrel import InferenceEngine, RuntimeConfig
+from kestrel import InferenceEngine, RuntimeConfig, pictures
 from kestrel.batch import SHARES, Batch
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.model import load
@@ -293,6 +294,32 @@ async def test_a_picture_takes_cores_that_others_use(monkeypatch):
         go_on.set()
         await asyncio.gather(first, second)
     assert given == [2, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu.max": "x"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "0"}, 8),
+    ],
+)
+def test_a_container_is_given_threads_for_the_cores_of_its_machine(
+    monkeypatch, tmp_path, files, cores
+):
+    """More threads than its time is for wait for each other while it is held up."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(pictures, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert pictures._cores() == cores
 
 
 async def test_a_lone_request_is_answered_otherwise_by_several_threads(monkeypatch):
