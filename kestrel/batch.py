@@ -135,10 +135,11 @@ class Batch:
         """Slots that no row holds."""
         return self.cache.slots - len(self.rows)
 
-    def features(self, crops: np.ndarray) -> Tensor:
-        """Crops uint8 [N, S, S, 3] -> features [N, patches, enc_dim]."""
+    def features(self, crops: np.ndarray, share: Share | None = None) -> Tensor:
+        """Crops uint8 [N, S, S, 3] -> features [N, patches, enc_dim], of a share's patches alone
+        where there is one."""
         tensor = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self._device)
-        return self.model.vision.features(tensor)
+        return self.model.vision.features(tensor, share)
 
     def prefix(self, features: Tensor, tiling: tuple[int, int]) -> Tensor:
         """Features of all crops of an image -> keys and values of BOS and image, as
@@ -154,10 +155,9 @@ class Batch:
             threads = 1
         # ``attend`` takes fewer queries otherwise.
         threads = min(threads, SHARES, vision.config.n_patches // FEW)
-        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
 
         def some(share: Share | None) -> Tensor:
-            image = vision.join(vision.features(pixels, share), tiling).to(self._bos.dtype)
+            image = vision.join(self.features(crops, share), tiling).to(self._bos.dtype)
             if share is not None and share.number:
                 return self._text.prefix(image, share, 1 + share.part.start)
             return self._text.prefix(torch.cat([self._bos, image]), share)

@@ -92,10 +92,10 @@ class Watch:
             self.steps.append((decoding, list(chunks), list(sampled)))
             return sampled
 
-        def counted(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+        def counted(batch: Batch, crops: np.ndarray, *share: Any) -> torch.Tensor:
             self.crops.append(len(crops))
             self.encoded_before.append(len(self.steps))
-            return features(batch, crops)
+            return features(batch, crops, *share)
 
         monkeypatch.setattr(Batch, "step", watched)
         monkeypatch.setattr(Batch, "features", counted)
@@ -154,9 +154,9 @@ async def test_a_picture_that_is_encoded_stalls_those_that_decode(start, watch, 
     engine = await start()
     features, go_on = Batch.features, threading.Event()
 
-    def slow(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+    def slow(batch: Batch, crops: np.ndarray, *share: Any) -> torch.Tensor:
         assert go_on.wait(30)
-        return features(batch, crops)
+        return features(batch, crops, *share)
 
     monkeypatch.setattr(Batch, "features", slow)
     joining = ask(engine, 4, image=picture(112, 112))
@@ -178,9 +178,9 @@ async def test_a_small_model_waits_for_several_threads(start, monkeypatch, threa
     names: list[str] = []
     features = Batch.features
 
-    def named(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+    def named(batch: Batch, crops: np.ndarray, *share: Any) -> torch.Tensor:
         names.append(threading.current_thread().name)
-        return features(batch, crops)
+        return features(batch, crops, *share)
 
     monkeypatch.setattr(Batch, "features", named)
     engine = await start(torch_threads=threads)
@@ -338,10 +338,10 @@ async def test_a_picture_that_cannot_be_encoded_takes_others_down(
     engine = await start(torch_threads=threads)
     features = Batch.features
 
-    def failing(batch: Batch, crops: np.ndarray) -> torch.Tensor:
+    def failing(batch: Batch, crops: np.ndarray, *share: Any) -> torch.Tensor:
         if crops.min() == 255:
             raise MemoryError("no room for white")
-        return features(batch, crops)
+        return features(batch, crops, *share)
 
     monkeypatch.setattr(Batch, "features", failing)
     white = encoded(Image.new("RGB", (40, 40), (255, 255, 255)))
