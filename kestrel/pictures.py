@@ -39,6 +39,10 @@ HELD_BYTES = 256 * 2**20
 megapixel. Those past it are decoded again too."""
 
 
+RUNNING = Path("/proc/loadavg")
+"""Its fourth field begins with how many threads of the machine run or are ready to."""
+
+
 class Picture:
     """One image, shared by all requests about it while any of them lives."""
 
@@ -223,6 +227,17 @@ class Pictures:
                 return
             self._held[id(pixels)] = pixels
             picture.pixels = pixels
+
+
+def idle_cores() -> int:
+    """Cores of the machine for which nothing is ready to run besides the caller: other processes'
+    work counts. All others where the kernel does not tell."""
+    cores = os.cpu_count() or 1
+    try:
+        running = int(RUNNING.read_text().split()[3].partition("/")[0])
+    except (OSError, IndexError, ValueError):  # another kernel than Linux
+        running = 1
+    return max(0, cores - running)
 
 
 def _cores() -> int:

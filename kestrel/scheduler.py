@@ -32,7 +32,7 @@ from kestrel.config import RuntimeConfig
 from kestrel.job import EngineError, Job, engine_ended, engine_error
 from kestrel.moondream.model import Moondream
 from kestrel.ops.device import SMALL_MODEL
-from kestrel.pictures import Picture, Pictures
+from kestrel.pictures import Picture, Pictures, idle_cores
 from kestrel.skills.segment import Phase
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Scheduler:
     def _encode_beside(self, crops: np.ndarray, tiling: tuple[int, int]) -> Tensor:
         """A picture's prefix, made by the thread that cropped it, and others while their cores have
         nothing else to do."""
-        idle = self._pictures.free_cores - bool(self._batch.rows)
+        idle = min(self._pictures.free_cores - bool(self._batch.rows), idle_cores())
         try:
             prefix = self._batch.encode(crops, tiling, 1 + max(0, idle))
         except Exception as error:

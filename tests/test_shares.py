@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -245,6 +247,7 @@ def test_one_thread_is_given_company(team):
 async def test_a_picture_takes_cores_that_others_use(monkeypatch):
     """Two cores: a lone picture gets both, one beside another or beside running rows its own."""
     monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    monkeypatch.setattr("kestrel.scheduler.idle_cores", lambda: 1)
     encode, step = Batch.encode, Batch.step
     given: list[int] = []
     encoding, stepping, go_on = threading.Event(), threading.Event(), threading.Event()
@@ -322,10 +325,64 @@ def test_a_container_is_given_threads_for_the_cores_of_its_machine(
     assert pictures._cores() == cores
 
 
+async def test_a_picture_takes_cores_that_other_processes_use(monkeypatch):
+    monkeypatch.setattr("kestrel.pictures._cores", lambda: 4)
+    given: list[int] = []
+    encode = Batch.encode
+
+    def told(self: Batch, crops: Any, tiling: Any, threads: int) -> Tensor:
+        given.append(threads)
+        return encode(self, crops, tiling, threads)
+
+    async with await InferenceEngine.create(RuntimeConfig(**CONFIG, refiner=None)) as engine:
+        monkeypatch.setattr(Batch, "encode", told)
+        for number, idle in enumerate((0, 1, 2, 9)):
+            monkeypatch.setattr("kestrel.scheduler.idle_cores", lambda idle=idle: idle)
+            image = SAMPLES[0]["image"] + number.to_bytes(4, "big")
+            await engine.segment(**{**SAMPLES[0], "image": image})
+    assert given == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("told", "idle"),
+    [
+        ("0.20 0.18 0.12 1/80 11206", 7),
+        ("0.20 0.18 0.12 3/80 11206", 5),
+        ("9.20 8.18 9.12 30/80 11206", 0),
+        ("what is this", 7),
+        (None, 7),
+    ],
+)
+def test_idle_cores_are_counted_wrongly(monkeypatch, tmp_path, told, idle):
+    file = tmp_path / "loadavg"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(pictures, "RUNNING", file)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert pictures.idle_cores() == idle
+
+
+@pytest.mark.skipif(not pictures.RUNNING.exists(), reason="this kernel does not tell")
+def test_the_kernel_tells_otherwise_of_threads_that_run():
+    """Threads of another process that do nothing but run."""
+    cores = os.cpu_count() or 1
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores + 1)]
+    try:
+        deadline = time.monotonic() + 30
+        while pictures.idle_cores() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert pictures.idle_cores() == 0
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 async def test_a_lone_request_is_answered_otherwise_by_several_threads(monkeypatch):
     answers = []
     for cores in (1, 3):
         monkeypatch.setattr("kestrel.pictures._cores", lambda cores=cores: cores)
+        monkeypatch.setattr("kestrel.scheduler.idle_cores", lambda cores=cores: cores - 1)
         async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
             answers.append([comparable(await engine.segment(**asked)) for asked in SAMPLES])
     assert answers[0] == answers[1]

@@ -235,6 +235,7 @@ async def run(args: argparse.Namespace) -> dict:
         torch_threads=1,
         refiner=RefinerConfig(refiner=args.refiner),
         image_dtype=None if args.image_dtype == "float32" else args.image_dtype,
+        kv_dtype=None if args.image_dtype == "float32" else "auto",
     )
     engine = await InferenceEngine.create(config)
     figures: dict = {
@@ -277,7 +278,7 @@ def main() -> None:
         "--image-dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="how images are encoded",
+        help="how images are encoded; float32: keys and values too",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"))
     args = parser.parse_args()
