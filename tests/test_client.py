@@ -101,6 +101,21 @@ def test_ray_does_not_wait_for_minutes_for_a_server_that_is_silent(monkeypatch):
         assert "says nothing" in not_ray(monkeypatch, f"127.0.0.1:{silent.getsockname()[1]}")
 
 
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_ray_does_not_try_for_minutes_a_cluster_that_was_here(monkeypatch, tmp_path, address):
+    """Ray notes the last cluster of this machine, and nobody strikes it out when it dies."""
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(place)
+    said = not_ray(monkeypatch, address)
+    assert f"no Ray cluster at {place}: " in said and "refused" in said
+
+
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The address that this process is connected to, by Ray."""
