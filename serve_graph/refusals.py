@@ -24,7 +24,7 @@ from serve_graph.args import (
     refiner_settings,
 )
 from serve_graph.errors import reason
-from serve_graph.overrides import overridden
+from serve_graph.overrides import check_lookahead, overridden
 from serve_graph.serve_keys import check_keys
 
 
@@ -50,7 +50,7 @@ def check(config: dict[str, Any]) -> None:
         if not is_graph(application):
             continue
         args = GraphArgs.model_validate(mapping_of(application, "args"))
-        named: set[str] = set()
+        named: dict[str, tuple[str, dict[str, Any]]] = {}
         for j, deployment in enumerate(deployments_of(application)):
             name, place = deployment["name"], f"applications[{i}].deployments[{j}]"
             if name not in POOLS:
@@ -60,8 +60,9 @@ def check(config: dict[str, Any]) -> None:
                 )
             if name in named:
                 raise ConfigError(f"{place}.name: {name!r} is there twice")
-            named.add(name)
+            named[name] = (place, deployment)
             _check_settings(overridden(args, deployment, place), deployment)
+        check_lookahead(args, application, named)
 
 
 def _check_settings(args: GraphArgs, deployment: dict[str, Any]) -> None:

@@ -200,7 +200,16 @@ OF_POLICY = r"applications\[0\]\.autoscaling_policy"
 OF_REFINER = r"applications\[0\]\.deployments\[0\]"
 OVERRIDE = r"applications\[0\]\.deployments\[1\]"
 SCALES = {"model_pool": {"max_replicas": 3}}
+GROWS = {"refiner_pool": {"max_replicas": 4}}
+AIMED = {"refiner_pool": {"max_replicas": 4, "lookahead": {"start_s": 7}}}
 ON_GPU = {"runtime": {"device": "cuda"}, "model_pool": {"num_gpus": 1}}
+
+
+def ahead(args: dict[str, Any], **options: dict[str, Any]) -> dict[str, Any]:
+    """A Serve config of the graph that looks ahead, with Serve's own options of deployments."""
+    deployments = [{"name": name, **given} for name, given in options.items()]
+    return scaled({"policy_function": POLICY}, args=args, deployments=deployments)
+
 
 UNSERVABLE = {
     "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
@@ -355,6 +364,44 @@ UNSERVABLE = {
             ),
         )
     },
+    **{
+        f"look-ahead {what}": (config, rf"{OF_REFINER}\.{rule}")
+        for what, config, rule in (
+            (
+                "dropped",
+                ahead(AIMED, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+                r"autoscaling_config .* drops refiner_pool\.lookahead",
+            ),
+            (
+                "dropped by nothing",
+                ahead(AIMED, Refiner={"autoscaling_config": {}}),
+                r"autoscaling_config .* drops refiner_pool\.lookahead",
+            ),
+            (
+                "misspelt",
+                ahead(
+                    GROWS,
+                    Refiner={
+                        "autoscaling_config": {
+                            "max_replicas": 9,
+                            "policy": {"policy_kwargs": {"stat_s": 7, "drain_s": 0}},
+                        }
+                    },
+                ),
+                r"autoscaling_config\.policy\.policy_kwargs: .*stat_s: unknown key",
+            ),
+            (
+                "of what does not scale by args",
+                ahead({}, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+                r"autoscaling_config: the look-ahead policy would not see the model pool",
+            ),
+            (
+                "at a model that does not report",
+                ahead(GROWS, Model={"autoscaling_config": None}),
+                r"autoscaling_config: the look-ahead policy would not see the model pool",
+            ),
+        )
+    },
     "threads without work": (
         deployed(max_ongoing_requests=1),
         rf"{OF_REFINER}\.max_ongoing_requests: .*threads \(2\) must not exceed max_ongoing",
@@ -394,6 +441,20 @@ def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
             user_config={"turdsize": 3},
         ),
         deployed(autoscaling_config={"min_replicas": 0, "max_replicas": 2}),
+        ahead(GROWS, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+        ahead(AIMED, Refiner={"num_replicas": "auto"}, Model={"max_queued_requests": 9}),
+        ahead(AIMED, Refiner={"autoscaling_config": None}, Model={"autoscaling_config": None}),
+        ahead(AIMED, Refiner={"autoscaling_config": {"policy": {"policy_kwargs": {"drain_s": 3}}}}),
+        ahead({**SCALES, "refiner_pool": {}}, Refiner={"autoscaling_config": {"max_replicas": 3}}),
+        # Another policy may have other arguments.
+        {
+            "applications": [
+                graph(
+                    args=AIMED,
+                    deployments=[{"name": "Refiner", "autoscaling_config": {"max_replicas": 9}}],
+                )
+            ]
+        },
         overriding("Ingress", max_ongoing_requests=2000, graceful_shutdown_timeout_s=90),
         overriding("Model", SCALES, autoscaling_config=None, num_replicas=2),
         overriding("Model", num_replicas="auto", max_queued_requests=7, health_check_period_s=1),
