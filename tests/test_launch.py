@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import os
 import signal
 import socket
@@ -405,6 +406,38 @@ UNSERVABLE = {
     "threads without work": (
         deployed(max_ongoing_requests=1),
         rf"{OF_REFINER}\.max_ongoing_requests: .*threads \(2\) must not exceed max_ongoing",
+    ),
+    "proxies": (
+        {"proxy_location": "Everywhere", "applications": [graph()]},
+        r"proxy_location: Input should be 'Disabled', 'HeadOnly' or 'EveryNode'",
+    ),
+    "prefix of two": (
+        {"applications": [graph(), {**OTHER, "route_prefix": "/"}]},
+        "route_prefix",
+    ),
+    "name of two": ({"applications": [graph(), {**OTHER, "name": "segment"}]}, "duplicates"),
+    **{
+        f"prefix {prefix!r}": (
+            {"applications": [{**OTHER, "route_prefix": "/mine"}, graph(route_prefix=prefix)]},
+            rf"applications\[1\]\.route_prefix must begin with / .*, not '{prefix}'",
+        )
+        for prefix in ("seg", "/seg/", "/{seg}", "", "//")
+    },
+    "application without a path": (
+        {"applications": [graph(), {"name": "other", "route_prefix": "/other"}]},
+        r"applications\.1\.import_path: Field required",
+    ),
+    "log level": (
+        {**deployed(), "logging_config": {"log_level": "LOUD"}},
+        r"logging_config\.log_level",
+    ),
+    "bounds of a deployment": (
+        deployed(autoscaling_config={"max_replicas": 3, "upscaling_factor": -1}),
+        rf"{OF_REFINER}\.autoscaling_config: upscaling_factor: Input should be greater",
+    ),
+    "date": (
+        {"applications": [graph(runtime_env={"env_vars": {"BUILT": datetime.date(2026, 11, 30)}})]},
+        "none of JSON, write it as text: .*date",
     ),
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
