@@ -26,7 +26,8 @@ from serve_graph.args import longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
-from serve_graph.launch import LocalCluster, free_port, require_free
+from serve_graph.launch import LocalCluster
+from serve_graph.ports import free_port, require_free
 from serve_graph.ray_token import MODE
 from serve_graph.refusals import refusal
 

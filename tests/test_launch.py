@@ -23,13 +23,14 @@ import yaml
 from serving import has_ipv6
 
 from kestrel.serve_config import http_address
-from serve_graph import __main__, launch
+from serve_graph import __main__, launch, serve_api
 from serve_graph.args import longest_request_s
 from serve_graph.environment import HARD_STOP
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode, kill
+from serve_graph.ports import INGRESS_BLOCK, free_port, require_free
 
 SECRET = "a-plain-key-of-a-client-0001"
 
@@ -174,7 +175,7 @@ def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) 
     applications = [graph(import_path=path, route_prefix="/seg")]
     config = __main__.read_config(written(tmp_path, {"applications": applications}), 8080)
     assert __main__.service_url(config) == "http://127.0.0.1:8080/seg"
-    (drained,) = launch.draining(config)["applications"]
+    (drained,) = serve_api.draining(config)["applications"]
     assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
 
 
@@ -570,7 +571,7 @@ def test_the_demo_looks_at_its_folder_before_ray_starts(
 
 def test_only_the_graph_is_drained() -> None:
     config = {"applications": [OTHER, graph()]}
-    other, drained = launch.draining(config)["applications"]
+    other, drained = serve_api.draining(config)["applications"]
     assert other == OTHER
     assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
 
@@ -581,7 +582,7 @@ def test_only_the_graph_is_drained() -> None:
 def test_a_graph_is_told_to_drain_whatever_its_config_says(settings: dict[str, Any]) -> None:
     given = {"applications": [graph(deployments=[{"name": "Ingress", **settings}])]}
     before = copy.deepcopy(given)
-    (application,) = launch.draining(given)["applications"]
+    (application,) = serve_api.draining(given)["applications"]
     assert application["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
     assert given == before
 
@@ -589,7 +590,7 @@ def test_a_graph_is_told_to_drain_whatever_its_config_says(settings: dict[str, A
 @pytest.mark.parametrize("deployments", [None, [], [{"name": "Model"}]])
 def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: Any) -> None:
     config = {"applications": [graph(deployments=deployments)]}
-    (application,) = launch.draining(config)["applications"]
+    (application,) = serve_api.draining(config)["applications"]
     *others, last = application["deployments"]
     assert others == (deployments or [])
     assert last == {"name": "Ingress", "user_config": {"draining": True}}
@@ -603,7 +604,7 @@ def test_a_deployment_without_a_name_is_refused_by_its_place(
     config = {"applications": [graph(deployments=[{"name": "Model"}, nameless])]}
     rule = r"deployments\[1\]\.name must be a non-empty string"
     with pytest.raises(ValueError, match=rule):
-        launch.draining(config)
+        serve_api.draining(config)
     with pytest.raises(LaunchError, match=rule):
         __main__.read_config(written(tmp_path, config), None)
 
@@ -752,16 +753,16 @@ def test_up_names_the_option_of_a_port_that_somebody_else_has(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_a_port_is_taken_for_every_address_that_covers_it(taken: int, host: str) -> None:
     with pytest.raises(LaunchError, match=f"{taken}.*--port"):
-        launch.require_free(host, taken, "HTTP", "--port")
+        require_free(host, taken, "HTTP", "--port")
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 def test_a_port_of_an_ipv6_address_is_told_from_that_of_another(taken: int) -> None:
-    launch.require_free("::1", taken, "HTTP", "--port")
+    require_free("::1", taken, "HTTP", "--port")
     with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as server:
         port = server.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"\[::1\]:{port}, for HTTP, is taken"):
-            launch.require_free("::1", port, "HTTP", "--port")
+            require_free("::1", port, "HTTP", "--port")
 
 
 def test_an_address_that_cannot_be_listened_to_hides_none_that_is_taken(
@@ -774,13 +775,13 @@ def test_an_address_that_cannot_be_listened_to_hides_none_that_is_taken(
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: of_localhost)
     with pytest.raises(LaunchError, match=f"localhost:{taken}"):
-        launch.require_free("localhost", taken, "HTTP", "--port")
+        require_free("localhost", taken, "HTTP", "--port")
 
 
 @pytest.mark.parametrize("port", [0, 65536, "8000", None])
 def test_what_is_no_port_is_refused_by_its_option(port: Any) -> None:
     with pytest.raises(LaunchError, match=r"--port.*1 to 65535"):
-        launch.require_free("127.0.0.1", port, "HTTP", "--port")
+        require_free("127.0.0.1", port, "HTTP", "--port")
 
 
 def test_a_port_whose_server_has_just_ended_is_free() -> None:
@@ -790,7 +791,7 @@ def test_a_port_whose_server_has_just_ended_is_free() -> None:
         with socket.create_connection(address) as client:
             server.accept()[0].close()
             client.recv(1)
-    launch.require_free(*address, "HTTP", "--port")
+    require_free(*address, "HTTP", "--port")
 
 
 def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> None:
@@ -806,7 +807,7 @@ def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> Non
         threading.Thread(target=server.serve_forever, daemon=True).start()
         # Port 2345 and port 23456.
         cluster = LocalCluster(dashboard_port=server.server_port // 10)
-        cluster._call(f"http://127.0.0.1:{server.server_port}/healthz")
+        cluster.api.call(f"http://127.0.0.1:{server.server_port}/healthz")
         server.shutdown()
     assert told == [None]
 
@@ -837,8 +838,8 @@ def test_a_proxy_is_told_the_token(
 ) -> None:
     cluster = LocalCluster(dashboard_port=free_port())
     monkeypatch.setattr(cluster, "check", lambda: None)
-    assert not cluster._answers(f"{cluster.dashboard}/api/version")
-    assert not cluster._answers("http://127.0.0.1:1/healthz")
+    assert not cluster.api.answers(f"{cluster.dashboard}/api/version")
+    assert not cluster.api.answers("http://127.0.0.1:1/healthz")
     assert proxy == []
 
 
@@ -1039,5 +1040,5 @@ def test_two_clusters_of_one_machine_share_ports_of_their_ingress() -> None:
         for variables in clusters
     ]
     taken = [port for block in ports for port in block]
-    assert len(set(taken)) == len(taken) == 10 * launch.INGRESS_BLOCK
+    assert len(set(taken)) == len(taken) == 10 * INGRESS_BLOCK
     assert len({variables["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] for variables in clusters}) == 10
