@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from http.client import HTTPException
 from typing import Any
 
 from kestrel.serve_config import deployments_of, graph_of
@@ -32,6 +33,14 @@ def draining(config: dict[str, Any]) -> dict[str, Any]:
         if one["name"] == "Ingress":
             one["user_config"] = {**(one.get("user_config") or {}), "draining": True}
     return config
+
+
+def _said(error: urllib.error.HTTPError) -> bytes:
+    """The content of a refusal; nothing where it was cut."""
+    try:
+        return error.read()
+    except (OSError, HTTPException):
+        return b""
 
 
 class ServeApi:
@@ -65,7 +74,7 @@ class ServeApi:
                 return
             except urllib.error.HTTPError as error:
                 if error.code < 500 or time.monotonic() > deadline:
-                    reason = error.read().decode(errors="replace")
+                    reason = _said(error).decode(errors="replace")
                     raise LaunchError(f"Serve refused the config: {reason}") from error
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -95,7 +104,7 @@ class ServeApi:
             try:
                 self.call(f"{url}/healthz")
             except urllib.error.HTTPError as error:
-                if b", 0 requests left" in error.read():
+                if b", 0 requests left" in _said(error):
                     return True
             except OSError:
                 self._check()
@@ -122,8 +131,11 @@ class ServeApi:
                 request.add_header("Authorization", f"Bearer {secret}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
-        with _DIRECT.open(request, timeout=timeout_s) as response:
-            content: bytes = response.read()
+        try:
+            with _DIRECT.open(request, timeout=timeout_s) as response:
+                content: bytes = response.read()
+        except HTTPException as error:  # no HTTP, or cut: what answers is about to start or to end
+            raise ConnectionError(f"{url} answers {error!r}") from error
         return content
 
     def _put(self, url: str, body: bytes, timeout_s: float, stop: threading.Event | None) -> None:

@@ -7,10 +7,9 @@ import contextlib
 import gc
 import pickle
 import socket
-import socketserver
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from scripted import BOX, WELL, ScriptedBackend
-from serving import picture, served, until
+from serving import answering, picture, served, until
 
 from kestrel.api import (
     DeadlineExceeded,
@@ -191,38 +190,6 @@ def swallowing() -> Iterator[str]:
             waiting.setblocking(False)
             waiting.connect_ex(listening.getsockname())
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """As many clients as a test has may connect at once."""
-
-    request_queue_size = 256
-
-
-@contextlib.contextmanager
-def answering(answer: bytes | Callable[[], Iterable[bytes]]) -> Iterator[str]:
-    """The address of a server that gives each request these bytes, or these after each other until
-    its client leaves, and closes its connection."""
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            length = 0
-            while (line := self.rfile.readline()).strip():
-                name, _, value = line.partition(b":")
-                length = int(value) if name.lower() == b"content-length" else length
-            self.rfile.read(length)
-            with contextlib.suppress(ConnectionError):
-                for part in [answer] if isinstance(answer, bytes) else answer():
-                    self.wfile.write(part)
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 # Over HTTP

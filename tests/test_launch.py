@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import has_ipv6
+from serving import answering, has_ipv6
 
 from kestrel.serve_config import http_address
 from serve_graph import __main__, launch, serve_api
@@ -850,6 +850,30 @@ def test_a_dashboard_without_ray_is_asked_nothing(taken: int) -> None:
         cluster.status()
     with pytest.raises(LaunchError, match="Ray ended"):
         cluster.deploy({}, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\n\r\nhalf",
+    ],
+    ids=["no HTTP", "a cut answer", "a cut refusal"],
+)
+def test_an_answer_that_is_none_ends_the_wait_or_the_drain(
+    monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """Of a dashboard or door that is about to start or to end: Ray would be stopped for it, with
+    requests under way."""
+    with answering(said) as url:
+        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
+        monkeypatch.setattr(cluster, "check", lambda: None)
+        assert not cluster.api.serves(url) and not cluster.api.answers(url)
+        with pytest.raises(LaunchError):
+            cluster.deploy({"applications": [graph()]}, timeout_s=0.5)
+        monkeypatch.setattr(cluster.api, "deploy", lambda *_: None)
+        assert not cluster.drain({"applications": [graph()]}, url, 0.3)
 
 
 # Being told to stop
