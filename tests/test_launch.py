@@ -7,6 +7,7 @@ import contextlib
 import copy
 import datetime
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode, kill
+from serve_graph.placement import no_room
 from serve_graph.ports import INGRESS_BLOCK, free_port, require_free
 
 SECRET = "a-plain-key-of-a-client-0001"
@@ -555,6 +557,73 @@ def test_up_refuses_a_number_that_nothing_can_be_started_with(
     assert said.startswith(f"error: --{option} must be in") and said.endswith(f"not {value}")
 
 
+ONE_OF_EACH = {"ingress_pool": {"num_cpus": 0}}
+
+
+@pytest.mark.parametrize(
+    ("application", "lacking"),
+    [
+        ({"args": {"model_pool": {"num_cpus": 1.5}, **ONE_OF_EACH}}, "need 2.5 CPU .*--num-cpus"),
+        ({"args": {"model_pool": {"num_gpus": 0.5}, **ONE_OF_EACH}}, "need 0.5 GPU .*--num-gpus"),
+        (
+            {"args": {"refiner_pool": {"resources": {"cpu_node": 0.001}}, **ONE_OF_EACH}},
+            "need 0.001 cpu_node .*only nodes of a cluster have it",
+        ),
+        (
+            {
+                "args": {
+                    "model_pool": {
+                        "num_cpus": 0.1,
+                        "min_replicas": 2,
+                        "max_replicas": 2,
+                        "max_replicas_per_node": 1,
+                    }
+                }
+            },
+            "model_pool has 2 replicas, and max_replicas_per_node is 1",
+        ),
+        (
+            {
+                "args": ONE_OF_EACH,
+                "deployments": [{"name": "Refiner", "num_replicas": 4}],
+            },
+            "need 5 CPU",
+        ),
+        ({"args": {"refiner_pool": {"min_replicas": 0, "num_cpus": 3}}}, "need 4.5 CPU"),
+    ],
+    ids=["CPUs", "GPUs", "custom", "per node", "overridden", "a refiner that sleeps"],
+)
+def test_up_waits_for_room_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, application: dict[str, Any], lacking: str
+) -> None:
+    """For five minutes, and then says that the application did not start."""
+    path = written(tmp_path, {"applications": [graph(**application)]})
+    ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", f"--config={path}", *ports])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert re.match(
+        f"error: {path} would never run on this one node: .*{lacking}", str(ended.value.code)
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ONE_OF_EACH,
+        {"ingress_pool": {"num_cpus": 0.3}, "model_pool": {"num_cpus": 0.7}},
+        {"refiner_pool": {"max_replicas": 9}, **ONE_OF_EACH},
+        {
+            "model_pool": {"num_gpus": 0.5, "min_replicas": 2, "max_replicas": 4, "num_cpus": 0.5},
+            **ONE_OF_EACH,
+        },
+    ],
+)
+def test_what_has_room_on_one_node_is_refused(args: dict[str, Any]) -> None:
+    config = {"applications": [OTHER, graph(args=args)]}
+    assert no_room(config, {"CPU": 2, "GPU": 1}) is None
+
+
 @pytest.mark.parametrize("mine", [True, False])
 def test_the_demo_looks_at_its_folder_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mine: bool
@@ -1028,7 +1097,9 @@ def test_haproxy_cuts_requests_before_their_deadline_when_serve_reloads_it(
 
     monkeypatch.setattr(LocalCluster, "start", start)
     ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
-    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--haproxy", f"--config={path}", *ports])
+    monkeypatch.setattr(
+        "sys.argv", ["serve_graph", "up", "--haproxy", f"--config={path}", "--num-cpus=3", *ports]
+    )
     with pytest.raises(SystemExit, match="enough"):
         __main__.main()
     assert given[0][HARD_STOP] == str(seconds)
