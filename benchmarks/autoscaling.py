@@ -32,7 +32,8 @@ from starlette.requests import Request
 from serve_graph.__main__ import LOCAL, read_config, sample_request, service_url
 from serve_graph.args import LookAhead, Pool, RefinerPool
 from serve_graph.arrivals import Paced
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
+from serve_graph.ports import free_port
 from serve_graph.profile import Profile
 from serve_graph.simulation import PoolPlan, Scenario, Simulation
 

@@ -43,8 +43,9 @@ from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import haproxy_binary
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode, kill
+from serve_graph.ports import free_port
 
 CPU_NODE = {"cpu_node": 1.0}
 TIMES_WHOLE = 4

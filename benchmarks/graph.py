@@ -34,8 +34,9 @@ from kestrel import InferenceEngine, RuntimeConfig
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.environment import KEEP_MEMORY
 from serve_graph.errors import LaunchError
-from serve_graph.launch import REPOSITORY, LocalCluster, free_port
+from serve_graph.launch import REPOSITORY, LocalCluster
 from serve_graph.measure import SAMPLES
+from serve_graph.ports import free_port
 
 LOGS = Path(tempfile.gettempdir()) / "graph-benchmark"
 IN_PROCESS, FAST, DEFAULTS = "in process", "graph, fast mode", "graph, Serve's defaults"

@@ -40,8 +40,9 @@ from benchmarks.traffic import (
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import load_samples
 from serve_graph.haproxy import SUPPORTED
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode
+from serve_graph.ports import free_port
 
 AT_ONCE_S = 0.05
 SETTLE = 0.1

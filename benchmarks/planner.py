@@ -36,7 +36,7 @@ from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.arrivals import Arrivals, ClosedLoop, Poisson, Recorded
 from serve_graph.cpu_time import CpuTime
 from serve_graph.demo import load_samples
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.measure import (
     WARMUP,
     Level,
@@ -46,6 +46,7 @@ from serve_graph.measure import (
     measure,
     profile_in_cpu_time,
 )
+from serve_graph.ports import free_port
 from serve_graph.profile import Profile
 from serve_graph.simulated_pool import PoolPlan
 from serve_graph.simulation import Scenario, Simulation

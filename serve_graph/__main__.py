@@ -26,7 +26,9 @@ from serve_graph.args import longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
-from serve_graph.launch import LocalCluster, free_port, require_free
+from serve_graph.launch import LocalCluster
+from serve_graph.placement import no_room
+from serve_graph.ports import free_port, require_free
 from serve_graph.ray_token import MODE
 from serve_graph.refusals import refusal
 
@@ -121,6 +123,9 @@ def up(options: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: at_once.set() if stop.is_set() else stop.set())
     _at_hangup(lambda *_: stop.set())  # never at once: a terminal that closes sends several
     config = read_config(options.config, options.port)
+    lacking = no_room(config, {"CPU": options.num_cpus, "GPU": options.num_gpus})
+    if lacking is not None:
+        raise LaunchError(f"{options.config} would never run on this one node: {lacking}")
     url = service_url(config)
     # Serve would not say so, and whoever listens there may answer in its place.
     require_free(*http_address(config), "HTTP", "--port or http_options.port")

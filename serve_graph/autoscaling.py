@@ -22,6 +22,7 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 
 from serve_graph import metrics
 from serve_graph.args import LookAhead
+from serve_graph.errors import reason
 from serve_graph.lookahead import Decision, ModelLoad, RefinerLoad, Starting, decide
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Policy:
         self._busy_s: float | None = None
         self._starting = Starting()
         self._last: tuple[int, int, str] | None = None
+        self._complaint: str | None = None
 
     def __call__(
         self, contexts: dict[DeploymentID, AutoscalingContext]
@@ -67,7 +69,7 @@ class Policy:
 
     def _refiners(self, models: list[ModelLoad], context: AutoscalingContext) -> int:
         assert context.config is not None
-        options = LookAhead(**context.config.policy.policy_kwargs)
+        options = self._aims(context.config.policy.policy_kwargs)
         measured = latest(context, "busy_s").values()
         if measured:
             # Kept for when no refiner is left to ask.
@@ -83,6 +85,24 @@ class Policy:
         decision = decide(models, load, options)
         self._tell(decision)
         return decision.wanted
+
+    def _aims(self, given: dict[str, Any]) -> LookAhead:
+        """Those of ``refiner_pool.lookahead``; the defaults, and a line in the log, where the
+        ``deployments`` of a config have others that do not fit, or dropped them."""
+        complaint, aims = None, LookAhead()
+        try:
+            aims = LookAhead(**given)
+        except ValueError as error:
+            # Not raised: the controller would stop at it, and keep up no application any more.
+            complaint = f"policy_kwargs of the deployment Refiner are refused: {reason(error)}"
+        if not given:
+            complaint = "the deployment Refiner has an autoscaling_config without policy_kwargs"
+        if complaint is not None and complaint != self._complaint:
+            logger.error(
+                "%s; the look-ahead goes by the defaults of refiner_pool.lookahead", complaint
+            )
+        self._complaint = complaint
+        return aims
 
     def _tell(self, decision: Decision) -> None:
         """Log what is new; most of the decisions repeat the one before."""

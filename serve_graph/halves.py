@@ -31,6 +31,7 @@ from kestrel.deadlines import within
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from serve_graph import metrics
 from serve_graph.hedge import Hedge
+from serve_graph.left import Left
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,6 +94,12 @@ class Deadline:
             raise DeadlineExceeded()
         return left
 
+    def travelling(self) -> Left:
+        """``left``, for a replica: it is told what is left when it gets the request, which waits
+        here for as long as all replicas are full. DeadlineExceeded as there."""
+        self.left()
+        return Left(self.at)
+
 
 async def _finish(response: Any, deadline: Deadline) -> Any:
     """The result of a handle call; on every other way out the call is cancelled."""
@@ -135,7 +142,7 @@ class ModelHalf:
         """The finished path; RequestError when it is refused, late or lost."""
         lost = 0
         while True:
-            response = self._complete.remote(request, request_id, deadline.left())
+            response = self._complete.remote(request, request_id, deadline.travelling())
             try:
                 return await _finish(response, deadline)
             except Exception as error:
@@ -157,7 +164,7 @@ class ModelHalf:
         lost = 0
         while True:
             replay = iter(list(sent))
-            response: Any = self._generate.remote(request, request_id, deadline.left())
+            response: Any = self._generate.remote(request, request_id, deadline.travelling())
             finished = False
             try:
                 while True:

@@ -16,6 +16,7 @@ from kestrel.api import DeadlineExceeded, Overloaded, RequestError, ServiceFault
 from kestrel.deadlines import within
 from serve_graph import ray_connection
 from serve_graph.environment import LOOPBACK
+from serve_graph.left import Left
 from serve_graph.patience import Patience
 from serve_graph.ray_address import check_address
 from serve_graph.ray_token import MODE, use_token
@@ -61,17 +62,6 @@ async def in_threads(
             await loop.run_in_executor(thread, items.close)
         finally:
             thread.shutdown(wait=False)
-
-
-class Left:
-    """What is left until ``deadline`` (by ``time.monotonic()``), seconds: the service gets it as
-    the number that it is when the call is sent, which is after a replica was found for it."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-    def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        return float, (max(0.001, self.deadline - time.monotonic()),)
 
 
 def timing(deadline: float) -> dict[str, Any]:

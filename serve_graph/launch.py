@@ -7,28 +7,19 @@ This module does not import Ray: it drives ``ray start`` and the Serve REST API 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
-import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kestrel.ports import is_taken, written
-from kestrel.serve_config import deployments_of, graph_of
 from serve_graph.environment import (
     AFTER_DEADLINE_S,
     BEFORE_RAY,
@@ -40,92 +31,11 @@ from serve_graph.environment import (
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
 from serve_graph.node import RayNode
-from serve_graph.ray_token import token, token_variables
+from serve_graph.ports import INGRESS_BLOCK, free_port, ingress_block, page_ports, require_free
+from serve_graph.ray_token import token_variables
+from serve_graph.serve_api import ServeApi
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-PORTS = range(20_000, 30_000)
-"""Below those that systems lend to outgoing connections, which could take a port before it is used,
-and below those that Serve gives to ingress replicas behind HAProxy."""
-INGRESS_PORTS = range(30_000, 32_600)
-INGRESS_BLOCK = 100
-"""Ports of one cluster for its ingress replicas behind HAProxy. Serve takes them as they come and
-listens as one of several on each, so that clusters of one machine that have the same ones get each
-other's requests."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks this machine itself: a proxy of the environment would hear the token and ask another."""
-_given: deque[int] = deque(maxlen=len(PORTS) // 2)
-_given_blocks: deque[int] = deque(maxlen=len(INGRESS_PORTS) // INGRESS_BLOCK // 2)
-
-
-def _page_ports() -> dict[str, str]:
-    """Ports of HAProxy's own pages, which nodes of one machine cannot share."""
-    pages = ("METRICS", "STATS")
-    return {f"RAY_SERVE_HAPROXY_{page}_PORT": str(free_port()) for page in pages}
-
-
-def _ingress_block() -> int:
-    """The first of ``INGRESS_BLOCK`` ports on which nothing listens, and that this process has not
-    given before, as far as it remembers."""
-    blocks = INGRESS_PORTS[::INGRESS_BLOCK]
-    for first in random.sample(blocks, len(blocks)):
-        ports = range(first, first + INGRESS_BLOCK)
-        if first not in _given_blocks and all(map(_is_free, ports)):
-            _given_blocks.append(first)
-            return first
-    raise LaunchError(f"no {INGRESS_BLOCK} TCP ports in a row are free in {_named(INGRESS_PORTS)}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _named(ports: range) -> str:
-    return f"{ports.start} to {ports.stop}"
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on at this moment, and that this process has not been given
-    before, as far as it remembers: what it was for may be about to listen."""
-    for port in random.sample(PORTS, len(PORTS)):
-        if port not in _given and _is_free(port):
-            _given.append(port)
-            return port
-    raise LaunchError(f"no TCP port from {_named(PORTS)} is free")
-
-
-def require_free(host: str, port: int, what: str, option: str) -> None:
-    """LaunchError where somebody listens on ``port``, 1 to 65535, of an address of this machine.
-
-    ``what`` is to listen there; ``option``: where another port is given.
-    """
-    if port not in range(1, 65536):
-        raise LaunchError(f"{option} must be a port from 1 to 65535, not {port!r}")
-    if is_taken(host, port):
-        raise LaunchError(
-            f"{written(host, port)}, for {what}, is taken (by a service that already runs?): stop "
-            f"what listens there, or give another port with {option}"
-        )
-
-
-def draining(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the graph's ingress told to refuse new requests; other applications stay as
-    they are. ValueError: see ``graph_of`` and ``deployments_of``."""
-    config = copy.deepcopy(config)
-    application = graph_of(config)
-    deployments = application["deployments"] = deployments_of(application)
-    if not any(one["name"] == "Ingress" for one in deployments):
-        deployments.append({"name": "Ingress"})
-    for one in deployments:
-        if one["name"] == "Ingress":
-            one["user_config"] = {**(one.get("user_config") or {}), "draining": True}
-    return config
 
 
 @contextlib.contextmanager
@@ -195,6 +105,7 @@ class LocalCluster:
             raise
         self._num_cpus, self._num_gpus = num_cpus, num_gpus
         self._object_store_bytes = object_store_bytes
+        self.api = ServeApi(self.dashboard, self.variables, lambda: self.check())
         self.head: RayNode | None = None
         self.nodes: list[RayNode] = []
         """Those that joined the head, dead ones too."""
@@ -260,14 +171,14 @@ class LocalCluster:
         try:
             with _signals_later():
                 self.head = RayNode(command, self._environment(), self.log)
-            self._wait(lambda: up.exists() and self._answers(version), timeout_s, "Ray", stop)
+            self._wait(lambda: up.exists() and self.api.answers(version), timeout_s, "Ray", stop)
         except BaseException:
             self.stop(keep_logs=True)
             raise
 
     def _haproxy_variables(self) -> dict[str, str]:
         """``haproxy_variables``, with files and ports that no other cluster of this machine has."""
-        prefix, first = "RAY_SERVE_HAPROXY_", _ingress_block()
+        prefix, first = "RAY_SERVE_HAPROXY_", ingress_block()
         variables = haproxy_variables()
         longest = math.ceil(self._longest_request_s) + AFTER_DEADLINE_S
         return {
@@ -283,7 +194,7 @@ class LocalCluster:
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + INGRESS_BLOCK),
-            **_page_ports(),
+            **page_ports(),
         }
 
     def add_node(
@@ -314,7 +225,7 @@ class LocalCluster:
         }
         variables = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port or free_port())}
         if self._haproxy:
-            variables |= _page_ports()
+            variables |= page_ports()
         joined = self.dir / f"joined-{len(self.nodes)}"
         command = ["-m", "serve_graph.join", json.dumps(options), str(joined)]
         node = RayNode(command, {**self._environment(), **variables}, self.log)
@@ -341,27 +252,8 @@ class LocalCluster:
         timeout_s: float = 180.0,
         stop: threading.Event | None = None,
     ) -> None:
-        """Hand a Serve config to the cluster, like ``serve deploy``; it becomes ready later.
-
-        Tried again while Serve itself is still starting, up to ``timeout_s`` seconds. LaunchError
-        when it refuses the config. Returns early when ``stop`` is set.
-        """
-        url = f"{self.dashboard}/api/serve/applications/"
-        body = json.dumps(config).encode()
-        deadline = time.monotonic() + timeout_s
-        while not (stop and stop.is_set()):
-            try:
-                self._put(url, body, timeout_s, stop)
-                return
-            except urllib.error.HTTPError as error:
-                if error.code < 500 or time.monotonic() > deadline:
-                    reason = error.read().decode(errors="replace")
-                    raise LaunchError(f"Serve refused the config: {reason}") from error
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise LaunchError(f"Serve does not take the config: {error}") from error
-            self.check()
-            time.sleep(1.0)
+        """See ``ServeApi.deploy``."""
+        self.api.deploy(config, timeout_s, stop)
 
     def wait_ready(
         self, url: str, timeout_s: float = 300.0, stop: threading.Event | None = None
@@ -371,7 +263,9 @@ class LocalCluster:
 
         Returns early when ``stop`` is set.
         """
-        self._wait(lambda: self._serves(url), timeout_s, "the application", stop, self._not_running)
+        self._wait(
+            lambda: self.api.serves(url), timeout_s, "the application", stop, self.api.not_running
+        )
 
     def drain(
         self,
@@ -380,27 +274,8 @@ class LocalCluster:
         timeout_s: float = 60.0,
         stop: threading.Event | None = None,
     ) -> bool:
-        """Have the graph of ``config`` at ``url`` refuse new requests and finish the others.
-
-        Whether none is left; after ``timeout_s`` seconds, or when ``stop`` is set, some may be; at
-        0 the graph is not even told. With several ingress replicas, those that ``url`` does not
-        lead to are not asked.
-        """
-        if timeout_s <= 0:
-            return False
-        deadline = time.monotonic() + timeout_s
-        # However short the wait for requests is: Serve may take its time to be told.
-        self.deploy(draining(config), max(timeout_s, 10.0), stop)
-        while time.monotonic() < deadline and not (stop and stop.is_set()):
-            try:
-                self._call(f"{url}/healthz")
-            except urllib.error.HTTPError as error:
-                if b", 0 requests left" in error.read():
-                    return True
-            except OSError:
-                self.check()
-            time.sleep(0.1)
-        return False
+        """See ``ServeApi.drain``."""
+        return self.api.drain(config, url, timeout_s, stop)
 
     def check(self) -> None:
         """LaunchError when Ray is no longer there."""
@@ -408,10 +283,8 @@ class LocalCluster:
             raise LaunchError(f"Ray ended\n{self._last_words()}")
 
     def status(self) -> dict[str, Any]:
-        """The Serve REST API's view of the applications."""
-        found = json.loads(self._call(f"{self.dashboard}/api/serve/applications/"))
-        assert isinstance(found, dict)
-        return found
+        """See ``ServeApi.status``."""
+        return self.api.status()
 
     def stop(self, timeout_s: float = 20.0, *, keep_logs: bool = False) -> None:
         """Stop Ray and every process that it started; its directory goes too, or its logs stay."""
@@ -422,53 +295,6 @@ class LocalCluster:
             head.stop(timeout_s)
         if not keep_logs:
             shutil.rmtree(self.dir, ignore_errors=True)
-
-    def _call(
-        self, url: str, *, method: str = "GET", body: bytes | None = None, timeout_s: float = 5.0
-    ) -> bytes:
-        request = urllib.request.Request(url, data=body, method=method)
-        if url.startswith(f"{self.dashboard}/"):
-            # When Ray is gone, somebody else may have its port.
-            self.check()
-            secret = token(self.variables)
-            if secret:
-                request.add_header("Authorization", f"Bearer {secret}")
-        if body is not None:
-            request.add_header("Content-Type", "application/json")
-        with _DIRECT.open(request, timeout=timeout_s) as response:
-            content: bytes = response.read()
-        return content
-
-    def _put(self, url: str, body: bytes, timeout_s: float, stop: threading.Event | None) -> None:
-        """Returns early when ``stop`` is set; the request is then left to end with Ray."""
-        pool = futures.ThreadPoolExecutor(1)
-        put = pool.submit(self._call, url, method="PUT", body=body, timeout_s=timeout_s)
-        pool.shutdown(wait=False)
-        while not put.done():
-            if stop and stop.is_set():
-                return
-            futures.wait([put], 0.2)
-        put.result()
-
-    def _answers(self, url: str) -> bool:
-        try:
-            self._call(url)
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def _serves(self, url: str) -> bool:
-        """LaunchError where an application cannot be deployed."""
-        try:
-            applications = self.status()["applications"].values()
-        except (OSError, ValueError, KeyError):
-            return False
-        failed = [app["message"] for app in applications if app["status"] == "DEPLOY_FAILED"]
-        if failed:
-            raise LaunchError(f"the application failed to start: {'; '.join(failed)}")
-        # Asked too, as somebody else's service may answer at ``url``.
-        running = [app["status"] == "RUNNING" for app in applications]
-        return bool(running) and all(running) and self._answers(url)
 
     def _wait(
         self,
@@ -488,18 +314,6 @@ class LocalCluster:
                     f"{what} did not start in {timeout_s:g} s{state()}\n{self._last_words()}"
                 )
             time.sleep(0.2)
-
-    def _not_running(self) -> str:
-        """What Serve says of the applications that do not run; empty where all do."""
-        try:
-            applications = self.status()["applications"].items()
-        except (OSError, ValueError, KeyError):
-            return "; Serve does not answer"
-        return "".join(
-            f"\n{name} is {app['status']}: {app['message'] or 'no reason given'}"
-            for name, app in applications
-            if app["status"] != "RUNNING"
-        )
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

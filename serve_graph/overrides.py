@@ -9,7 +9,7 @@ from typing import Any
 
 from kestrel.config import ConfigError
 from kestrel.serve_config import mapping_of
-from serve_graph.args import POOLS, GraphArgs, Pool
+from serve_graph.args import POOLS, GraphArgs, LookAhead, Pool
 from serve_graph.errors import reason
 
 SAME = (
@@ -37,6 +37,8 @@ AUTO = {**SERVE_SCALES, "max_replicas": 100}
 """Serve's own for ``num_replicas: auto``, of a pool that does not scale."""
 SERVE_RESERVES = {"num_cpus": 1, "num_gpus": 0, "resources": {}}
 """Serve's own, where ``ray_actor_options`` do not say; no key of the graph's stays."""
+LOOKAHEAD_PATHS = ("serve_graph.autoscaling:Policy", "serve_graph.autoscaling.Policy")
+"""How an application names the look-ahead policy."""
 OPTIONS = (*SAME, "num_replicas", "autoscaling_config", "ray_actor_options")
 
 
@@ -106,3 +108,46 @@ def _replicas(pool: Pool, given: dict[str, Any], scaled: bool) -> dict[str, Any]
     if count is None:
         count = 1 if scaled or "num_replicas" in given else pool.min_replicas
     return {"min_replicas": count, "max_replicas": count}
+
+
+def check_lookahead(
+    args: GraphArgs, application: dict[str, Any], deployments: dict[str, tuple[str, dict[str, Any]]]
+) -> None:
+    """ConfigError where an application names the look-ahead policy and its ``deployments``, by name
+    with their places, would take from it what ``args`` give it, without a word."""
+    policy = mapping_of(application, "autoscaling_policy").get("policy_function")
+    refiner, model = (deployments.get(name, ("", {})) for name in ("Refiner", "Model"))
+    watched = args.refiner_pool.scales
+    if policy not in LOOKAHEAD_PATHS or not _scaled(watched, refiner[1]):
+        return
+    if not _scaled(watched or args.model_pool.scales, model[1]):
+        place = f"{(model if watched else refiner)[0]}.autoscaling_config"
+        raise ConfigError(
+            f"{place}: the look-ahead policy would not see the model pool, which reports its load "
+            "where it has an autoscaling_config; the graph gives it one where args.refiner_pool "
+            "scales (max_replicas over min_replicas)"
+        )
+    place, scaling = refiner[0], mapping_of(refiner[1], "autoscaling_config")
+    auto = refiner[1].get("num_replicas") == "auto"
+    if watched and not scaling and (auto or "autoscaling_config" not in refiner[1]):
+        return  # the graph's stays
+    aims = mapping_of(scaling, "policy").get("policy_kwargs")
+    if aims is not None:
+        try:
+            LookAhead.model_validate(aims)
+        except ValueError as error:
+            place = f"{place}.autoscaling_config.policy.policy_kwargs"
+            raise ConfigError(f"{place}: {reason(error)}") from None
+    elif args.refiner_pool.lookahead != LookAhead():
+        raise ConfigError(
+            f"{place}.autoscaling_config takes the place of the graph's, and drops "
+            "refiner_pool.lookahead with it: give its keys as "
+            "autoscaling_config.policy.policy_kwargs too, or give all of it as args.refiner_pool"
+        )
+
+
+def _scaled(by_args: bool, deployment: dict[str, Any]) -> bool:
+    """Whether a pool has an ``autoscaling_config`` in the end."""
+    if deployment.get("num_replicas") == "auto":
+        return True
+    return deployment.get("autoscaling_config", {} if by_args else None) is not None

@@ -22,9 +22,10 @@ def check_address(address: str | None) -> None:
 
     ``address`` as ``ray.init`` takes it. What names no host and port is left to Ray.
     """
-    if address in (None, "", "auto"):
-        address = os.environ.get("RAY_ADDRESS", "")
-    assert address is not None
+    if address is None or address in ("", "auto"):
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        address = _found_by_ray()
     try:
         place = urlsplit(address if "://" in address else f"//{address}")
         host, port = place.hostname, place.port
@@ -37,6 +38,17 @@ def check_address(address: str | None) -> None:
         raise ConnectionError(
             f"no Ray cluster at {address}: {wrong}; for HTTP write http://{written(host, port)}"
         )
+
+
+def _found_by_ray() -> str:
+    """The address that Ray takes for "auto": that of a cluster on this machine, or of the last one
+    that was started here, dead or not. Empty where it finds none, which it then says itself."""
+    try:
+        from ray._private.services import get_ray_address_from_environment
+
+        return get_ray_address_from_environment("auto", None) or ""
+    except (ImportError, OSError):  # another release of Ray; ConnectionError
+        return ""
 
 
 def _wrong(host: str, port: int) -> str | None:

@@ -24,8 +24,8 @@ from serve_graph.args import (
     refiner_settings,
 )
 from serve_graph.errors import reason
-from serve_graph.overrides import overridden
-from serve_graph.serve_keys import check_keys
+from serve_graph.overrides import check_lookahead, overridden
+from serve_graph.serve_keys import check_keys, check_values
 
 
 def refusal(config: dict[str, Any]) -> str | None:
@@ -36,11 +36,28 @@ def refusal(config: dict[str, Any]) -> str | None:
         check(config)
         http_address(config)
         prefix = graph_of(config).get("route_prefix", "/")
+        _check_prefixes(config)
+        # Last, as it knows less of what is meant than the graph.
+        check_values(config)
     except ValueError as error:
         return reason(error)
     if not isinstance(prefix, str):
         return f"route_prefix must be a path, as / or /seg, not {prefix}"
     return None
+
+
+def _check_prefixes(config: dict[str, Any]) -> None:
+    """ConfigError for a prefix that Serve refuses as it deploys, or takes and then cannot say what
+    runs any more."""
+    for i, application in enumerate(applications_of(config)):
+        prefix = application.get("route_prefix")
+        if not isinstance(prefix, str) or prefix == "/":
+            continue
+        if not prefix.startswith("/") or prefix.endswith("/") or set(prefix) & set("{}"):
+            raise ConfigError(
+                f"applications[{i}].route_prefix must begin with / and not end with it, and have "
+                f"no braces, as / or /seg, not {prefix!r}"
+            )
 
 
 def check(config: dict[str, Any]) -> None:
@@ -50,7 +67,7 @@ def check(config: dict[str, Any]) -> None:
         if not is_graph(application):
             continue
         args = GraphArgs.model_validate(mapping_of(application, "args"))
-        named: set[str] = set()
+        named: dict[str, tuple[str, dict[str, Any]]] = {}
         for j, deployment in enumerate(deployments_of(application)):
             name, place = deployment["name"], f"applications[{i}].deployments[{j}]"
             if name not in POOLS:
@@ -60,8 +77,9 @@ def check(config: dict[str, Any]) -> None:
                 )
             if name in named:
                 raise ConfigError(f"{place}.name: {name!r} is there twice")
-            named.add(name)
+            named[name] = (place, deployment)
             _check_settings(overridden(args, deployment, place), deployment)
+        check_lookahead(args, application, named)
 
 
 def _check_settings(args: GraphArgs, deployment: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
 """What Ray Serve would take in its config without a word: keys that it does not know, and scaling
-policies with which an application never runs."""
+policies with which an application never runs. And what it would refuse, once it is there."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any, get_args
 
 from kestrel.config import ConfigError
 from kestrel.serve_config import applications_of, deployments_of
+from serve_graph.errors import reason
 
 
 def check_keys(config: dict[str, Any]) -> None:
@@ -35,6 +37,35 @@ def check_keys(config: dict[str, Any]) -> None:
                 # Without a function it is Serve's default, which an application's cannot be.
                 default = AutoscalingPolicy.model_fields["policy_function"].default
                 _check_policy(place, scaling["policy"], here, default)
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """ValueError for what Serve itself would refuse, in a config that ``check_keys`` has taken. By
+    Serve's own schema, and as Serve is told it: in JSON."""
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        told = json.dumps(config)
+    except (TypeError, ValueError) as error:
+        # As a date is, which YAML has: 2026-11-30.
+        raise ConfigError(f"a value or key is none of JSON, write it as text: {error}") from None
+    config = json.loads(told)
+    ServeDeploySchema.model_validate(config)
+    # A plain dict in that schema, which Serve reads as it deploys.
+    for i, application in enumerate(applications_of(config)):
+        for j, deployment in enumerate(deployments_of(application)):
+            scaling = deployment.get("autoscaling_config")
+            if not isinstance(scaling, dict):
+                continue
+            if deployment.get("num_replicas") == "auto":
+                scaling = {**AutoscalingConfig.default().model_dump(), **scaling}
+            try:
+                # Its policy is looked at by ``check_keys``.
+                AutoscalingConfig(**{k: v for k, v in scaling.items() if k != "policy"})
+            except ValueError as error:
+                place = f"applications[{i}].deployments[{j}].autoscaling_config"
+                raise ConfigError(f"{place}: {reason(error)}") from None
 
 
 def _known(place: str, given: Any, schema: Any) -> None:

@@ -7,9 +7,10 @@ import contextlib
 import io
 import json
 import socket
+import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -117,3 +118,35 @@ def post_head(url: str, headers: dict[str, str]) -> bytes:
 def post_bytes(url: str, body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     return post_head(url, {"Content-Length": str(len(content))}) + content
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """As many clients as a test has may connect at once."""
+
+    request_queue_size = 256
+
+
+@contextlib.contextmanager
+def answering(answer: bytes | Callable[[], Iterable[bytes]]) -> Iterator[str]:
+    """The address of a server that gives each request these bytes, or these after each other until
+    its client leaves, and closes its connection."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline()).strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            self.rfile.read(length)
+            with contextlib.suppress(ConnectionError):
+                for part in [answer] if isinstance(answer, bytes) else answer():
+                    self.wfile.write(part)
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()

@@ -188,3 +188,26 @@ def test_a_report_is_the_mean_of_the_last_three() -> None:
     points.extend(TimeStampedValue(float(n), float(n)) for n in range(10))
     assert list(latest(seen, "running").values()) == [8.0]
     assert latest(seen, "nothing") == {}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"stat_s": 3}, {"drain_s": 0}], ids=str)
+def test_aims_that_do_not_fit_stop_the_controller(
+    policy: Any, caplog: pytest.LogCaptureFixture, kwargs: dict[str, Any]
+) -> None:
+    """It keeps up no application while a policy raises. ``serve deploy`` does not look at them."""
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)
+    contexts = {
+        MODEL: context(MODEL, Pool(), reports=BUSY, requests=28),
+        REFINER: context(REFINER, ONE_TO_MANY),
+    }
+    by_default, _ = policy(contexts)
+    contexts[REFINER].config.policy.policy_kwargs = kwargs
+    try:
+        for _ in range(3):
+            decisions, _ = policy(contexts)
+            assert decisions[REFINER] == by_default[REFINER]
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(told) == 1 and "Refiner" in told[0]

@@ -7,10 +7,9 @@ import contextlib
 import gc
 import pickle
 import socket
-import socketserver
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from scripted import BOX, WELL, ScriptedBackend
-from serving import picture, served, until
+from serving import answering, picture, served, until
 
 from kestrel.api import (
     DeadlineExceeded,
@@ -101,6 +100,21 @@ def test_ray_does_not_wait_for_minutes_for_a_server_that_is_silent(monkeypatch):
         assert "says nothing" in not_ray(monkeypatch, f"127.0.0.1:{silent.getsockname()[1]}")
 
 
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_ray_does_not_try_for_minutes_a_cluster_that_was_here(monkeypatch, tmp_path, address):
+    """Ray notes the last cluster of this machine, and nobody strikes it out when it dies."""
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(place)
+    said = not_ray(monkeypatch, address)
+    assert f"no Ray cluster at {place}: " in said and "refused" in said
+
+
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The address that this process is connected to, by Ray."""
@@ -176,38 +190,6 @@ def swallowing() -> Iterator[str]:
             waiting.setblocking(False)
             waiting.connect_ex(listening.getsockname())
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """As many clients as a test has may connect at once."""
-
-    request_queue_size = 256
-
-
-@contextlib.contextmanager
-def answering(answer: bytes | Callable[[], Iterable[bytes]]) -> Iterator[str]:
-    """The address of a server that gives each request these bytes, or these after each other until
-    its client leaves, and closes its connection."""
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            length = 0
-            while (line := self.rfile.readline()).strip():
-                name, _, value = line.partition(b":")
-                length = int(value) if name.lower() == b"content-length" else length
-            self.rfile.read(length)
-            with contextlib.suppress(ConnectionError):
-                for part in [answer] if isinstance(answer, bytes) else answer():
-                    self.wfile.write(part)
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 # Over HTTP

@@ -517,6 +517,7 @@ def config_file(folder: Path, application: dict[str, Any], **keys: Any) -> Path:
         ({"route_prefx": "/seg"}, {}, "unknown key applications[0].route_prefx"),
         ({}, {"http_option": {}}, "unknown key http_option"),
         ({"route_prefix": None}, {}, "route_prefix must be a path"),
+        ({"args": None}, {}, "applications.0.args: Input should be a valid dictionary"),  # Serve's
         (
             {"deployments": [{"name": "Ingress", "max_ongoing_requests": 2}]},
             {},
@@ -533,7 +534,7 @@ def test_a_config_that_up_refuses_is_called_sound(application, keys, named, tmp_
     assert named in failures[0].text and failures[0].remedy and "\n" not in str(failures[0])
 
 
-@pytest.mark.parametrize("args", [{}, {"args": None}, {"args": {"model_pool": {"num_gpus": 0.5}}}])
+@pytest.mark.parametrize("args", [{}, {"args": {}}, {"args": {"model_pool": {"num_gpus": 0.5}}}])
 def test_a_config_that_up_takes_is_refused(args, tmp_path):
     pytest.importorskip("ray.serve")
     asked = read_config(config_file(tmp_path, args))

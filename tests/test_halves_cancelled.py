@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Generator
 from typing import Any
 
@@ -53,6 +54,52 @@ async def test_a_call_that_nobody_answers_is_late_and_cancelled() -> None:
         assert response.cancelled
 
 
+def sent(value: Any) -> Any:
+    """What a replica gets of what its handle was called with, when it is sent to it now."""
+    return pickle.loads(pickle.dumps(value))
+
+
+class FullPool:
+    """A half that takes a request after 0.3 s, in which its replicas are full, and refuses it."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def options(self, **_: Any) -> FullPool:
+        return self
+
+    def remote(self, request: Any, request_id: str, seconds: Any) -> Any:
+        async def taken() -> Any:
+            await asyncio.sleep(0.3)
+            self.told.append(sent(seconds))
+            raise Overloaded("the queue is longer than the request's deadline")
+
+        class Taken(Response):
+            def __await__(self) -> Generator[Any, None, Any]:
+                return taken().__await__()
+
+            def __anext__(self) -> Any:
+                return taken()
+
+        return Taken()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_request_that_waited_for_a_replica_gets_that_time_again(streamed: bool) -> None:
+    """The replica would take what cannot be done in time, and keep a slot busy with it."""
+    pool: Any = FullPool()
+    half = halves.ModelHalf(pool)
+    request: Any = None
+    with pytest.raises(Overloaded):
+        if streamed:
+            async for _ in half.events(request, "id", Deadline(2.0)):
+                pass
+        else:
+            await half.complete(request, "id", Deadline(2.0))
+    (seconds,) = pool.told
+    assert 0 < seconds < 1.75
+
+
 class Handle:
     """A half that refuses all, and keeps how many seconds it was given for each."""
 
@@ -63,7 +110,7 @@ class Handle:
         return self
 
     def remote(self, request: Any, request_id: str, seconds: float) -> Any:
-        self.given.append(seconds)
+        self.given.append(sent(seconds))
         raise Overloaded("busy")
 
 

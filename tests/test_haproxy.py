@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kestrel.server.routes import build_app
 from serve_graph import haproxy
 from serve_graph.errors import LaunchError
-from serve_graph.launch import free_port
+from serve_graph.ports import free_port
 
 WRITTEN = """\
 frontend prometheus

@@ -7,15 +7,19 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
+from http.client import HTTPConnection
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from scripted import ASK, BOX, LIMITS, WELL, ScriptedBackend, refused
 from serving import base64_text, connected, picture, post_bytes, post_head, served, until
 
+from kestrel.config import Limits
 from kestrel.deadlines import within
-from kestrel.server import routes
+from kestrel.server import envelope
+from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 
 pytest_plugins = ["scripted"]
@@ -166,7 +170,7 @@ def test_a_sender_of_a_body_over_the_limit_gets_the_answer_not_a_reset(address, 
 async def test_a_body_refused_for_its_size_is_answered_first_and_read_on_then(
     backend, monkeypatch, size, status, declared
 ):
-    monkeypatch.setattr(routes, "DRAIN_S", 60.0)
+    monkeypatch.setattr(envelope, "DRAIN_S", 60.0)
     object.__setattr__(backend.config, "max_held_bytes", 100 if status == 503 else 10**9)
     order: list[Any] = []
     answered = asyncio.Event()
@@ -207,7 +211,47 @@ def test_a_connection_whose_body_was_refused_and_read_takes_the_next_request(add
             began = time.monotonic()
             refused(client.post("/v1/segment", content=content), 413)
             assert client.get("/healthz").status_code == 200
-            assert time.monotonic() - began < routes.DRAIN_S
+            assert time.monotonic() - began < envelope.DRAIN_S
+
+
+REFUSED = {
+    401: {"path": "/v1/segment"},
+    429: {"path": "/v1/segment", "X-Moondream-Auth": "first-key"},
+    503: {"path": "/v1/segment", "X-Moondream-Auth": "second-key"},
+    400: {"path": "/v1/segment", "X-Request-Id": "a b"},
+    404: {"path": "/v1/segmnet"},
+    405: {"path": "/v1/models"},
+}
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("status", REFUSED)
+def test_who_sends_a_picture_and_wants_no_further_answer_gets_a_reset(
+    status: int, http: str
+) -> None:
+    """Python's urllib and load balancers ask with ``Connection: close``, and send all of a body
+    before they look for the answer: a reset then says nothing of a key, or of when to come back."""
+    pytest.importorskip(http)
+    backend = ScriptedBackend(
+        api_keys=({"key": "first-key", "rate_per_s": 0.001}, "second-key"), max_held_requests=1
+    )
+    object.__setattr__(backend.config, "limits", Limits())
+    room = Room(backend.config)
+    app = build_app(backend, room=room)
+    headers = {"Connection": "close", **REFUSED[status]}
+    path = headers.pop("path")
+    body = b" " * 12_000_000
+    with served(app, http=http) as url, room.enter():
+        if status == 429:  # the one request of its rate; there is no room for it
+            refused(httpx.post(f"{url}{path}", headers=headers), 503)
+        place = urlsplit(url)
+        connection = HTTPConnection(place.hostname or "", place.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body, headers)
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+    assert (answer.status, set(told) >= {"error"}) == (status, True)
+    assert bool(answer.headers["Retry-After"]) == (status in (429, 503))
 
 
 @pytest.mark.parametrize("refused_first", [False, True])

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,16 +21,18 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import has_ipv6
+from serving import answering, has_ipv6
 
 from kestrel.serve_config import http_address
-from serve_graph import __main__, launch
+from serve_graph import __main__, launch, serve_api
 from serve_graph.args import longest_request_s
 from serve_graph.environment import HARD_STOP
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode, kill
+from serve_graph.placement import no_room
+from serve_graph.ports import INGRESS_BLOCK, free_port, require_free
 
 SECRET = "a-plain-key-of-a-client-0001"
 
@@ -173,7 +177,7 @@ def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) 
     applications = [graph(import_path=path, route_prefix="/seg")]
     config = __main__.read_config(written(tmp_path, {"applications": applications}), 8080)
     assert __main__.service_url(config) == "http://127.0.0.1:8080/seg"
-    (drained,) = launch.draining(config)["applications"]
+    (drained,) = serve_api.draining(config)["applications"]
     assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
 
 
@@ -200,7 +204,16 @@ OF_POLICY = r"applications\[0\]\.autoscaling_policy"
 OF_REFINER = r"applications\[0\]\.deployments\[0\]"
 OVERRIDE = r"applications\[0\]\.deployments\[1\]"
 SCALES = {"model_pool": {"max_replicas": 3}}
+GROWS = {"refiner_pool": {"max_replicas": 4}}
+AIMED = {"refiner_pool": {"max_replicas": 4, "lookahead": {"start_s": 7}}}
 ON_GPU = {"runtime": {"device": "cuda"}, "model_pool": {"num_gpus": 1}}
+
+
+def ahead(args: dict[str, Any], **options: dict[str, Any]) -> dict[str, Any]:
+    """A Serve config of the graph that looks ahead, with Serve's own options of deployments."""
+    deployments = [{"name": name, **given} for name, given in options.items()]
+    return scaled({"policy_function": POLICY}, args=args, deployments=deployments)
+
 
 UNSERVABLE = {
     "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
@@ -355,9 +368,79 @@ UNSERVABLE = {
             ),
         )
     },
+    **{
+        f"look-ahead {what}": (config, rf"{OF_REFINER}\.{rule}")
+        for what, config, rule in (
+            (
+                "dropped",
+                ahead(AIMED, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+                r"autoscaling_config .* drops refiner_pool\.lookahead",
+            ),
+            (
+                "dropped by nothing",
+                ahead(AIMED, Refiner={"autoscaling_config": {}}),
+                r"autoscaling_config .* drops refiner_pool\.lookahead",
+            ),
+            (
+                "misspelt",
+                ahead(
+                    GROWS,
+                    Refiner={
+                        "autoscaling_config": {
+                            "max_replicas": 9,
+                            "policy": {"policy_kwargs": {"stat_s": 7, "drain_s": 0}},
+                        }
+                    },
+                ),
+                r"autoscaling_config\.policy\.policy_kwargs: .*stat_s: unknown key",
+            ),
+            (
+                "of what does not scale by args",
+                ahead({}, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+                r"autoscaling_config: the look-ahead policy would not see the model pool",
+            ),
+            (
+                "at a model that does not report",
+                ahead(GROWS, Model={"autoscaling_config": None}),
+                r"autoscaling_config: the look-ahead policy would not see the model pool",
+            ),
+        )
+    },
     "threads without work": (
         deployed(max_ongoing_requests=1),
         rf"{OF_REFINER}\.max_ongoing_requests: .*threads \(2\) must not exceed max_ongoing",
+    ),
+    "proxies": (
+        {"proxy_location": "Everywhere", "applications": [graph()]},
+        r"proxy_location: Input should be 'Disabled', 'HeadOnly' or 'EveryNode'",
+    ),
+    "prefix of two": (
+        {"applications": [graph(), {**OTHER, "route_prefix": "/"}]},
+        "route_prefix",
+    ),
+    "name of two": ({"applications": [graph(), {**OTHER, "name": "segment"}]}, "duplicates"),
+    **{
+        f"prefix {prefix!r}": (
+            {"applications": [{**OTHER, "route_prefix": "/mine"}, graph(route_prefix=prefix)]},
+            rf"applications\[1\]\.route_prefix must begin with / .*, not '{prefix}'",
+        )
+        for prefix in ("seg", "/seg/", "/{seg}", "", "//")
+    },
+    "application without a path": (
+        {"applications": [graph(), {"name": "other", "route_prefix": "/other"}]},
+        r"applications\.1\.import_path: Field required",
+    ),
+    "log level": (
+        {**deployed(), "logging_config": {"log_level": "LOUD"}},
+        r"logging_config\.log_level",
+    ),
+    "bounds of a deployment": (
+        deployed(autoscaling_config={"max_replicas": 3, "upscaling_factor": -1}),
+        rf"{OF_REFINER}\.autoscaling_config: upscaling_factor: Input should be greater",
+    ),
+    "date": (
+        {"applications": [graph(runtime_env={"env_vars": {"BUILT": datetime.date(2026, 11, 30)}})]},
+        "none of JSON, write it as text: .*date",
     ),
     "port": ({"http_options": {"port": "80"}, "applications": [graph()]}, "http_options.port"),
     "names": ({"applications": ["segment"]}, "applications must be a list of mappings"),
@@ -394,6 +477,20 @@ def test_a_config_that_up_could_not_serve_is_refused_by_its_key(
             user_config={"turdsize": 3},
         ),
         deployed(autoscaling_config={"min_replicas": 0, "max_replicas": 2}),
+        ahead(GROWS, Refiner={"autoscaling_config": {"max_replicas": 9}}),
+        ahead(AIMED, Refiner={"num_replicas": "auto"}, Model={"max_queued_requests": 9}),
+        ahead(AIMED, Refiner={"autoscaling_config": None}, Model={"autoscaling_config": None}),
+        ahead(AIMED, Refiner={"autoscaling_config": {"policy": {"policy_kwargs": {"drain_s": 3}}}}),
+        ahead({**SCALES, "refiner_pool": {}}, Refiner={"autoscaling_config": {"max_replicas": 3}}),
+        # Another policy may have other arguments.
+        {
+            "applications": [
+                graph(
+                    args=AIMED,
+                    deployments=[{"name": "Refiner", "autoscaling_config": {"max_replicas": 9}}],
+                )
+            ]
+        },
         overriding("Ingress", max_ongoing_requests=2000, graceful_shutdown_timeout_s=90),
         overriding("Model", SCALES, autoscaling_config=None, num_replicas=2),
         overriding("Model", num_replicas="auto", max_queued_requests=7, health_check_period_s=1),
@@ -460,6 +557,73 @@ def test_up_refuses_a_number_that_nothing_can_be_started_with(
     assert said.startswith(f"error: --{option} must be in") and said.endswith(f"not {value}")
 
 
+ONE_OF_EACH = {"ingress_pool": {"num_cpus": 0}}
+
+
+@pytest.mark.parametrize(
+    ("application", "lacking"),
+    [
+        ({"args": {"model_pool": {"num_cpus": 1.5}, **ONE_OF_EACH}}, "need 2.5 CPU .*--num-cpus"),
+        ({"args": {"model_pool": {"num_gpus": 0.5}, **ONE_OF_EACH}}, "need 0.5 GPU .*--num-gpus"),
+        (
+            {"args": {"refiner_pool": {"resources": {"cpu_node": 0.001}}, **ONE_OF_EACH}},
+            "need 0.001 cpu_node .*only nodes of a cluster have it",
+        ),
+        (
+            {
+                "args": {
+                    "model_pool": {
+                        "num_cpus": 0.1,
+                        "min_replicas": 2,
+                        "max_replicas": 2,
+                        "max_replicas_per_node": 1,
+                    }
+                }
+            },
+            "model_pool has 2 replicas, and max_replicas_per_node is 1",
+        ),
+        (
+            {
+                "args": ONE_OF_EACH,
+                "deployments": [{"name": "Refiner", "num_replicas": 4}],
+            },
+            "need 5 CPU",
+        ),
+        ({"args": {"refiner_pool": {"min_replicas": 0, "num_cpus": 3}}}, "need 4.5 CPU"),
+    ],
+    ids=["CPUs", "GPUs", "custom", "per node", "overridden", "a refiner that sleeps"],
+)
+def test_up_waits_for_room_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, application: dict[str, Any], lacking: str
+) -> None:
+    """For five minutes, and then says that the application did not start."""
+    path = written(tmp_path, {"applications": [graph(**application)]})
+    ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", f"--config={path}", *ports])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert re.match(
+        f"error: {path} would never run on this one node: .*{lacking}", str(ended.value.code)
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ONE_OF_EACH,
+        {"ingress_pool": {"num_cpus": 0.3}, "model_pool": {"num_cpus": 0.7}},
+        {"refiner_pool": {"max_replicas": 9}, **ONE_OF_EACH},
+        {
+            "model_pool": {"num_gpus": 0.5, "min_replicas": 2, "max_replicas": 4, "num_cpus": 0.5},
+            **ONE_OF_EACH,
+        },
+    ],
+)
+def test_what_has_room_on_one_node_is_refused(args: dict[str, Any]) -> None:
+    config = {"applications": [OTHER, graph(args=args)]}
+    assert no_room(config, {"CPU": 2, "GPU": 1}) is None
+
+
 @pytest.mark.parametrize("mine", [True, False])
 def test_the_demo_looks_at_its_folder_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mine: bool
@@ -476,7 +640,7 @@ def test_the_demo_looks_at_its_folder_before_ray_starts(
 
 def test_only_the_graph_is_drained() -> None:
     config = {"applications": [OTHER, graph()]}
-    other, drained = launch.draining(config)["applications"]
+    other, drained = serve_api.draining(config)["applications"]
     assert other == OTHER
     assert drained["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
 
@@ -487,7 +651,7 @@ def test_only_the_graph_is_drained() -> None:
 def test_a_graph_is_told_to_drain_whatever_its_config_says(settings: dict[str, Any]) -> None:
     given = {"applications": [graph(deployments=[{"name": "Ingress", **settings}])]}
     before = copy.deepcopy(given)
-    (application,) = launch.draining(given)["applications"]
+    (application,) = serve_api.draining(given)["applications"]
     assert application["deployments"] == [{"name": "Ingress", "user_config": {"draining": True}}]
     assert given == before
 
@@ -495,7 +659,7 @@ def test_a_graph_is_told_to_drain_whatever_its_config_says(settings: dict[str, A
 @pytest.mark.parametrize("deployments", [None, [], [{"name": "Model"}]])
 def test_an_ingress_that_the_config_does_not_name_is_drained_too(deployments: Any) -> None:
     config = {"applications": [graph(deployments=deployments)]}
-    (application,) = launch.draining(config)["applications"]
+    (application,) = serve_api.draining(config)["applications"]
     *others, last = application["deployments"]
     assert others == (deployments or [])
     assert last == {"name": "Ingress", "user_config": {"draining": True}}
@@ -509,7 +673,7 @@ def test_a_deployment_without_a_name_is_refused_by_its_place(
     config = {"applications": [graph(deployments=[{"name": "Model"}, nameless])]}
     rule = r"deployments\[1\]\.name must be a non-empty string"
     with pytest.raises(ValueError, match=rule):
-        launch.draining(config)
+        serve_api.draining(config)
     with pytest.raises(LaunchError, match=rule):
         __main__.read_config(written(tmp_path, config), None)
 
@@ -658,16 +822,16 @@ def test_up_names_the_option_of_a_port_that_somebody_else_has(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_a_port_is_taken_for_every_address_that_covers_it(taken: int, host: str) -> None:
     with pytest.raises(LaunchError, match=f"{taken}.*--port"):
-        launch.require_free(host, taken, "HTTP", "--port")
+        require_free(host, taken, "HTTP", "--port")
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 def test_a_port_of_an_ipv6_address_is_told_from_that_of_another(taken: int) -> None:
-    launch.require_free("::1", taken, "HTTP", "--port")
+    require_free("::1", taken, "HTTP", "--port")
     with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as server:
         port = server.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"\[::1\]:{port}, for HTTP, is taken"):
-            launch.require_free("::1", port, "HTTP", "--port")
+            require_free("::1", port, "HTTP", "--port")
 
 
 def test_an_address_that_cannot_be_listened_to_hides_none_that_is_taken(
@@ -680,13 +844,13 @@ def test_an_address_that_cannot_be_listened_to_hides_none_that_is_taken(
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: of_localhost)
     with pytest.raises(LaunchError, match=f"localhost:{taken}"):
-        launch.require_free("localhost", taken, "HTTP", "--port")
+        require_free("localhost", taken, "HTTP", "--port")
 
 
 @pytest.mark.parametrize("port", [0, 65536, "8000", None])
 def test_what_is_no_port_is_refused_by_its_option(port: Any) -> None:
     with pytest.raises(LaunchError, match=r"--port.*1 to 65535"):
-        launch.require_free("127.0.0.1", port, "HTTP", "--port")
+        require_free("127.0.0.1", port, "HTTP", "--port")
 
 
 def test_a_port_whose_server_has_just_ended_is_free() -> None:
@@ -696,7 +860,7 @@ def test_a_port_whose_server_has_just_ended_is_free() -> None:
         with socket.create_connection(address) as client:
             server.accept()[0].close()
             client.recv(1)
-    launch.require_free(*address, "HTTP", "--port")
+    require_free(*address, "HTTP", "--port")
 
 
 def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> None:
@@ -712,7 +876,7 @@ def test_what_begins_like_the_dashboard_s_address_is_not_told_the_token() -> Non
         threading.Thread(target=server.serve_forever, daemon=True).start()
         # Port 2345 and port 23456.
         cluster = LocalCluster(dashboard_port=server.server_port // 10)
-        cluster._call(f"http://127.0.0.1:{server.server_port}/healthz")
+        cluster.api.call(f"http://127.0.0.1:{server.server_port}/healthz")
         server.shutdown()
     assert told == [None]
 
@@ -743,8 +907,8 @@ def test_a_proxy_is_told_the_token(
 ) -> None:
     cluster = LocalCluster(dashboard_port=free_port())
     monkeypatch.setattr(cluster, "check", lambda: None)
-    assert not cluster._answers(f"{cluster.dashboard}/api/version")
-    assert not cluster._answers("http://127.0.0.1:1/healthz")
+    assert not cluster.api.answers(f"{cluster.dashboard}/api/version")
+    assert not cluster.api.answers("http://127.0.0.1:1/healthz")
     assert proxy == []
 
 
@@ -755,6 +919,30 @@ def test_a_dashboard_without_ray_is_asked_nothing(taken: int) -> None:
         cluster.status()
     with pytest.raises(LaunchError, match="Ray ended"):
         cluster.deploy({}, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 100\r\n\r\nhalf",
+    ],
+    ids=["no HTTP", "a cut answer", "a cut refusal"],
+)
+def test_an_answer_that_is_none_ends_the_wait_or_the_drain(
+    monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """Of a dashboard or door that is about to start or to end: Ray would be stopped for it, with
+    requests under way."""
+    with answering(said) as url:
+        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
+        monkeypatch.setattr(cluster, "check", lambda: None)
+        assert not cluster.api.serves(url) and not cluster.api.answers(url)
+        with pytest.raises(LaunchError):
+            cluster.deploy({"applications": [graph()]}, timeout_s=0.5)
+        monkeypatch.setattr(cluster.api, "deploy", lambda *_: None)
+        assert not cluster.drain({"applications": [graph()]}, url, 0.3)
 
 
 # Being told to stop
@@ -909,7 +1097,9 @@ def test_haproxy_cuts_requests_before_their_deadline_when_serve_reloads_it(
 
     monkeypatch.setattr(LocalCluster, "start", start)
     ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
-    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--haproxy", f"--config={path}", *ports])
+    monkeypatch.setattr(
+        "sys.argv", ["serve_graph", "up", "--haproxy", f"--config={path}", "--num-cpus=3", *ports]
+    )
     with pytest.raises(SystemExit, match="enough"):
         __main__.main()
     assert given[0][HARD_STOP] == str(seconds)
@@ -945,5 +1135,5 @@ def test_two_clusters_of_one_machine_share_ports_of_their_ingress() -> None:
         for variables in clusters
     ]
     taken = [port for block in ports for port in block]
-    assert len(set(taken)) == len(taken) == 10 * launch.INGRESS_BLOCK
+    assert len(set(taken)) == len(taken) == 10 * INGRESS_BLOCK
     assert len({variables["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] for variables in clusters}) == 10

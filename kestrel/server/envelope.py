@@ -7,13 +7,15 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kestrel import api
-from kestrel.api import RequestError
+from kestrel.api import DeadlineExceeded, RequestError
+from kestrel.deadlines import within
 from kestrel.server.sending import ClientGone, ClientStalled, JsonAnswer, send_by
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,40 @@ log = logging.getLogger(__name__)
 Ended = Callable[[str, float], None]
 """Called with the outcome of a request (``kestrel.api.outcome``, or ``broken_stream``: a fault came
 as its event) and its seconds from arrival to the last byte."""
+
+
+DRAIN_S = 2.0
+"""How long the rest of a refused body is read, so that its sender gets to see the answer."""
+
+
+class _Body:
+    """The body of one request, of which some may not have come when the request is refused."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        # Who waits to be told to go on sends nothing to a server that refuses.
+        self._more = announced and "expect" not in headers
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._more = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    def rest(self, limit: int) -> Callable[[], Awaitable[None]] | None:
+        """What reads it for a while, up to ``limit`` bytes; None where all of it is here. A server
+        that closes a connection on unread bytes resets it, and the answer may be lost."""
+        return partial(self._drop, limit) if self._more else None
+
+    async def _drop(self, limit: int) -> None:
+        async def read() -> None:
+            dropped = 0
+            while self._more and dropped <= limit:
+                dropped += len((await self.receive()).get("body", b""))
+
+        with contextlib.suppress(DeadlineExceeded):
+            await within(time.monotonic() + DRAIN_S, read())
 
 
 class Envelope:
@@ -31,11 +67,13 @@ class Envelope:
         app: ASGIApp,
         *,
         longest_s: Callable[[], float],
+        longest_body: Callable[[], int],
         ended: Ended | None,
         name_answers: bool,
     ) -> None:
         self._app = app
         self._longest_s = longest_s
+        self._longest_body = longest_body
         self._ended = ended
         self._name_answers = name_answers
 
@@ -52,6 +90,9 @@ class Envelope:
         arrived = time.monotonic()
         # A segment request puts its own deadline in the place of the longest.
         scope["kestrel.send_by"] = send_by(arrived + self._longest_s())
+        body = _Body(scope, receive)
+        # Its sender may wait for the answer before it sends on, so the answer goes first.
+        scope["kestrel.rest_of_body"] = lambda: body.rest(self._longest_body())
         started = False
         failure: BaseException | None = None
 
@@ -69,13 +110,14 @@ class Envelope:
                 if unfit is not None:
                     raise unfit
                 with contextlib.ExitStack() as scope["kestrel.places"]:
-                    await self._app(scope, receive, send_named)
+                    await self._app(scope, body.receive, send_named)
             except ClientGone:
                 raise
             except RequestError as error:
                 failure = error
                 refusal = _refusal(error, request_id)
-                refusal.before_end = scope.get("kestrel.before_end")
+                if not isinstance(error, DeadlineExceeded):  # it was waited for long enough
+                    refusal.before_end = scope["kestrel.rest_of_body"]()
                 await refusal(scope, receive, send_named)
             except Exception as error:
                 failure = error

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -16,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kestrel import answers, api
-from kestrel.api import DeadlineExceeded, ModelResult, RequestError, SegmentRequest, TooLarge
+from kestrel.api import ModelResult, RequestError, SegmentRequest, TooLarge
 from kestrel.api_keys import RateLimits, plain_key_warning
 from kestrel.config import RuntimeConfig
 from kestrel.deadlines import within
@@ -38,8 +36,6 @@ log = logging.getLogger(__name__)
 
 READY_POLL_S = 2.0
 """``Retry-After`` of a server that is still starting, seconds."""
-DRAIN_S = 2.0
-"""How long the rest of a refused body is read, so that its sender gets to see the answer."""
 
 
 class Backend(Protocol):
@@ -107,6 +103,7 @@ def build_app(
     app.add_middleware(
         Envelope,
         longest_s=lambda: backend.config.request_timeout_s,
+        longest_body=lambda: backend.config.limits.max_body_bytes,
         ended=ended,
         name_answers=name_answers,
     )
@@ -204,17 +201,14 @@ async def _read_body(request: Request, limit: int, place: Place) -> bytes:
     there is no space for it."""
     declared = request.headers.get("content-length", "")
     size = int(declared[:20]) if declared.isdigit() else 0
-    chunks = request.stream()
     body = bytearray()
     try:
         _check_size(size, limit, place)
-        async for chunk in chunks:
+        async for chunk in request.stream():
             body += chunk
             _check_size(len(body), limit, place)
     except RequestError:
         body.clear()  # the error holds on to it until all is read
-        # Its sender may wait for the answer before it sends on, so the answer goes first.
-        request.scope["kestrel.before_end"] = partial(_drain, chunks, limit)
         raise
     except ClientDisconnect:
         raise ClientGone from None
@@ -227,20 +221,6 @@ def _check_size(size: int, limit: int, place: Place) -> None:
     place.hold(size)
 
 
-async def _drain(chunks: AsyncGenerator[bytes, None], limit: int) -> None:
-    """Read on a while: a server that closes on unread bytes resets, and the answer is lost."""
-
-    async def read() -> None:
-        dropped = 0
-        async for chunk in chunks:
-            dropped += len(chunk)
-            if dropped > limit:
-                return
-
-    with contextlib.suppress(DeadlineExceeded, ClientDisconnect):
-        await within(time.monotonic() + DRAIN_S, read())
-
-
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     root = request.scope.get("root_path", "")
@@ -248,4 +228,6 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         404: f"there is no {request.url.path[:128]} here; POST {root}/v1/segment, see {root}/docs",
         405: f"{request.method[:16]} is not for {request.url.path[:128]}",
     }.get(error.status_code, error.detail)
-    return JsonAnswer({"error": message}, error.status_code, error.headers)
+    answer = JsonAnswer({"error": message}, error.status_code, error.headers)
+    answer.before_end = request.scope["kestrel.rest_of_body"]()
+    return answer

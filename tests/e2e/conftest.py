@@ -23,7 +23,8 @@ from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.args import longest_request_s
 from serve_graph.demo import Sample, load_samples
 from serve_graph.environment import LOOPBACK
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
+from serve_graph.ports import free_port
 
 HERE = Path(__file__).parent
 LAST = ("test_faults.py", "test_logs.py")

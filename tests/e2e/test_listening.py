@@ -17,7 +17,8 @@ from starting import FOLDER, HOOK
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample
 from serve_graph.errors import LaunchError
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
+from serve_graph.ports import free_port
 
 CALL = "/ray.serve.ASGIService/HandleRequest"
 

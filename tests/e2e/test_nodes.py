@@ -25,8 +25,9 @@ from test_faults import load_while, wrong
 from benchmarks.traffic import Expected, connections, learn
 from serve_graph.__main__ import LOCAL, read_config
 from serve_graph.demo import load_samples
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
 from serve_graph.node import RayNode
+from serve_graph.ports import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -18,7 +18,8 @@ from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 
 from serve_graph.__main__ import LOCAL, read_config, service_url
 from serve_graph.demo import Sample
-from serve_graph.launch import LocalCluster, free_port
+from serve_graph.launch import LocalCluster
+from serve_graph.ports import free_port
 
 pytestmark = pytest.mark.timeout(300)
 

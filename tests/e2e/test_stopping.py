@@ -21,7 +21,8 @@ from starting import FOLDER, HOOK, OTHER
 
 from serve_graph.__main__ import LOCAL
 from serve_graph.demo import Sample
-from serve_graph.launch import REPOSITORY, free_port
+from serve_graph.launch import REPOSITORY
+from serve_graph.ports import free_port
 
 
 @pytest.mark.timeout(400)
