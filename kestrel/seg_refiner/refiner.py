@@ -391,6 +391,9 @@ def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) 
         raise ValueError(
             f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"
         )
+    # Other values are counted wrongly, and a mask is then rejected, or not, by chance.
+    if (top := int(refined.max())) > 1:
+        raise ValueError(f"refiner {name!r} gave values up to {top}, not 0 and 1")
     return refined
 
 
