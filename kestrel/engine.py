@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 import time
 import uuid
 import weakref
@@ -306,13 +307,20 @@ class InferenceEngine:
         if self._refiner is None:
             return self._unrefined(model, "unavailable")
         image = request.image if picture is None else picture
-        work = self._refining.submit(refined_by, self._refiner, image, model, request)
+        unwanted = threading.Event()
+        work = self._refining.submit(
+            refined_by, self._refiner, image, model, request, unwanted.is_set
+        )
         # The refinement's alone from here on: what this call raises holds what it holds.
         del image, picture
         seconds = self.config.request_timeout_s if timeout_s is None else timeout_s
-        refined: SegmentRefineBitmapsResult = await within(
-            time.monotonic() + seconds, asyncio.wrap_future(work)
-        )
+        try:
+            refined: SegmentRefineBitmapsResult = await within(
+                time.monotonic() + seconds, asyncio.wrap_future(work)
+            )
+        finally:
+            # A thread that has it goes on to the end of the stage that it is in.
+            unwanted.set()
         self._reasons[refined.reason] += 1
         return refined
 

@@ -79,8 +79,9 @@ class ImageHeader:
 def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
     """The picture before its pixels are decoded, and its orientation, 1 to 8."""
     check_parts(data, name)
+    file, has_exif = without_exif(data)
     try:
-        image = _reader(data)(without_exif(data))
+        image = _reader(data)(file)
     except Image.DecompressionBombError as error:  # of a WebP, whose reader makes the whole canvas
         raise TooLarge(
             f"{name} has too many pixels; the limit is {limits.max_image_pixels} in all", name
@@ -90,7 +91,7 @@ def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
     except Exception as error:  # decoders raise many types for broken headers
         raise InvalidRequest(f"{name} cannot be read ({type(error).__name__})", name) from error
     _check_pixels(image.width, image.height, limits, name)
-    return image, _orientation(image, data, name)
+    return image, _orientation(image, data, has_exif, name)
 
 
 def _reader(data: bytes) -> type[ImageFile.ImageFile]:
@@ -131,14 +132,15 @@ def probe(data: bytes, limits: Limits | None = None, name: str = "image") -> Ima
         return ImageHeader(width, height, kind, reduction)
 
 
-def _orientation(picture: Image.Image, data: bytes, name: str) -> int:
+def _orientation(picture: Image.Image, data: bytes, has_exif: bool, name: str) -> int:
     """EXIF's or else XMP's, 1 to 8; 1 without one, or where the block is broken, which is no reason
-    to refuse the picture. For one whose pixels are not decoded: that may find more.
+    to refuse the picture. For one whose pixels are not decoded: that may find more. ``has_exif``:
+    what ``without_exif`` says.
 
     It is what Pillow's ``getexif`` says, which would read all of the block.
     """
     try:
-        directory = first_directory(_exif(picture, data))
+        directory = first_directory(_exif(picture, data, has_exif))
     except ValueError:
         return 1
     found = None
@@ -150,10 +152,10 @@ def _orientation(picture: Image.Image, data: bytes, name: str) -> int:
     return found if found is not None and 1 <= found <= 8 else 1
 
 
-def _exif(picture: Image.Image, data: bytes) -> bytes:
+def _exif(picture: Image.Image, data: bytes, has_exif: bool) -> bytes:
     """The picture's EXIF block, empty without one; ``ValueError`` where it is no bytes."""
     if data.startswith(JPEG):
-        return jpeg_exif(data) or b""
+        return (jpeg_exif(data) or b"") if has_exif else b""
     block = late_exif(data)
     if block is None:
         block = picture.info.get("exif")

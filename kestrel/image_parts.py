@@ -60,9 +60,7 @@ def check_count(parts: float, name: str) -> None:
 
 def jpeg_exif(data: bytes) -> bytes | None:
     """The EXIF block of a JPEG, which may be spread over several segments; None without one. For a
-    file that ``check_parts`` has passed."""
-    if next(places_of(data, _EXIF_NAME), None) is None:
-        return None
+    file that ``check_parts`` has passed, and in which ``without_exif`` found a name."""
     blocks = [
         data[at + 8 : at + size]
         for code, at, size in _jpeg_markers(data)
@@ -71,19 +69,21 @@ def jpeg_exif(data: bytes) -> bytes | None:
     return b"".join(blocks) if blocks else None
 
 
-def without_exif(data: bytes) -> io.BytesIO:
-    """The file; of a JPEG without EXIF blocks that Pillow knows as such, as it reads them at once.
+def without_exif(data: bytes) -> tuple[io.BytesIO, bool]:
+    """The file, of a JPEG without EXIF blocks that Pillow knows as such, as it reads them at once;
+    and whether there was the name of one.
 
     The name is changed wherever it may stand as one: that Pillow sees the same markers as
     ``jpeg_exif`` need not be true.
     """
-    file = io.BytesIO(data)
+    file, named = io.BytesIO(data), False
     for at in places_of(data, _EXIF_NAME) if data.startswith(JPEG) else ():
         if data[at - 4 : at - 2] == b"\xff\xe1":
             file.seek(at)
             file.write(b"none")
+            named = True
     file.seek(0)
-    return file
+    return file, named
 
 
 def late_exif(data: bytes) -> bytes | None:

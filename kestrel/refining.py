@@ -43,14 +43,16 @@ def refined_by(
     image: bytes | np.ndarray,
     model: ModelResult,
     request: SegmentRequest,
+    unwanted: Callable[[], bool],
 ) -> SegmentRefineBitmapsResult:
-    """Refine in a worker thread; the refiner logs what it could not do."""
-    from kestrel.seg_refiner.refiner import ASKING
+    """Refine in a worker thread; the refiner logs what it could not do. It is left where it is once
+    ``unwanted`` says that nobody waits for it."""
+    from kestrel.seg_refiner.refiner import ASKING, UNWANTED, Unwanted
 
     refine: Any = (
         refiner.refine_encoded if isinstance(image, bytes) else refiner.refine_with_bitmaps
     )
-    asking = ASKING.set(model.request_id)
+    asking, left = ASKING.set(model.request_id), UNWANTED.set(unwanted)
     try:
         return refine(
             image,
@@ -59,11 +61,14 @@ def refined_by(
             return_base64=request.return_base64,
             refiner=request.settings.refiner,
         )
+    except Unwanted:
+        return SegmentRefineBitmapsResult()  # for nobody
     except Exception:
         log.exception("request %s: refinement failed", model.request_id)
         return SegmentRefineBitmapsResult(reason="refine_failed")
     finally:
         ASKING.reset(asking)
+        UNWANTED.reset(left)
 
 
 def _closed() -> Overloaded:

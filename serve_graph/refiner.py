@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +76,24 @@ class RefinerDeployment:
 
         ``refiner``: a loaded backend by name; None: the configured one.
         """
+        from kestrel.seg_refiner.refiner import UNWANTED, Unwanted
+        from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
+
         refine: Any = (
             self._refiner.refine_encoded
             if isinstance(image, bytes)
             else self._refiner.refine_with_bitmaps
         )
 
+        unwanted = threading.Event()
+
         def timed() -> SegmentRefineBitmapsResult:
-            with self._busy.one():
-                return refine(image, path, bbox, return_base64=return_base64, refiner=refiner)
+            UNWANTED.set(unwanted.is_set)
+            try:
+                with self._busy.one():
+                    return refine(image, path, bbox, return_base64=return_base64, refiner=refiner)
+            except Unwanted:
+                return SegmentRefineBitmapsResult()  # for nobody
 
         self._held(1)
         failure: BaseException | None = None
@@ -97,8 +107,9 @@ class RefinerDeployment:
             failure = error
             if isinstance(error, asyncio.CancelledError):
                 self._counts["cancelled"] += 1
-                # A thread in native code goes on, and until it ends the request counts for Serve,
-                # which would else send new ones to a busy replica.
+                # A thread goes on to the end of the stage that it is in, and until then the request
+                # counts for Serve, which would else send new ones to a busy replica.
+                unwanted.set()
                 if not work.cancel():
                     await asyncio.wait([done])
             raise

@@ -34,8 +34,11 @@ HANGS = threading.Event()
 
 
 @pytest.fixture
-def hang(switch: Switch, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Called, it has every refinement wait until the test is over; engines leave it sooner."""
+def hang(
+    switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], threading.Event]]:
+    """Called, it has every refinement wait until the test is over or sets what it gives; engines
+    leave it sooner."""
     monkeypatch.setattr("kestrel.engine.LEAVE_AFTER_S", 1.0)
     release = threading.Event()
     HANGS.clear()
@@ -45,8 +48,9 @@ def hang(switch: Switch, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         assert release.wait(60)
         return mask
 
-    def begin() -> None:
+    def begin() -> threading.Event:
         switch.behave = hanging
+        return release
 
     yield begin
     release.set()
@@ -103,6 +107,31 @@ async def test_a_refinement_counts_until_its_thread_ends(ask, hang, switch):
             await engine.segment(**ask)
         waiting.cancel()
         await asyncio.wait([waiting])
+    finally:
+        await asyncio.wait_for(engine.shutdown(), 30)
+
+
+@pytest.mark.parametrize("leave", ["the client is gone", "the deadline passes"])
+async def test_a_refinement_that_nobody_waits_for_ends_with_its_stage(
+    ask, hang, switch, monkeypatch, leave
+):
+    """Not with its last: cleaning, encoding and tracing a large mask takes seconds."""
+    engine = await started(refiner_stuck_s=30)
+    later = []
+    for stage in ("clean.clean_mask", "trace.bitmap_to_path"):
+        monkeypatch.setattr(f"kestrel.seg_refiner.{stage}", lambda *_, **__: later.append(1))
+    try:
+        release = hang()
+        if leave == "the client is gone":
+            await left_in_refinement(engine, ask)
+        else:
+            with pytest.raises(DeadlineExceeded):
+                await engine.segment(**ask, timeout_s=1.0)
+            assert HANGS.is_set()
+        release.set()
+        await until(lambda: engine.stats()["refining"] == 0)
+        assert not later
+        assert sum(engine._refiner.outcomes.values()) == 1  # that of the check at the start
     finally:
         await asyncio.wait_for(engine.shutdown(), 30)
 

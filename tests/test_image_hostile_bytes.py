@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 import kestrel.image as image_module
+from kestrel import image_parts
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
 from kestrel.image import decode, plain_jpeg, probe
@@ -387,6 +388,23 @@ def test_orientation_is_what_pillow_reads_and_pillow_reads_no_exif(
         assert (header.height, header.width) == pixels.shape[:2]
         for end in (b"", b"\0"):  # with another end than a JPEG has, Pillow decodes it
             assert np.array_equal(decode(content + end), pixels)
+
+
+def test_a_jpeg_is_searched_for_the_name_of_exif_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A search goes through all of the file, while the process that checks requests waits.
+    searched = []
+    search = image_parts.places_of
+
+    def counted(data: bytes, word: bytes) -> Any:
+        searched.append(word)
+        return search(data, word)
+
+    monkeypatch.setattr(image_parts, "places_of", counted)
+    turn = exif_block([(ORIENTATION, 3, 1, b"\6\0\0\0")])
+    for content, width in ((file_of("JPEG"), 30), (with_exif("JPEG", turn), 20)):
+        searched.clear()
+        assert probe(content).width == width
+        assert searched == [b"Exif\0"]
 
 
 def test_orientation_of_xmp_holds_where_exif_has_none() -> None:

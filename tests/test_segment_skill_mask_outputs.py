@@ -192,6 +192,8 @@ async def test_a_refiner_that_raises_leaves_the_models_path_and_the_coarse_mask(
         (lambda image, mask: np.zeros_like(mask), "empty_refined"),
         (lambda image, mask: mask[1:], "refine_failed"),
         (lambda image, mask: mask.astype(np.float32), "refine_failed"),
+        (lambda image, mask: mask * np.uint8(255), "refine_failed"),
+        (lambda image, mask: mask + mask, "refine_failed"),
         (lambda image, mask: 1 - mask, "rejected"),
     ],
 )

@@ -142,6 +142,20 @@ def test_a_turned_arc_keeps_its_place_in_a_box_that_is_cut(radii, rotation, flag
         assert there == pytest.approx(moved, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "arc", ["1 732 - 16 1 0 777 669", "538 2 46 1 1 341 2", "732 1 - 16 0 0 777 669"]
+)
+def test_an_arc_whose_radii_do_not_reach_is_as_wide_as_it_was_spelled(arc: str) -> None:
+    """They are scaled up until they do: rounding them would be seen a hundredfold."""
+    text = f"M 156 87 A {arc} Z"
+    decode, _ = decoded([Coord(0.25), Coord(0.5), Size(0.5, 1.0), *spelled(text), EOS])
+    meant = transform(parse_path(text.replace("- ", "-")), 1 / GRID, 1 / GRID)
+    for (_, found), (_, expected) in zip(
+        parse_path(decode.path).commands, meant.commands, strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 def test_a_first_move_in_lower_case_is_misplaced_in_a_box_over_the_edge() -> None:
     box: list[Token] = [Coord(0.0), Coord(0.75), Size(0.5, 1.0)]
     decode, _ = decoded([*box, *spelled("m 480 0 480 480 - 480 0 m 0 - 480 z"), EOS])
@@ -331,20 +345,22 @@ def test_a_path_in_the_grammar_means_what_the_spelling_means(
 
 
 NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d{0,4}[1-9])?"
-CHUNK = re.compile(rf"[A-Za-z](?:{NUMBER}(?: {NUMBER})*)?")
+FINE = NUMBER.replace("0,4", "0,7")
+ARC = rf"[Aa]{FINE} {FINE} {FINE} [01] [01] {NUMBER} {NUMBER}"
+CHUNK = re.compile(rf"{ARC}|[B-Zb-z](?:{NUMBER}(?: {NUMBER})*)?")
 
 
 @steady
 @given(boxes, paths())
-def test_every_chunk_is_one_command_with_five_decimals_at_most(
+def test_every_chunk_is_one_command_with_coordinates_of_five_decimals_at_most(
     box: list[Token], text: list[Token]
 ) -> None:
     _, events = decoded([*box, *text, EOS])
     for event in events:
         if isinstance(event, PathDelta):
             assert CHUNK.fullmatch(event.chunk), event.chunk
-            assert "-0" not in re.findall(rf"{NUMBER}", event.chunk)
-            numbers = len(re.findall(NUMBER, event.chunk[1:]))
+            assert "-0" not in re.findall(FINE, event.chunk)
+            numbers = len(re.findall(FINE, event.chunk[1:]))
             assert numbers == ARITY[event.chunk[0].upper()]
 
 

@@ -122,6 +122,14 @@ def test_long_strips_of_a_pixel_or_two_are_outlined(size):
     assert mask_iou(mask, rasterize_relative(d, bbox, size[1] + 4, size[0] + 4)) >= 0.99
 
 
+@pytest.mark.parametrize("size", [(3, 40_000), (40_000, 3), (9, 20_000), (30, 70_001), (4, 16_385)])
+def test_a_long_strip_keeps_its_width(size):
+    """Its length is halved to be traced; of three pixels of width, a third would then be gone."""
+    mask = ellipse(*size)
+    d, bbox = bitmap_to_path(mask)
+    assert mask_iou(mask, rasterize_relative(d, bbox, size[1], size[0])) >= 0.98
+
+
 @pytest.mark.parametrize("side", [6, 10, 20, 40, 80, 160])
 @pytest.mark.parametrize("seed", range(3))
 def test_small_objects_are_not_rounded_away(side, seed):

@@ -25,6 +25,8 @@ from boundary_regions import Region, regions
 from grounds import octaves
 from nouns import wanted_names
 
+from kestrel.seg_refiner.clean import close_cracks
+
 STYLES = ("noto", "fluent", "emojione")
 KINDS = ("stamp", "drawing", "fill", "same")
 """A cut-out, a drawing, an outline filled from another photograph or from the one behind it."""
@@ -273,7 +275,8 @@ class BoundaryScenes:
         truth = _largest(solid)
         if truth is None or truth.sum() < 0.06 * h * w or truth.sum() < 0.75 * solid.sum():
             return None
-        truth = cv2.morphologyEx(truth, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+        # As the refiner's own clean-up does, which does not grow along the edge of the picture.
+        close_cracks(truth)
         if rng.random() < 0.6:
             truth = _filled(truth)
         canvas, truth = _centred(rng, canvas, truth, h, w)

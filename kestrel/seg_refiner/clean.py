@@ -58,11 +58,11 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
         # A dropped island took its holes along: painting them would bring them back.
         if hole.rim_is_set(crop, offset) and not hole.covers_any(drawn_holes):
             hole.paint(crop, 1, offset)
-    _close(crop)
+    close_cracks(crop)
     return cleaned
 
 
-def _close(mask: np.ndarray) -> None:
+def close_cracks(mask: np.ndarray) -> None:
     """Morphological closing 3x3 in place, of a mask around which nothing is set."""
     kernel = np.ones((3, 3), np.uint8)
     for top in range(0, len(mask), BAND):

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,6 +28,12 @@ Bbox = dict[str, float]
 
 ASKING: ContextVar[str] = ContextVar("asking", default="")
 """The request that a thread refines for, named in log lines where the caller sets it."""
+UNWANTED: ContextVar[Callable[[], bool]] = ContextVar("unwanted", default=lambda: False)
+"""Whether nobody waits any more for what a thread refines; asked before each stage."""
+
+
+class Unwanted(Exception):
+    """``UNWANTED`` said so, and what was left of the refinement is not done. Not an outcome."""
 
 
 class _Stopped(Exception):
@@ -45,7 +51,8 @@ class SegmentRefiner:
     Raises :class:`kestrel.config.ConfigError` for a backend that is not registered or whose parts
     are missing, and for a rasteriser that is asked for by name and does not load. Other missing
     libraries raise nothing here: requests then end with the reason ``unavailable``, and
-    :meth:`self_check` says what to install.
+    :meth:`self_check` says what to install. Where the caller sets ``UNWANTED``, calls may raise
+    :class:`Unwanted` too.
     """
 
     def __init__(
@@ -384,6 +391,9 @@ def _mask_of(backend: Refine, image: np.ndarray, coarse: np.ndarray, name: str) 
         raise ValueError(
             f"refiner {name!r} gave {refined.dtype} {refined.shape}, not uint8 {coarse.shape}"
         )
+    # Other values are counted wrongly, and a mask is then rejected, or not, by chance.
+    if (top := int(refined.max())) > 1:
+        raise ValueError(f"refiner {name!r} gave values up to {top}, not 0 and 1")
     return refined
 
 
@@ -405,8 +415,10 @@ def _stage(
 ) -> Iterator[None]:
     """Add the block's milliseconds to ``timings[name]``; turn what it raises into ``_Stopped``.
 
-    ``missing`` is the reason when a library is not installed.
+    ``missing`` is the reason when a library is not installed. Raises :class:`Unwanted` before it.
     """
+    if UNWANTED.get()():
+        raise Unwanted()
     started = time.perf_counter()
     try:
         yield

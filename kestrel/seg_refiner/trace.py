@@ -37,7 +37,7 @@ THIN = 4
 Potrace draws a strip of one pixel along its middle, as an outline of no area."""
 
 LONGEST = 16_384
-"""No trace is of a crop with a longer side; longer masks are halved until theirs is not. A native
+"""No trace is of a crop with a longer side, which is halved by itself until it is not. A native
 call cannot be cancelled, and its work (``trace_work``) grows with the square of a straight edge.
 Twice the size of masks up to half this length is still traced, and the whole of a 12,000 x 8,000
 photograph, where they are within ``MOST_WORK``."""
@@ -75,9 +75,9 @@ def bitmap_to_path(
     Where the path would not give the mask back (``FAITHFUL_IOU``), corners are kept instead, and
     if need be every step of the outline; where none of these does, the smoothest is given of those
     about as good as the best. Where all have too many vertices or are too long, the mask is halved
-    until its path is not. Masks with a side over ``LONGEST`` are halved first, and so are those
-    with so many long diagonal edges that the trace alone would take more than ``MOST_WORK``: their
-    paths may be some pixels off. Traces with sharper corners that would are left out.
+    until its path is not. Sides over ``LONGEST`` are halved first, and so are masks with so many
+    long diagonal edges that the trace alone would take more than ``MOST_WORK``: their paths may be
+    some pixels off. Traces with sharper corners that would are left out.
 
     Raises ``TracerMissing`` or ``RasterizerMissing`` (ImportErrors), ValueError for a mask
     that is not 2-D.
@@ -205,11 +205,20 @@ def _within_budget(tracing: _Tracing, crop: np.ndarray, alphamax: float, most: f
 
 
 def _traceable(crop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The crop, halved until no side is over ``LONGEST``, and its scale (x, y)."""
-    scale = np.ones(2)
-    while max(crop.shape) > LONGEST:
-        crop, scale = _halved(crop), scale / 2
-    return crop, scale
+    """The crop, sides over ``LONGEST`` halved until none is, and its scale (x, y): pixels of which
+    at least half is set; dust stays dust."""
+    # Not the other side with it: of a strip of a few pixels' width too much would be lost.
+    times = [_doubled(1, -(-side // LONGEST)) for side in crop.shape]
+    if times == [1, 1]:
+        return crop, np.ones(2)
+    below, right = (-side % t for side, t in zip(crop.shape, times, strict=True))
+    padded = cv2.copyMakeBorder(crop, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+    size = (padded.shape[1] // times[1], padded.shape[0] // times[0])
+    fewer = cv2.resize(padded * np.uint8(255), size, interpolation=cv2.INTER_AREA)
+    fewer = (fewer > 127).view(np.uint8)
+    if not fewer.any():
+        fewer = padded.reshape(size[1], times[0], size[0], times[1]).max(axis=(1, 3))
+    return fewer, 1 / np.array(times[::-1], float)
 
 
 def _halved(crop: np.ndarray) -> np.ndarray:
@@ -255,13 +264,16 @@ def _surely_faithful(path: Path, crop: np.ndarray, traced: np.ndarray, farthest:
     height, width = crop.shape
     if len(traced) < height or traced.shape[1] < width:
         # What halving lost or added has no outline in the path.
-        times = 1
-        while len(traced) * times < height or traced.shape[1] * times < width:
-            times *= 2
-        size = (traced.shape[1] * times, len(traced) * times)
+        size = (_doubled(traced.shape[1], width), _doubled(len(traced), height))
         again = cv2.resize(traced, size, interpolation=cv2.INTER_NEAREST)[:height, :width]
         wrong += cv2.countNonZero(cv2.absdiff(crop, again))
     return bool(wrong <= allowed)
+
+
+def _doubled(side: int, least: int) -> int:
+    while side < least:
+        side *= 2
+    return side
 
 
 def _within(commands: Sequence[Command], size: tuple[int, int], scale: np.ndarray) -> Path:

@@ -38,6 +38,11 @@ __all__ = [
     "build_prompt",
 ]
 
+DECIMALS = 5
+"""Of coordinates: a tenth of a pixel in a box of 10,000."""
+ARC_DECIMALS = 8
+"""Of an arc's radii and rotation: radii that do not reach are scaled up until they do (SVG 1.1,
+F.6.6), and their rounding with them."""
 MAX_DIGITS = 9
 """Digits of one integer; a longer one is no coordinate."""
 
@@ -137,9 +142,11 @@ class _Frame:
             if flag not in (0, 1):
                 raise _Malformed(f"an arc's flag is {flag}, not 0 or 1")
         if rotation % 180 == 0 or self.scale[0] == self.scale[1]:
-            yield from (self._scaled(rx, 0, True), self._scaled(ry, 1, True), str(rotation))
+            turned: tuple[float, float, float] = rx * self.scale[0], ry * self.scale[1], rotation
         else:
-            yield from map(_decimal, _stretched(rx, ry, rotation, self.scale))
+            turned = _stretched(rx, ry, rotation, self.scale)
+        for value in turned:
+            yield _decimal(value, ARC_DECIMALS)
         yield from map(str, flags)
         yield from (self._scaled(x, 0, relative), self._scaled(y, 1, relative))
 
@@ -147,9 +154,8 @@ class _Frame:
         return _decimal(value * self.scale[axis] + (0.0 if length else self.offset[axis]))
 
 
-def _decimal(value: float) -> str:
-    # Five decimals: a tenth of a pixel in a box of 10,000.
-    text = f"{value:.5f}".rstrip("0").rstrip(".")
+def _decimal(value: float, decimals: int = DECIMALS) -> str:
+    text = f"{value:.{decimals}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
