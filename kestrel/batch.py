@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from kestrel.ops.attention import FEW
 from kestrel.ops.sampling import Nucleus, is_greedy, sample
 from kestrel.ops.shares import Share, Team
 from kestrel.skills.segment import Coord, Phase, Prompt, SegmentDecode, Size, Token
+
+log = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -123,6 +126,8 @@ class Batch:
         """Whether a step may give rows more than one token each, where only their paths go on."""
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._team = Team(SHARES - 1)
+        self._alike: dict[int, bool] = {}
+        """Whether a picture came out the same by so many threads as by one."""
         region = config.region
         coords = torch.arange(region.coord_out_dim, device=device)
         sizes = torch.arange(region.size_out_dim // 2, device=device)
@@ -149,7 +154,8 @@ class Batch:
 
     def encode(self, crops: np.ndarray, tiling: tuple[int, int], threads: int = 1) -> Tensor:
         """Crops uint8 [N, S, S, 3] of an image -> its ``prefix``, on a CPU, by so many threads
-        where it is one crop and they give the same numbers as one. May be called by any thread."""
+        where it is one crop and they give the same numbers as one. The first picture for so many is
+        encoded by one besides. May be called by any thread."""
         vision = self.model.vision
         if len(crops) > 1 or not (vision.shares_features and self._text.shares_prefixes):
             threads = 1
@@ -162,8 +168,20 @@ class Batch:
                 return self._text.prefix(image, share, 1 + share.part.start)
             return self._text.prefix(torch.cat([self._bos, image]), share)
 
+        if not self._alike.get(threads, True):
+            threads = 1
         parts = self._team.by_shares(vision.config.n_patches, threads, some)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if len(parts) == 1:
+            return parts[0]
+        shared = torch.cat(parts, dim=2)
+        if threads in self._alike:
+            return shared
+        # The first time it is tried: products are another library's.
+        (alone,) = self._team.by_shares(vision.config.n_patches, 1, some)
+        self._alike[threads] = torch.equal(shared, alone)
+        if not self._alike[threads]:
+            log.warning("cores do not share pictures: %d threads gave other numbers", threads)
+        return alone
 
     def join(self, row: Row, prefix: Tensor | None) -> None:
         """Give a row a slot that begins with ``prefix`` (None: no image). Needs a free slot, and

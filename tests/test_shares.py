@@ -78,12 +78,35 @@ def same_by_shares(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
         return given
 
     monkeypatch.setattr(Team, "by_shares", told)
+    most = max(1, min(SHARES, batch.model.config.vision.n_patches // attention.FEW))
     for threads in THREADS:
         for _ in range(3):  # threads meet otherwise each time
+            taken.clear()
             found = batch.encode(picture, (1, 1), threads)
             assert torch.equal(found, alone), f"{threads} threads"
-    most = max(1, min(SHARES, batch.model.config.vision.n_patches // attention.FEW))
-    assert taken == [min(threads, most) for threads in THREADS for _ in range(3)]
+            assert max(taken) == min(threads, most) or not all(batch._alike.values())
+    batch.close()
+    if not all(batch._alike.values()):
+        pytest.skip("on this processor a row of a product depends on those beside it")
+
+
+def test_threads_that_give_other_numbers_go_on_sharing(monkeypatch, caplog):
+    model = load(NANO, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        batch = Batch(model, 1)
+    picture = crops(model.config.vision.crop_size)
+    alone = batch.encode(picture, (1, 1))
+    features = Batch.features
+
+    def otherwise(self: Batch, crops: Any, share: Share | None = None) -> Tensor:
+        return features(self, crops, share) * (1 if share is None else 1.001)
+
+    monkeypatch.setattr(Batch, "features", otherwise)
+    for _ in range(2):
+        assert torch.equal(batch.encode(picture, (1, 1), 2), alone)
+    assert caplog.text.count("2 threads gave other numbers") == 1
+    monkeypatch.setattr(Team, "_by_shares", None)
+    assert torch.equal(batch.encode(picture, (1, 1), 2), alone)
     batch.close()
 
 
