@@ -30,12 +30,11 @@ from safetensors.torch import save_file
 from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.api import SegmentRequest, SegmentSettings
 from kestrel.config import SHIPPED_MODELS
+from kestrel.engine import load_configured
 from kestrel.image import decode
-from kestrel.moondream.checkpoint import local_checkpoint
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.crops import overlap_crops
 from kestrel.moondream.model import Moondream, load
-from kestrel.ops.device import resolve_image_dtype, resolve_kv_dtype
 from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token, build_prompt
 
 NANO = SHIPPED_MODELS / "nano"
@@ -225,12 +224,7 @@ def bare_call(model: Moondream, question: Question) -> tuple[str, dict[str, floa
 
 def shipped_model() -> Moondream:
     """The shipped model as an engine would load it."""
-    cpu, checkpoint = torch.device("cpu"), local_checkpoint(NANO)
-    stored = checkpoint.stored()
-    images = resolve_image_dtype("auto", cpu, torch.float32, *stored)
-    kept = resolve_kv_dtype("auto", images, cpu, torch.float32, *stored)
-    half = torch.bfloat16
-    return load(checkpoint, cpu, torch.float32, half_images=images == half, half_kv=kept == half)
+    return load_configured(RuntimeConfig(device="cpu"))[0]
 
 
 async def idle_overhead(rounds: int) -> dict[str, Any]:

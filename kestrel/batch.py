@@ -146,11 +146,16 @@ class Batch:
         tensor = torch.from_numpy(crops).permute(0, 3, 1, 2).to(self._device)
         return self.model.vision.features(tensor, share)
 
-    def prefix(self, features: Tensor, tiling: tuple[int, int]) -> Tensor:
+    def prefix(
+        self, features: Tensor, tiling: tuple[int, int], share: Share | None = None
+    ) -> Tensor:
         """Features of all crops of an image -> keys and values of BOS and image, as
-        ``CachedText.prefix`` gives them."""
-        image = self.model.vision.join(features, tiling)
-        return self._text.prefix(torch.cat([self._bos, image.to(self._bos.dtype)]))
+        ``CachedText.prefix`` gives them; a share's features give those of its patches, BOS with
+        the first."""
+        image = self.model.vision.join(features, tiling).to(self._bos.dtype)
+        if share is not None and share.number:
+            return self._text.prefix(image, share, 1 + share.part.start)
+        return self._text.prefix(torch.cat([self._bos, image]), share)
 
     def encode(self, crops: np.ndarray, tiling: tuple[int, int], threads: int = 1) -> Tensor:
         """Crops uint8 [N, S, S, 3] of an image -> its ``prefix``, on a CPU, by so many threads
@@ -163,10 +168,7 @@ class Batch:
         threads = min(threads, SHARES, vision.config.n_patches // FEW)
 
         def some(share: Share | None) -> Tensor:
-            image = vision.join(self.features(crops, share), tiling).to(self._bos.dtype)
-            if share is not None and share.number:
-                return self._text.prefix(image, share, 1 + share.part.start)
-            return self._text.prefix(torch.cat([self._bos, image]), share)
+            return self.prefix(self.features(crops, share), tiling, share)
 
         if not self._alike.get(threads, True):
             threads = 1

@@ -442,18 +442,10 @@ class RuntimeConfig:
             "must be auto, float32, bfloat16 or float16",
             self.dtype,
         )
-        _check(
-            self.image_dtype in (None, "auto", "bfloat16"),
-            "image_dtype",
-            "must be auto, bfloat16 or null",
-            self.image_dtype,
-        )
-        _check(
-            self.kv_dtype in (None, "auto", "bfloat16"),
-            "kv_dtype",
-            "must be auto, bfloat16 or null",
-            self.kv_dtype,
-        )
+        for key in ("image_dtype", "kv_dtype"):
+            value = getattr(self, key)
+            known = value in (None, "auto", "bfloat16")
+            _check(known, key, "must be auto, bfloat16 or null", value)
         _check_device(self.device)
         _check(
             self.max_held_bytes >= self.limits.max_body_bytes,

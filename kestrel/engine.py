@@ -29,7 +29,7 @@ from kestrel.api import (
 from kestrel.config import RuntimeConfig
 from kestrel.deadlines import within
 from kestrel.job import EngineError, Job, engine_ended
-from kestrel.moondream.checkpoint import locate
+from kestrel.moondream.checkpoint import Checkpoint, locate
 from kestrel.moondream.model import Moondream, load
 from kestrel.ops.device import (
     resolve_device,
@@ -74,6 +74,26 @@ class EngineResult:
     metrics: ModelMetrics
 
 
+def load_configured(config: RuntimeConfig) -> tuple[Moondream, Checkpoint]:
+    """The model of a configuration, as it has it run, and its checkpoint. Raises ``ConfigError``
+    for a device that is not there, and as :func:`kestrel.moondream.model.load` does."""
+    device = resolve_device(config.device)
+    checkpoint = locate(config.located)
+    dtype = resolve_dtype(config.dtype, device)
+    stored = checkpoint.stored()
+    images = resolve_image_dtype(config.image_dtype, device, dtype, *stored)
+    kept = resolve_kv_dtype(config.kv_dtype, images, device, dtype, *stored)
+    model = load(
+        checkpoint,
+        device,
+        dtype,
+        config.max_context,
+        half_images=images != dtype,
+        half_kv=kept != dtype,
+    )
+    return model, checkpoint
+
+
 class InferenceEngine:
     """Serves one model. Usable from any event loop, from several at once, and as ``async with``."""
 
@@ -108,20 +128,7 @@ class InferenceEngine:
         config = config or RuntimeConfig()
 
         def build() -> InferenceEngine:
-            device = resolve_device(config.device)
-            checkpoint = locate(config.located)
-            dtype = resolve_dtype(config.dtype, device)
-            stored = checkpoint.stored()
-            images = resolve_image_dtype(config.image_dtype, device, dtype, *stored)
-            kept = resolve_kv_dtype(config.kv_dtype, images, device, dtype, *stored)
-            model = load(
-                checkpoint,
-                device,
-                dtype,
-                config.max_context,
-                half_images=images != dtype,
-                half_kv=kept != dtype,
-            )
+            model, checkpoint = load_configured(config)
             return cls(config, model, checkpoint.folder)
 
         engine = await asyncio.to_thread(build)
