@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -19,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from kestrel.config import RuntimeConfig
+from kestrel.cores import usable_cores
 from kestrel.image import decode as decode_image
 from kestrel.image import probe
 from kestrel.moondream.config import VisionConfig
@@ -32,15 +30,9 @@ KEEP_PIXELS = 8_000_000
 KEEP_SIDE = 2047
 """Nor those with a longer side of the kind that it may decode smaller than they are: its answer
 would depend on whether they are held."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container's limits are."""
 HELD_BYTES = 256 * 2**20
 """Decoded pictures held for the refiner, bytes in all: eleven of the largest, ninety of a
 megapixel. Those past it are decoded again too."""
-
-
-RUNNING = Path("/proc/loadavg")
-"""Its fourth field begins with how many threads of the machine run or are ready to."""
 
 
 class Picture:
@@ -104,7 +96,7 @@ class Pictures:
         """Pixels that are held for the refiner, by identity, for as long as anybody has them."""
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.kept_bytes = 0
-        self._cores = _cores()
+        self._cores = usable_cores()
         self._filling = 0
         """Pictures that worker threads prepare at the moment."""
         threads = min(CROP_THREADS, self._cores)
@@ -227,40 +219,6 @@ class Pictures:
                 return
             self._held[id(pixels)] = pixels
             picture.pixels = pixels
-
-
-def idle_cores() -> int:
-    """Cores of the machine for which nothing is ready to run besides the caller: other processes'
-    work counts. All others where the kernel does not tell."""
-    cores = os.cpu_count() or 1
-    try:
-        running = int(RUNNING.read_text().split()[3].partition("/")[0])
-    except (OSError, IndexError, ValueError):  # another kernel than Linux
-        running = 1
-    return max(0, cores - running)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    # There is no ``sched_getaffinity`` on macOS.
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, int(min(there or 1, _quota(CGROUP))))
-
-
-def _quota(folder: Path) -> float:
-    """Cores whose time a container is limited to; infinity where it is not."""
-    for limit, period in (
-        ("cpu.max", "cpu.max"),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),  # before cgroup 2
-    ):
-        with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
-            # Not a number where there is no limit, or -1.
-            cores = int((folder / limit).read_text().split()[0]) / int(
-                (folder / period).read_text().split()[-1]
-            )
-            if cores > 0:
-                return cores
-    return math.inf
 
 
 def digest(image: bytes | np.ndarray) -> bytes:

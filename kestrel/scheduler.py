@@ -29,10 +29,11 @@ from kestrel.api import (
 )
 from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
+from kestrel.cores import idle_cores
 from kestrel.job import EngineError, Job, engine_ended, engine_error
 from kestrel.moondream.model import Moondream
 from kestrel.ops.device import SMALL_MODEL
-from kestrel.pictures import Picture, Pictures, idle_cores
+from kestrel.pictures import Picture, Pictures
 from kestrel.skills.segment import Phase
 
 log = logging.getLogger(__name__)

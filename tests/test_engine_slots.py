@@ -86,7 +86,7 @@ async def test_requests_of_one_batch_get_the_answers_they_get_alone(engine):
 
 
 async def test_pictures_that_are_encoded_at_once_spoil_each_other(monkeypatch):
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: 4)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: 4)
     encoding = counting(monkeypatch, Batch, "encode")
     runtime = RuntimeConfig(**{**CONFIG, "image_cache_bytes": 0, "torch_threads": 1})
     asked = list({arguments["image"]: arguments for arguments in SAMPLES}.values())
@@ -102,7 +102,7 @@ async def test_pictures_that_are_encoded_at_once_spoil_each_other(monkeypatch):
 
 
 async def test_rows_that_two_threads_share_are_answered_otherwise(monkeypatch, ask):
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: 2)
     stepping = counting(monkeypatch, StackedLayers, "__call__")
     refs = [[0.1, 0.1, 0.9, 0.9]] * 16
     asked = [{**ask, "spatial_refs": refs[: 5 * (i % 3)]} for i in range(8)]
@@ -116,7 +116,7 @@ async def test_rows_that_two_threads_share_are_answered_otherwise(monkeypatch, a
 
 
 async def test_a_thread_takes_rows_from_those_that_encode_pictures(monkeypatch, ask):
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: 2)
     begun, go_on = threading.Event(), threading.Event()
     encode = Batch.encode
 

@@ -76,7 +76,7 @@ async def answers(asked) -> list:
 
 @pytest.mark.parametrize("cores", [1, 2])
 async def test_several_steps_at_once_answer_otherwise(monkeypatch, cores):
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: cores)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: cores)
     asked = [
         {**arguments, "settings": {"max_tokens": 5 + 3 * n}} if n % 3 == 0 else arguments
         for n, arguments in enumerate(SAMPLES[:12])

@@ -21,8 +21,9 @@ from engines import CONFIG, NANO, SAMPLES, comparable
 from tiny_models import TINY_3, random_model
 from torch import Tensor
 
-from kestrel import InferenceEngine, RuntimeConfig, pictures
+from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.batch import SHARES, Batch
+from kestrel.cores import RUNNING, idle_cores, usable_cores
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.model import load
 from kestrel.ops import attention
@@ -269,7 +270,7 @@ def test_one_thread_is_given_company(team):
 
 async def test_a_picture_takes_cores_that_others_use(monkeypatch):
     """Two cores: a lone picture gets both, one beside another or beside running rows its own."""
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: 2)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: 2)
     monkeypatch.setattr("kestrel.scheduler.idle_cores", lambda: 1)
     encode, step = Batch.encode, Batch.step
     given: list[int] = []
@@ -343,13 +344,13 @@ def test_a_container_is_given_threads_for_the_cores_of_its_machine(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(pictures, "CGROUP", tmp_path)
+    monkeypatch.setattr("kestrel.cores.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert pictures._cores() == cores
+    assert usable_cores() == cores
 
 
 async def test_a_picture_takes_cores_that_other_processes_use(monkeypatch):
-    monkeypatch.setattr("kestrel.pictures._cores", lambda: 4)
+    monkeypatch.setattr("kestrel.pictures.usable_cores", lambda: 4)
     given: list[int] = []
     encode = Batch.encode
 
@@ -380,21 +381,21 @@ def test_idle_cores_are_counted_wrongly(monkeypatch, tmp_path, told, idle):
     file = tmp_path / "loadavg"
     if told is not None:
         file.write_text(told)
-    monkeypatch.setattr(pictures, "RUNNING", file)
+    monkeypatch.setattr("kestrel.cores.RUNNING", file)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert pictures.idle_cores() == idle
+    assert idle_cores() == idle
 
 
-@pytest.mark.skipif(not pictures.RUNNING.exists(), reason="this kernel does not tell")
+@pytest.mark.skipif(not RUNNING.exists(), reason="this kernel does not tell")
 def test_the_kernel_tells_otherwise_of_threads_that_run():
     """Threads of another process that do nothing but run."""
     cores = os.cpu_count() or 1
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores + 1)]
     try:
         deadline = time.monotonic() + 30
-        while pictures.idle_cores() and time.monotonic() < deadline:
+        while idle_cores() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert pictures.idle_cores() == 0
+        assert idle_cores() == 0
     finally:
         for process in busy:
             process.kill()
@@ -404,7 +405,7 @@ def test_the_kernel_tells_otherwise_of_threads_that_run():
 async def test_a_lone_request_is_answered_otherwise_by_several_threads(monkeypatch):
     answers = []
     for cores in (1, 3):
-        monkeypatch.setattr("kestrel.pictures._cores", lambda cores=cores: cores)
+        monkeypatch.setattr("kestrel.pictures.usable_cores", lambda cores=cores: cores)
         monkeypatch.setattr("kestrel.scheduler.idle_cores", lambda cores=cores: cores - 1)
         async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
             answers.append([comparable(await engine.segment(**asked)) for asked in SAMPLES])
