@@ -87,6 +87,17 @@ class Overloaded(RequestError):
         super().__init__(message, field, retry_after_s)
 
 
+FULL_HEADER = "X-Service-Full"
+"""Of an answer: no other request would have been taken either."""
+
+
+class Full(Overloaded):
+    """503: there is no place for one more request, whatever it asks."""
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {FULL_HEADER: "1"}
+
+
 class RateLimited(Overloaded):
     """429: the API key has used up its rate; ``retry_after_s`` says when to come back."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from kestrel.api import (
-    ID_PATTERN,
-    ID_RULE,
     MAX_CONTEXT,
     MOST_VALUES,
     TIMEOUT_HEADER,
@@ -14,6 +12,7 @@ from kestrel.api import (
 )
 from kestrel.config import RuntimeConfig
 from kestrel.image import FORMATS
+from kestrel.request_ids import ID_PATTERN, ID_RULE
 
 Schema = dict[str, Any]
 

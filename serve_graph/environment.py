@@ -21,11 +21,13 @@ AFTER_DEADLINE_S = 15
 """How much longer than its deadline a request may be under way, seconds: its answer has 10 to be
 read."""
 
+HAPROXY_ON = "RAY_SERVE_ENABLE_HA_PROXY"
+
 HAPROXY = {
     # HAProxy in place of Serve's Python proxy, straight to the ingress replicas: half the latency
     # that is left, twice the requests per second. HTTP stays on ``http_options.host``. With it goes
     # ``RAY_SERVE_HAPROXY_BINARY_PATH``: where a node has the program of ``serve_graph.haproxy``.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    HAPROXY_ON: "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     # How long an ingress replica that is to go stays open for HAProxies that have not heard of it,
     # seconds: they hear within one, and try another where it refuses. Ray's 30 prolong updates.

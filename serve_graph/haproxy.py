@@ -1,4 +1,4 @@
-"""HAProxy as Ray Serve runs it, but for four things that Serve has no setting for.
+"""HAProxy as Ray Serve runs it, but for five things that Serve has no setting for.
 
 Serve has HAProxy's pages of statistics and metrics listen on every interface; here it is the
 loopback interface. It starts HAProxy before it tells it of any application, so that a door that
@@ -6,7 +6,7 @@ comes back after its death answers 404 for a while; here it is shut until it kno
 go, and a load balancer or client tries another door. It lets a connection on which no request comes
 keep its place for an hour; here it is closed after ``REQUEST_HEAD_S``. And it hands on whatever
 clients put into headers that Serve itself reads; here those are left out that are no part of the
-contract, and what Serve cannot read.
+contract, and what Serve cannot read. And it would leave all refusals to the replicas (``full.py``).
 
 Serve may be told which program to run as HAProxy (``RAY_SERVE_HAPROXY_BINARY_PATH``), and hands
 that the configuration it wrote: ``segment-haproxy`` (``main``) is that program. It changes those
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from serve_graph.environment import HAPROXY
 from serve_graph.errors import LaunchError
+from serve_graph.full import TURNED_AWAY, has_lua, refusing
 
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PROGRAM = "segment-haproxy"
@@ -38,8 +39,10 @@ _DOOR = re.compile(r"^(frontend http_frontend\s*\n)(\s*bind\s.*\n)", re.MULTILIN
 # Serve obeys the first four, which are for programs inside of a cluster: its own timeout would
 # answer in the place of the graph's. The others it decodes as UTF-8, and where that fails answers
 # in plain text what the graph does not count. An id that is not ASCII is against the graph's rule
-# (``kestrel.api.ID_PATTERN``), and so is what stands in its place: the graph refuses it.
-_HEADERS = """\
+# (``kestrel.request_ids``), and so is what stands in its place: the graph refuses it.
+_HEADERS = (
+    f"    http-request del-header {TURNED_AWAY}\n"
+    """\
     http-request del-header x-request-timeout-seconds
     http-request del-header x-request-disconnect-disabled
     http-request del-header ^x[-_]session[-_]id$ -m reg
@@ -48,6 +51,7 @@ _HEADERS = """\
     http-request del-header tracestate if { req.fhdr(tracestate) -m reg "[^ -~]" }
     http-request set-header x-request-id "not ASCII" if { req.fhdr(x-request-id) -m reg "[^ -~]" }
 """
+)
 _DEFAULTS = re.compile(r"^defaults\s*\n", re.MULTILINE)
 _APPLICATION = re.compile(r"^\s*use_backend\s", re.MULTILINE)
 
@@ -100,13 +104,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     for option, value in pairwise(arguments):
         if option == "-f":
-            _rewrite(Path(value))
+            _rewrite(Path(value), refuses=has_lua(binary))
     os.execv(binary, [binary, *arguments])
 
 
-def _rewrite(file: Path) -> None:
+def _rewrite(file: Path, *, refuses: bool) -> None:
     """In one move, because Serve writes the file again whenever replicas come and go."""
-    written = file.read_text()
+    configuration = amended(file.read_text())
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as beside:
-        beside.write(amended(written))
+        beside.write(refusing(configuration) if refuses else configuration)
     os.replace(beside.name, file)

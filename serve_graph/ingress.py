@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -26,6 +27,8 @@ from kestrel.server.room import Place
 from serve_graph import metrics
 from serve_graph.args import IngressSettings
 from serve_graph.compose import GraphBackend
+from serve_graph.environment import HAPROXY_ON
+from serve_graph.full import TURNED_AWAY
 from serve_graph.halves import Deadline
 from serve_graph.hedge import Hedge
 from serve_graph.reconfigured import FormerSettings
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
     from ray.util.queue import Queue
     from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve")
 
@@ -79,7 +83,7 @@ class IngressDeployment:
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app
 
-        return build_app(
+        app = build_app(
             self._backend,
             # Every door spreads requests evenly (see serve_graph.environment), so that the shares
             # add up to the rate of a key.
@@ -89,6 +93,9 @@ class IngressDeployment:
             # Serve gives every HTTP request its id before it comes here, and the answer its header.
             name_answers=False,
         )
+        if os.environ.get(HAPROXY_ON) == "1":  # else nobody takes that header from clients
+            app.add_middleware(CountTurnedAway)
+        return app
 
     async def _watch(self) -> None:
         """Export what both doors hold, once a second."""
@@ -188,6 +195,19 @@ class IngressDeployment:
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)
         return request
+
+
+class CountTurnedAway:
+    """ASGI middleware: counts the requests that HAProxy says it refused for the service."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for name, value in scope.get("headers", ()):
+            if name == TURNED_AWAY.lower().encode() and value.isdigit():
+                metrics.count(metrics.REQUESTS, int(value), door="http", outcome="overloaded")
+        await self._app(scope, receive, send)
 
 
 def _request_id() -> str:

@@ -4,7 +4,6 @@ does not start."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import pytest
 from scripted import ASK, ScriptedBackend
-from serving import accepts, connected, served, until
+from serving import connected, served
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kestrel.server.routes import build_app
 from serve_graph import haproxy
 from serve_graph.errors import LaunchError
-from serve_graph.ports import free_port
 
 WRITTEN = """\
 frontend prometheus
@@ -98,22 +96,7 @@ def test_it_is_missing_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 # What it does with requests
 
-SERVE_S = """\
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 3600s
-    timeout server 60s
-frontend http_frontend
-    bind 127.0.0.1:{door}
-    acl is_app path_beg /
-    use_backend app if is_app
-backend app
-    server one 127.0.0.1:{server}
-"""
-
-
-pytest_plugins = ["scripted"]
+pytest_plugins = ["behind_haproxy", "scripted"]
 
 
 class Reader(BaseHTTPRequestHandler):
@@ -124,27 +107,6 @@ class Reader(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
-
-
-@pytest.fixture
-def behind(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Called with a port of a service: the address of HAProxy before it, as Serve configures it."""
-    with contextlib.ExitStack() as running:
-
-        def start(server: int, amended: Callable[[str], str] = haproxy.amended) -> str:
-            door, configuration = free_port(), tmp_path / "haproxy.cfg"
-            configuration.write_text(amended(SERVE_S.format(door=door, server=server)))
-            binary = haproxy.haproxy_binary()
-            assert binary is not None
-            process = subprocess.Popen([binary, "-db", "-f", configuration])
-            running.callback(process.wait, 20)
-            running.callback(process.kill)
-            url = f"http://127.0.0.1:{door}"
-            until(lambda: process.poll() is not None or accepts(url))
-            assert process.poll() is None, "HAProxy has ended"
-            return url
-
-        yield start
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kestrel import api
 from kestrel.api import DeadlineExceeded, RequestError
 from kestrel.deadlines import within
+from kestrel.request_ids import given_request_id
 from kestrel.server.sending import ClientGone, ClientStalled, JsonAnswer, send_by
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Envelope:
             return
         unfit: RequestError | None = None
         try:
-            given = api.given_request_id(Headers(scope=scope).getlist("x-request-id"))
+            given = given_request_id(Headers(scope=scope).getlist("x-request-id"))
         except RequestError as error:
             given, unfit = None, error
         request_id = scope["kestrel.request_id"] = given or uuid.uuid4().hex

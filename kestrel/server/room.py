@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kestrel.api import Overloaded
 from kestrel.config import RuntimeConfig
+from kestrel.errors import Full
 
 
 class Room:
@@ -16,9 +17,9 @@ class Room:
         self.bytes = 0
 
     def enter(self) -> Place:
-        """A place for one request, to be left; Overloaded when all are taken."""
+        """A place for one request, to be left; Full when all are taken."""
         if self.requests >= self._most_requests:
-            raise Overloaded(f"the server is full ({self.requests} requests)")
+            raise Full(f"the server is full ({self.requests} requests)")
         return Place(self)
 
     def _hold(self, more: int) -> None:

@@ -84,6 +84,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
     # Two refiners, so that one can die; short queues, so that they can be filled.
     args["refiner_pool"].update(num_cpus=0.5, min_replicas=2, max_replicas=2)
     args["model_pool"].update(max_ongoing_requests=8, max_queued_requests=4)
+    args["runtime"]["max_held_requests"] = 12
     url = service_url(config)
     cluster = LocalCluster(
         longest_request_s=longest_request_s(config),

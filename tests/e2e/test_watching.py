@@ -6,11 +6,12 @@ import base64
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from running_graph import Graph
+from running_graph import Graph, wait_for
 
 from serve_graph import metrics
 from serve_graph.demo import Sample
@@ -66,6 +67,25 @@ def test_metrics_of_both_pools_reach_prometheus(graph: Graph, samples: list[Samp
     for deployment, name in (("Model", "model_slots"), ("Refiner", "refiner_running_requests")):
         lines = [x for x in text.splitlines() if x.startswith(f"ray_segment_{name}{{")]
         assert lines and all(f'deployment="{deployment}"' in x for x in lines)
+
+
+def overloaded(graph: Graph) -> float:
+    """How many requests were refused for want of a place, as exported."""
+    pattern = r'^ray_segment_requests_total{.*outcome="overloaded".*} (\S+)$'
+    return sum(map(float, re.findall(pattern, scraped(graph), re.M)))
+
+
+def test_refusals_by_haproxy_are_counted_nowhere(graph: Graph, samples: list[Sample]) -> None:
+    before = overloaded(graph)
+    ask = {"object": samples[0].noun, "image_url": base64_text(samples[0].image)}
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda _: graph.http.post("/v1/segment", json=ask), range(120)))
+    said = [answer.json()["error"] for answer in answers if answer.status_code == 503]
+    assert "the server is full" in said, "all of them by the replica"
+    assert len(said) < 120
+    # Told with the next request.
+    wait_for(lambda: graph.http.post("/v1/segment", json=ask).status_code == 200)
+    assert wait_for(lambda: overloaded(graph) >= before + len(said), 4 * EXPORT_PERIOD_S)
 
 
 def test_a_request_has_one_id_in_header_and_body(graph: Graph, samples: list[Sample]) -> None:
