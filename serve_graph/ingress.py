@@ -143,27 +143,29 @@ class IngressDeployment:
         out; raises RequestError. ``timeout_s``: the call's own deadline, seconds from its
         arrival. ``due``: when its caller leaves, by ``time.time()``; only for the count of those
         who leave, as clocks may differ."""
-        with _counted(due) as ended, self._backend.room.enter() as place:
+        with _counted(due) as ended:
             deadline = ended.deadline = self._deadline(timeout_s)
-            request = await self._taken(fields, place, deadline)
-            left = deadline.left()
-            model, refined = await self._backend.complete(request, _request_id(), left)
-            return segment_response(model, refined, return_base64=request.return_base64)
+            with self._backend.room.enter(deadline.left()) as place:
+                request = await self._taken(fields, place, deadline)
+                left = deadline.left()
+                model, refined = await self._backend.complete(request, _request_id(), left)
+                return segment_response(model, refined, return_base64=request.return_base64)
 
     async def stream(
         self, *, timeout_s: Any = None, due: Any = None, **fields: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
         """``segment`` as the events that SSE sends; raises RequestError before the first only."""
-        with _counted(due) as ended, self._backend.room.enter() as place:
+        with _counted(due) as ended:
             deadline = ended.deadline = self._deadline(timeout_s)
-            request = await self._taken(fields, place, deadline)
-            events = self._backend.events(request, _request_id(), deadline.left())
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    if isinstance(event, ErrorEvent):
-                        ended.outcome = event.outcome
-                        event = dict(event)  # callers need not have its class
-                    yield event
+            with self._backend.room.enter(deadline.left()) as place:
+                request = await self._taken(fields, place, deadline)
+                events = self._backend.events(request, _request_id(), deadline.left())
+                async with contextlib.aclosing(events):
+                    async for event in events:
+                        if isinstance(event, ErrorEvent):
+                            ended.outcome = event.outcome
+                            event = dict(event)  # callers need not have its class
+                        yield event
 
     async def stream_into(self, queue: Queue, **fields: Any) -> None:
         """``stream`` for Ray Client, which has no streaming calls: the events go into a queue."""
@@ -194,6 +196,7 @@ class IngressDeployment:
         reason = await within(deadline.at, self._backend.serving())
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)
+        place.begin()
         return request
 
 

@@ -1,25 +1,40 @@
-"""How much of requests one process holds at once, bounded by count and by bytes."""
+"""How much of requests one process holds at once, bounded by count, by bytes and by their time."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
+
 from kestrel.api import Overloaded
 from kestrel.config import RuntimeConfig
-from kestrel.errors import Full
+from kestrel.errors import DeadlineExceeded, Full
+from kestrel.server.stays import Stay, Stays
 
 
 class Room:
     """The bounds ``max_held_requests`` and ``max_held_bytes``, and what is held now."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock``: seconds that pass."""
         self._most_requests = config.max_held_requests
         self._most_bytes = config.max_held_bytes
+        self._stays = Stays(config.max_batch_size, clock)
         self.requests = 0
         self.bytes = 0
 
-    def enter(self) -> Place:
-        """A place for one request, to be left; Full when all are taken."""
+    def enter(self, left_s: float = math.inf) -> Place:
+        """A place for one request, to be left; Full when all are taken, Overloaded where its
+        deadline, in ``left_s`` seconds, is nearer than its answer."""
         if self.requests >= self._most_requests:
             raise Full(f"the server is full ({self.requests} requests)")
+        expected_s = self._stays.expected_s()
+        if expected_s > left_s:
+            raise Overloaded(
+                f"{self._stays.under_way} requests are before it: its answer would take up to "
+                f"{expected_s:.1f} s, and the request has {left_s:.1f} s",
+                retry_after_s=min(expected_s - left_s, 60.0),
+            )
         return Place(self)
 
     def _hold(self, more: int) -> None:
@@ -34,6 +49,7 @@ class Place:
     def __init__(self, room: Room) -> None:
         self._room = room
         self._bytes = 0
+        self._stay: Stay | None = None
         room.requests += 1
 
     def hold(self, size: int) -> None:
@@ -42,9 +58,24 @@ class Place:
             self._room._hold(size - self._bytes)
             self._bytes = size
 
+    def begin(self) -> None:
+        """All of the request is here: from now on its answer is waited for."""
+        self._stay = self._room._stays.begin()
+
+    def done(self, *, late: bool = False) -> None:
+        """The answer is there, to be sent for as long as its client takes; ``late``: it is not.
+        Idempotent."""
+        if self._stay is not None:
+            self._room._stays.end(self._stay, late=late)
+        self._stay = None
+
     def __enter__(self) -> Place:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._room.requests -= 1
         self._room.bytes -= self._bytes
+        if kind is None or issubclass(kind, DeadlineExceeded):
+            self.done(late=kind is not None)
+        elif self._stay is not None:
+            self._room._stays.forget()

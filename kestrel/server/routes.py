@@ -130,7 +130,7 @@ class _Routes:
         request.scope["kestrel.send_by"] = send_by(deadline)
         request.scope["kestrel.deadline"] = deadline
         # Left by the envelope: an event stream goes on after this returns.
-        place = request.scope["kestrel.places"].enter_context(self.room.enter())
+        place = request.scope["kestrel.places"].enter_context(self.room.enter(timeout_s))
         body = await within(deadline, _read_body(request, config.limits.max_body_bytes, place))
         asked = api.parse_segment_json(
             body,
@@ -143,6 +143,7 @@ class _Routes:
         reason = await within(deadline, self.backend.serving())
         if reason is not None:
             raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
+        place.begin()
         request_id: str = request.scope["kestrel.request_id"]
         left = deadline - time.monotonic()
         if asked.stream:
@@ -158,6 +159,7 @@ class _Routes:
         model, refined = await unless_gone(
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
         )
+        place.done()
         answer = answers.segment_response(model, refined, return_base64=asked.return_base64)
         headers = {"Server-Timing": server_timing(model, refined)}
         if refined is not None and refined.reason == "unavailable":

@@ -1,0 +1,160 @@
+"""More than its capacity comes to a service, and it takes in what will be too late, or refuses what
+would not."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from kestrel.config import RuntimeConfig
+from kestrel.errors import DeadlineExceeded, Full, Overloaded
+from kestrel.server.room import Place, Room
+
+SIDE_BY_SIDE = 8
+
+
+class Simulated:
+    """A service that works on so many requests side by side, first come first served, and never
+    on one whose deadline has passed. Time is simulated."""
+
+    def __init__(self, held: int = 48) -> None:
+        config = RuntimeConfig(max_held_requests=held, max_batch_size=SIDE_BY_SIDE)
+        self.now = 0.0
+        self.room = Room(config, lambda: self.now)
+        self.outcomes: Counter[str] = Counter()
+        self._free = [0.0] * SIDE_BY_SIDE
+        """When each of those side by side is free."""
+        self._ends: list[tuple[float, int, Place, BaseException | None]] = []
+
+    def until(self, now: float) -> None:
+        while self._ends and self._ends[0][0] <= now:
+            self.now, _, place, failure = heapq.heappop(self._ends)
+            self.outcomes["late" if failure else "right"] += 1
+            with contextlib.suppress(DeadlineExceeded), place:
+                if failure is not None:
+                    raise failure
+        self.now = now
+
+    def ask(self, service_s: float, deadline_s: float) -> str:
+        """What is said at once of a request that takes so long alone: "taken" or the refusal."""
+        try:
+            place = self.room.enter(deadline_s)
+        except Full:
+            self.outcomes["full"] += 1
+            return "full"
+        except Overloaded as error:
+            self.outcomes["refused"] += 1
+            return error.message
+        place.begin()
+        begins = max(self.now, heapq.heappop(self._free))
+        late = begins + service_s > self.now + deadline_s
+        ends = min(begins + service_s, self.now + deadline_s)
+        heapq.heappush(self._free, max(begins, ends))
+        heapq.heappush(self._ends, (ends, id(place), place, DeadlineExceeded() if late else None))
+        return "taken"
+
+    def load(self, seconds: float, rate: float, services: Iterator[float], deadline_s: float):
+        began = self.now
+        for number in range(int(seconds * rate)):
+            self.until(began + number / rate)
+            self.ask(next(services), deadline_s)
+
+    def loaded(self) -> None:
+        """Three times what it can carry has come for a while, and some places are free again."""
+        self.load(30, 15.0, times(1.6), 10.0)
+        self.until(self.now + 4)
+
+
+def times(*seconds: float) -> Iterator[float]:
+    while True:
+        yield from seconds
+
+
+@pytest.mark.parametrize("deadline_s", [1.0, 5.0, 10.0, 60.0])
+@pytest.mark.parametrize("services", [(1.6,), (0.8, 2.4), (0.2,)])
+def test_what_is_let_in_misses_its_deadline(deadline_s: float, services: tuple[float, ...]) -> None:
+    if deadline_s < max(services):
+        pytest.skip("no request of these would be in time")
+    service = Simulated()
+    capacity = SIDE_BY_SIDE * len(services) / sum(services)
+    service.load(60, 3 * capacity, times(*services), deadline_s)
+    before = Counter(service.outcomes)
+    service.load(60, 3 * capacity, times(*services), deadline_s)
+    found = service.outcomes - before
+    assert found["right"] >= 0.9 * capacity * 60, found
+    assert found["late"] <= 0.1 * found["right"], found
+
+
+def test_bursts_are_refused_after_a_quiet_time() -> None:
+    """One request after another says nothing of how fast many are."""
+    service = Simulated()
+    for _ in range(50):
+        assert service.ask(1.6, 10.0) == "taken"
+        service.until(service.now + 2.0)
+    assert [service.ask(1.6, 10.0) for _ in range(48)] == ["taken"] * 48
+    service.until(service.now + 20)
+    assert service.outcomes == {"right": 98}
+
+
+def test_a_stall_is_held_against_the_service_for_ever() -> None:
+    service = Simulated()
+    for _ in range(48):
+        service.ask(60.0, 20.0)
+    service.until(service.now + 20)
+    assert service.outcomes["late"] == 48
+    service._free = [service.now] * SIDE_BY_SIDE
+    service.load(20, 3.0, times(0.2), 5.0)
+    assert service.outcomes["refused"] == 0
+    for _ in range(40):
+        service.ask(0.2, 5.0)
+    service.until(service.now + 10)
+    service.load(10, 100.0, times(0.2), 5.0)
+    service.until(service.now + 10)
+    assert service.outcomes["late"] == 48
+    assert service.outcomes["right"] > 300
+
+
+def test_the_refusal_says_why_and_when_to_come_back() -> None:
+    service = Simulated()
+    service.loaded()
+    with pytest.raises(Overloaded, match=r"\d+ requests are before it.* has 0\.5 s") as refused:
+        service.room.enter(0.5)
+    assert not isinstance(refused.value, Full)
+    assert refused.value.retry_after_s is not None and 1 < refused.value.retry_after_s <= 60
+    assert "X-Service-Full" not in refused.value.headers()
+    with service.room.enter():  # without a deadline of its own
+        pass
+    with service.room.enter(60.0):
+        pass
+
+
+def test_those_who_leave_are_taken_for_answered() -> None:
+    """Clients that break off at once would make the service look fast."""
+    service = Simulated()
+    service.loaded()
+    for _ in range(100):
+        with contextlib.suppress(ConnectionError), service.room.enter() as place:
+            place.begin()
+            raise ConnectionError
+    with pytest.raises(Overloaded):
+        service.room.enter(1.0)
+
+
+def test_who_sends_or_reads_slowly_is_taken_for_work() -> None:
+    service = Simulated()
+    service.load(30, 4.0, times(1.6), 10.0)
+    service.until(service.now + 10)
+    sending = [service.room.enter() for _ in range(20)]
+    reading = [service.room.enter() for _ in range(20)]
+    for place in reading:
+        place.begin()
+        place.done()
+    assert service.room.requests == 40
+    assert service.room._stays.under_way == 0
+    assert service.ask(1.6, 2.0) == "taken"
+    for place in (*sending, *reading):
+        place.__exit__(None)
