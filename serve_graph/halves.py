@@ -163,22 +163,25 @@ class ModelHalf:
         sent: list[ModelEvent] = []
         lost = 0
         while True:
-            replay = iter(list(sent))
+            told = 0
             response: Any = self._generate.remote(request, request_id, deadline.travelling())
             finished = False
             try:
                 while True:
                     try:
-                        event = await within(deadline.at, response.__anext__())
+                        group = await within(deadline.at, response.__anext__())
                     except StopAsyncIteration:
                         return
-                    finished = isinstance(event, ModelDone)
-                    before = next(replay, None)
-                    if before is None:
-                        sent.append(event)
-                        yield event
-                    elif event != before:
-                        raise Overloaded("the model replica was lost, and another tells otherwise")
+                    finished = isinstance(group[-1], ModelDone)
+                    for event in group:
+                        told += 1
+                        if told > len(sent):
+                            sent.append(event)
+                            yield event
+                        elif event != sent[told - 1]:
+                            raise Overloaded(
+                                "the model replica was lost, and another tells otherwise"
+                            )
             except Exception as error:
                 lost = _lost_again("model", request_id, error, lost)
                 if not lost:

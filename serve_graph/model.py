@@ -15,12 +15,16 @@ from kestrel import api
 from kestrel.api import ModelDone
 from serve_graph import metrics, tracing
 from serve_graph.args import model_settings
+from serve_graph.grouped import grouped
 from serve_graph.reconfigured import FormerSettings
 
 if TYPE_CHECKING:
     from kestrel.api import ModelEvent, ModelResult, SegmentRequest
     from kestrel.config import RuntimeConfig
 
+MESSAGES_APART_S = 0.05
+"""Between two messages of a stream to the ingress, seconds. A small model says twenty commands in
+that time, and a message costs the ingress as much as all else that it does for one."""
 SHARE_WEIGHT = 0.02
 """Weight of one request in the running mean of how many go on to a refiner."""
 
@@ -63,15 +67,15 @@ class ModelDeployment:
 
     async def generate(
         self, request: SegmentRequest, request_id: str, timeout_s: float
-    ) -> AsyncGenerator[ModelEvent, None]:
-        """The model's events of one request; leaving the iteration frees its slot."""
+    ) -> AsyncGenerator[list[ModelEvent], None]:
+        """The model's events of one request, in groups; leaving the iteration frees its slot."""
         events = self._engine.generate(request, request_id=request_id, timeout_s=timeout_s)
         with self._counted(timeout_s) as ended:
             async with contextlib.aclosing(events):
-                async for event in events:
-                    if isinstance(event, ModelDone):
-                        ended(request, event.result)
-                    yield event
+                async for group in grouped(events, MESSAGES_APART_S):
+                    if isinstance(group[-1], ModelDone):
+                        ended(request, group[-1].result)
+                    yield group
 
     async def complete(
         self, request: SegmentRequest, request_id: str, timeout_s: float

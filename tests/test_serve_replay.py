@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -35,23 +36,29 @@ TOLD: list[ModelEvent] = [
 
 
 class Call:
-    """What a handle's streaming call gives: some events, then the death of its replica."""
+    """What a handle's streaming call gives: some events, in groups of ``together``, then the death
+    of its replica."""
 
     def __init__(
-        self, events: list[ModelEvent], dies: bool = False, error: Exception | None = None
+        self,
+        events: list[ModelEvent],
+        dies: bool = False,
+        error: Exception | None = None,
+        together: int = 1,
     ) -> None:
+        self._together = together
         self._events = self._told(events, ReplicaUnavailableError("killed") if dies else error)
         self.cancelled = False
 
     async def _told(
         self, events: list[ModelEvent], error: Exception | None
-    ) -> AsyncIterator[ModelEvent]:
-        for event in events:
-            yield event
+    ) -> AsyncIterator[list[ModelEvent]]:
+        for at in range(0, len(events), self._together):
+            yield events[at : at + self._together]
         if error is not None:
             raise error
 
-    async def __anext__(self) -> ModelEvent:
+    async def __anext__(self) -> list[ModelEvent]:
         return await self._events.__anext__()
 
     def cancel(self) -> None:
@@ -95,10 +102,9 @@ async def test_what_was_sent_before_the_death_is_not_sent_again(cut: int) -> Non
 
 
 async def test_two_deaths_in_a_row_are_survived_wherever_they_come() -> None:
-    for first in range(len(TOLD)):
-        for second in range(len(TOLD)):
-            calls = Call(TOLD[:first], True), Call(TOLD[:second], True), Call(TOLD, False)
-            assert await heard(*calls) == TOLD
+    for first, second, together in product(range(len(TOLD)), range(len(TOLD)), (1, 2, 5)):
+        calls = Call(TOLD[:first], True), Call(TOLD[:second], True), Call(TOLD, together=together)
+        assert await heard(*calls) == TOLD
 
 
 @pytest.mark.parametrize("other", [TOLD[:1] + TOLD[2:], [TOLD[0], PathDelta("M9 9", 5), *TOLD[2:]]])
