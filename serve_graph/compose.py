@@ -95,6 +95,8 @@ class GraphBackend:
         """None once the model pool has answered: without refiners, paths are the model's own."""
         if self.draining:
             return STOPPING
+        if self._model_there.is_set():
+            return None
         try:
             await within(time.monotonic() + STARTING_S, self._model_there.wait())
         except DeadlineExceeded:

@@ -46,8 +46,8 @@ SERVE_PROXY = {
 }
 
 CALM = {
-    # How long Serve's controller rests between two looks at its deployments, seconds: replicas that
-    # died, and autoscaling, wait for a look. With Ray's 0.1 it takes twice as much CPU while nothing
+    # How long Serve's controller rests between two looks at its deployments, seconds: replicas
+    # that died, and autoscaling, wait. With Ray's 0.1 it takes twice as much CPU where nothing
     # happens, a twentieth of a slow core, which replicas on the same machine lack.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
 }
