@@ -245,6 +245,7 @@ class RefinerHalf:
                 model.bbox,
                 request.return_base64,
                 request.settings.refiner,
+                patience.travelling(),
             )
             try:
                 return await _finish(response, patience)

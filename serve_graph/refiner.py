@@ -7,6 +7,7 @@ import contextvars
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +72,14 @@ class RefinerDeployment:
         bbox: dict[str, float] | None,
         return_base64: bool,
         refiner: str | None = None,
+        timeout_s: float | None = None,
     ) -> SegmentRefineBitmapsResult:
         """Refine one path over its image; decoding happens here and only here, once.
 
-        ``refiner``: a loaded backend by name; None: the configured one.
+        ``refiner``: a loaded backend by name; None: the configured one. ``timeout_s``: for how long
+        its caller waits, who cancels it then; for the count of those.
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         from kestrel.seg_refiner.refiner import UNWANTED, Unwanted
         from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -115,7 +119,7 @@ class RefinerDeployment:
             raise
         finally:
             self._held(-1)
-            metrics.count(metrics.REFINER_REQUESTS, outcome=api.outcome(failure))
+            metrics.count(metrics.REFINER_REQUESTS, outcome=api.outcome(failure, deadline))
         for stage, ms in result.timings_ms.items():
             metrics.observe(metrics.REFINER_STAGE_MS, ms, stage=stage)
         tracing.stages(result.timings_ms)

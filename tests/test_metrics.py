@@ -7,6 +7,7 @@ import ast
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from scripted import ASK, WELL, ScriptedBackend
@@ -35,7 +37,8 @@ from kestrel.api import (
     SegmentRequest,
     outcome,
 )
-from kestrel.config import RuntimeConfig
+from kestrel.config import Limits, RefinerConfig, RuntimeConfig
+from kestrel.seg_refiner.backends import BACKENDS
 from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 from serve_graph import metrics
@@ -43,6 +46,7 @@ from serve_graph.args import GraphArgs
 from serve_graph.ingress import COUNTED, IngressDeployment
 from serve_graph.model import ModelDeployment
 from serve_graph.reconfigured import FormerSettings
+from serve_graph.refiner import RefinerDeployment
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
@@ -267,6 +271,24 @@ async def test_a_model_s_request_that_is_cancelled_is_counted_alike(
     call = getattr(ModelDeployment, method)(model, SegmentRequest("disc"), "id", 60.0)
     await left(call if method == "complete" else anext(call), lambda: model._running == 1)
     assert counted == [(metrics.MODEL_REQUESTS, {"outcome": expected})]
+
+
+@pytest.mark.parametrize(("expected", "early_s"), LEFT)
+async def test_a_refinement_that_is_given_up_is_counted_alike(expected, early_s, monkeypatch):
+    monkeypatch.setattr("kestrel.errors.EARLY_S", early_s, raising=False)
+    counted: list[Any] = []
+    monkeypatch.setattr(metrics, "count", lambda spec, **tags: counted.append((spec, tags)))
+    go = threading.Event()
+    go.set()  # for the built-in picture
+    monkeypatch.setitem(BACKENDS, "slow", lambda config: lambda image, mask: mask * go.wait(60))
+    refiner = RefinerDeployment(RefinerConfig(selectable=("slow",)), Limits(), 1, 30.0)
+    go.clear()
+    square, whole = "M0 0H1V1H0Z", {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    call = refiner.refine(pixels, square, whole, False, "slow", timeout_s=60.0)
+    asyncio.get_running_loop().call_later(0.5, go.set)
+    await left(call, lambda: refiner.stats()["running"] == 1)
+    assert counted == [(metrics.REFINER_REQUESTS, {"outcome": expected})]
 
 
 class NeverDone:
