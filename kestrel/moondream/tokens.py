@@ -32,6 +32,9 @@ class SegmentTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.encode_special_tokens = True  # as text: only objects are encoded
+            # A file may keep the lengths of a batch that it was used for.
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
             return cls(tokenizer, prompt)
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path}: not a readable tokenizer file ({error})") from error
