@@ -603,7 +603,12 @@ def test_a_model_of_the_config_is_not_served_under_its_name(model, tmp_path):
     assert (config.model, config.located.path) == ("seg-model", str(folder))
     named = RuntimeConfig(model={"repo": "a/b", "name": "mine"})  # type: ignore[arg-type]
     assert (named.model, named.located.repo) == ("mine", "a/b")
-    assert RuntimeConfig(model="m", model_path="/x").located == ModelSource(path="/x")
+    short = RuntimeConfig(model_path=str(folder))
+    assert (short.model, short.located) == ("seg-model", config.located)
+    assert RuntimeConfig(source=config.located).model == "seg-model"
+    given = RuntimeConfig(model="m", model_path="/x")
+    assert (given.model, given.located) == ("m", ModelSource(path="/x"))
+    assert RuntimeConfig().model == "nano"
     assert RuntimeConfig().located.path.endswith("nano")
 
 
