@@ -329,6 +329,13 @@ def test_serve_refuses_a_port_that_is_none(port, capsys) -> None:
     assert "0..65535" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["", "a..b", "local host"])
+def test_serve_takes_a_host_that_is_none(host, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: pytest.fail("it is served"))
+    assert main(["serve", f"--host={host}"]) == 2
+    assert f"--host must be a name or an address, not {host!r}" in capsys.readouterr().err
+
+
 def test_serve_ends_although_a_client_does_not_read(monkeypatch) -> None:
     made: list[uvicorn.Config] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: made.append(server.config))

@@ -147,7 +147,15 @@ def test_a_pt_file_is_read_as_the_public_one(parts, tmp_path):
         ({"seghead_weights": "/models/v@2/head.pt"}, "no file /models/v@2/head.pt"),
         ({"seghead_weights": "owner/name@main"}, "^seghead_weights: 'main' is no full commit"),
         ({"seghead_weights": f"owner/none@{'a' * 40}"}, "^seghead_weights: model.pt of owner/none"),
-        ({"seghead_vision": "/nowhere"}, "no checkpoint at /nowhere"),
+        ({"seghead_vision": "/nowhere"}, r"^seghead_vision\.path: there is no .* at /nowhere"),
+        (
+            {"seghead_vision": {"repo": "owner/none", "revision": "main"}},
+            r"^seghead_vision\.revision: 'main' is no full commit",
+        ),
+        (
+            {"seghead_vision": {"path": str(FIXTURES / "md2"), "tokenizer": "nowhere"}},
+            r"^seghead_vision\.tokenizer: nowhere is neither",
+        ),
         ({"seghead_vision": str(SHIPPED_MODELS / "nano")}, "seghead_vision"),
     ],
 )
