@@ -579,6 +579,20 @@ def test_what_a_config_leaves_out_of_the_region_is_moondream_2_s(config, left_ou
     assert local_checkpoint(tmp_path).architecture().region == config.region
 
 
+@pytest.mark.parametrize("under", [None, "config"])
+@pytest.mark.parametrize(
+    ("config", "published"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
+)
+def test_a_config_without_the_text_s_sizes_is_passed_over(config, published, under, tmp_path):
+    given = {"prompt": {"path_grid": 480}, "vision": {"max_crops": 4}, "name": "mine"}
+    (tmp_path / "config.json").write_text(json.dumps({under: given} if under else given))
+    save_file(engine_tensors(random_model(config)), tmp_path / "m.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    found = local_checkpoint(tmp_path).architecture()
+    assert (found.prompt.path_grid, found.vision.max_crops, found.name) == (480, 4, "mine")
+    assert (found.text, found.region) == (published.text, published.region)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
 )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,6 +55,9 @@ class Checkpoint:
                 if isinstance(region, dict) and not region.keys() >= TOLD_APART:
                     # Moondream 2 and 3 each leave out what they have, and have not the same.
                     given = {**given, "region": {**told_region(self.weights), **region}}
+                if not given.get("text"):
+                    # Their texts differ too; what else is left out they share.
+                    given = {**given, "text": asdict(published_architecture(self.weights).text)}
                 return MoondreamConfig.from_dict(given)
         return published_architecture(self.weights)
 

@@ -113,6 +113,10 @@ class PromptConfig:
     """Integers of a path run from 0 to this across the box."""
 
 
+SECTIONS = ("text", "vision", "region", "prompt")
+"""Parts of a ``config.json``."""
+
+
 @dataclass(frozen=True)
 class MoondreamConfig:
     """A whole model."""
@@ -131,8 +135,7 @@ class MoondreamConfig:
         a known key with a size that cannot work raises ``ConfigError``.
         """
         text, vision, region, prompt = (
-            dict(_section(values.get(name) or {}, name))
-            for name in ("text", "vision", "region", "prompt")
+            dict(_section(values.get(name) or {}, name)) for name in SECTIONS
         )
         if text.get("moe") is not None:
             text["moe"] = _pick(MoeConfig, _section(text["moe"], "text.moe", " or null"))
@@ -259,7 +262,7 @@ def sections(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a JSON object")
     for part in (values, values.get("config")):
-        if isinstance(part, dict) and "text" in part:
+        if isinstance(part, dict) and part.keys() & set(SECTIONS):
             return part
     return None
 
