@@ -579,6 +579,17 @@ def test_what_a_config_leaves_out_of_the_region_is_moondream_2_s(config, left_ou
     assert local_checkpoint(tmp_path).architecture().region == config.region
 
 
+@pytest.mark.parametrize("sizes", [{"text": {"n_heads": 0}}, {"text": 3}, {"region": [1]}])
+def test_a_size_that_cannot_work_does_not_name_its_file(model, sizes, tmp_path):
+    folder = write_checkpoint(tmp_path, own_tensors(model))
+    file = folder / "config.json"
+    file.write_text(json.dumps(TINY_3.to_dict() | sizes))
+    (section,) = sizes
+    for read in (local_checkpoint(folder).architecture, lambda: MoondreamConfig.from_file(file)):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: {section}\b.* must be"):
+            read()
+
+
 @pytest.mark.parametrize("under", [None, "config"])
 @pytest.mark.parametrize(
     ("config", "published"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]

@@ -58,7 +58,7 @@ class Checkpoint:
                 if not given.get("text"):
                     # Their texts differ too; what else is left out they share.
                     given = {**given, "text": asdict(published_architecture(self.weights).text)}
-                return MoondreamConfig.from_dict(given)
+                return MoondreamConfig.from_dict(given, self.config)
         return published_architecture(self.weights)
 
     def stored(self) -> tuple[set[torch.dtype | None], int]:

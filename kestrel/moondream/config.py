@@ -128,12 +128,19 @@ class MoondreamConfig:
     name: str = "moondream"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoondreamConfig:
-        """Build from a parsed ``config.json``.
+    def from_dict(cls, values: dict[str, Any], file: Path | None = None) -> MoondreamConfig:
+        """Build from a parsed ``config.json``, that of ``file``.
 
         Unknown sections and keys of other consumers are ignored, as published files carry some;
-        a known key with a size that cannot work raises ``ConfigError``.
+        a known key with a size that cannot work raises ``ConfigError``, which names the file.
         """
+        try:
+            return cls._from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}" if file is not None else str(error)) from None
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> MoondreamConfig:
         text, vision, region, prompt = (
             dict(_section(values.get(name) or {}, name)) for name in SECTIONS
         )
@@ -154,7 +161,7 @@ class MoondreamConfig:
     @classmethod
     def from_file(cls, path: Path) -> MoondreamConfig:
         """Read ``config.json``; raises ``ConfigError`` naming the file."""
-        return cls.from_dict(sections(path) or {})
+        return cls.from_dict(sections(path) or {}, path)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
