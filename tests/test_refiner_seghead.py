@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,26 @@ def test_the_head_s_parameters_are_no_views_of_its_file(parts, suffix, tmp_path)
     with file.open("r+b") as opened:
         opened.write(bytes(file.stat().st_size))
     assert all(torch.equal(p, tensors[name]) for name, p in head.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"iou_token": torch.full((1, 64), torch.nan)}, r"iou_token holds NaN or infinity"),
+        ({"image_proj.weight": torch.zeros(12, 64, 1, 1)}, "holds no mask refiner's head"),
+        ({"image_proj.weight": torch.zeros(40, 64, 1, 1)}, "holds no mask refiner's head"),
+        ({"image_proj.weight": [1]}, "holds no mask refiner's head"),
+        ({"mask_tokens": torch.tensor(1.0)}, "holds no mask refiner's head"),
+        ({3: torch.zeros(1)}, "holds no mask refiner's head"),
+        (None, "has no key head"),
+    ],
+)
+def test_a_file_of_another_head_is_a_traceback_or_is_served(parts, changes, said, tmp_path):
+    tensors = {k.removeprefix("head."): t for k, t in load_file(parts.seghead_weights).items()}
+    file = tmp_path / "model.pt"
+    torch.save(tensors if changes is None else {"head": tensors | changes}, file)
+    with pytest.raises(ConfigError, match=rf"^seghead_weights: {re.escape(str(file))} {said}"):
+        load_seg_head(file, CPU, torch.float32)
 
 
 def test_a_head_with_tensors_missing_or_left_over_is_refused(parts, tmp_path):
