@@ -25,7 +25,7 @@ from kestrel.api import (
 )
 from kestrel.api_keys import hash_key_command
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
-from kestrel.folders import made_writable
+from kestrel.folders import made_writable, unreadable
 from kestrel.serve_config import names_a_host
 
 if TYPE_CHECKING:
@@ -134,8 +134,10 @@ def _config(arguments: argparse.Namespace) -> RuntimeConfig:
         device=arguments.device,
         refiner=RefinerConfig(refiner=arguments.refiner),
     )
-    if config.model_path is not None and not Path(config.model_path).exists():
-        raise InputError(f"there is no checkpoint at {config.model_path}")
+    if config.model_path is not None:
+        problem = unreadable(Path(config.model_path))
+        if problem is not None:
+            raise InputError(problem)
     return config
 
 

@@ -237,6 +237,7 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{png}", "dog", "--device", "abacus"], "device must be"),
         (["{png}", "dog", "--model-path", "{folder}/no-model"], "no-model"),
         (["{png}", "dog", "--model-path", "{folder}"], "{folder}"),
+        (["{png}", "dog", "--model-path", "m" * 300], "m cannot be read: File name too long"),
         (["{png}", "dog", "-o", "{png}"], "cannot be made"),
         (["{png}", "dog", "-o", "{png}/out"], "cannot be made"),
     ],

@@ -527,6 +527,21 @@ def test_what_a_folder_lacks_is_not_named(model, tmp_path):
     assert found.config is None and found.folder == tmp_path
 
 
+def test_a_path_that_cannot_be_read_is_a_traceback_or_called_empty(model, tmp_path, monkeypatch):
+    folder, long = write_checkpoint(tmp_path, own_tensors(model)), tmp_path / ("a" * 300)
+    with pytest.raises(
+        ConfigError, match=r"^model\.path: .*/a+ cannot be read: File name too long"
+    ):
+        local_checkpoint(long)
+    with pytest.raises(ConfigError, match=r"^model\.path: there is no checkpoint at a\0"):
+        local_checkpoint(Path("a\0"))
+    # Root may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.R_OK)
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(ConfigError, match=f"^model.path: {re.escape(str(path))} is not yours"):
+            local_checkpoint(path)
+
+
 def test_a_tokenizer_elsewhere_is_not_found(model, tmp_path):
     folder = write_checkpoint(tmp_path / "model", own_tensors(model))
     other = tmp_path / "words"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kestrel.config import ConfigError, ModelSource
+from kestrel.folders import unreadable
 from kestrel.hub import NotKnown, NotThere, Snapshot
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
 from kestrel.moondream.names import parameter_name
@@ -72,8 +73,8 @@ def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
 
     Raises ``ConfigError`` that names what is missing.
     """
-    if not path.exists():
-        raise ConfigError(f"model.path: there is no checkpoint at {path}")
+    if (problem := unreadable(path)) is not None:
+        raise ConfigError(f"model.path: {problem}")
     folder = path if path.is_dir() else path.parent
     weights, ties = _weights(path)
     tokenizer = tokenizer or folder / "tokenizer.json"
