@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from kestrel.api import ModelResult, SegmentRequest, validate_segment
-from kestrel.config import MOST_IMAGE_PIXELS, ModelSource, RuntimeConfig
+from kestrel.config import MOST_IMAGE_PIXELS, Limits, ModelSource, RuntimeConfig
 from kestrel.image import decode
 from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -101,6 +101,9 @@ def check_outcome(
         if model.finish_reason == "length":
             cause += ", or max_context and kv_cache_bytes leave its answer too little room"
             room = "raise those where they are set; or "
+        elif model.path and _bounds_paths(config.limits):
+            cause += ", or limits.max_path_chars or max_path_commands is too low for its paths"
+            room = "raise those; or "
         if not config.allow_empty_paths:
             raise Unfit(
                 cause,
@@ -112,6 +115,15 @@ def check_outcome(
     if refined is not None and refined.reason in ("raster_failed", "refine_failed"):
         raise EngineError(f"the refiner does not work: {refined.reason} (see the log)")
     return found
+
+
+def _bounds_paths(limits: Limits) -> bool:
+    """Whether they let in less of a path than by default."""
+    usual = Limits()
+    return (
+        limits.max_path_chars < usual.max_path_chars
+        or limits.max_path_commands < usual.max_path_commands
+    )
 
 
 def not_finite(config: RuntimeConfig, dtype: torch.dtype) -> Unfit:

@@ -106,6 +106,14 @@ async def test_a_checkpoint_whose_paths_never_end_serves(endless, caplog):
     assert "allow_empty_paths is set" in caplog.text
 
 
+@pytest.mark.parametrize("bound", ["max_path_chars", "max_path_commands"])
+async def test_a_bound_on_paths_is_blamed_on_the_checkpoint(bound):
+    bounded = RuntimeConfig(device="cpu", refiner=None, limits={bound: 5})
+    said = r"or limits\.max_path_chars or max_path_commands is too low .*\. Raise those; or serve"
+    with pytest.raises(EngineError, match=said):
+        await InferenceEngine.create(bounded)
+
+
 @pytest.mark.parametrize(
     "torn",
     ["text.blocks.0.attn.proj.bias", "text.lm_head.weight", "region.size_decoder.bias",
