@@ -286,7 +286,7 @@ class RuntimeConfig:
     """
 
     model: str = ""
-    """Name under which the model is served (the ``model`` field of a request); empty: the
+    """Name under which the model is served (the ``model`` field of a request); empty or null: the
     checkpoint's, ``nano`` for the shipped one. A mapping of ``ModelSource`` keys in its place
     (YAML) sets the name and ``source``."""
     model_path: str | None = None
@@ -459,7 +459,8 @@ class RuntimeConfig:
     def _resolve_source(self) -> None:
         """Where ``model`` is a mapping, make it a name and ``source`` what it says, and where it is
         empty the checkpoint's name; one place at most may name the checkpoint."""
-        named: Any = self.model if isinstance(self.model, dict) else None
+        model: Any = self.model
+        named = model if isinstance(model, dict) else None
         path: Any = self.model_path
         _check(
             path is None or (isinstance(path, str) and bool(path)),
@@ -471,7 +472,7 @@ class RuntimeConfig:
             raise ConfigError("model, source and model_path name more than one checkpoint")
         if named is not None:
             object.__setattr__(self, "source", _source(named, "model"))
-        if named is not None or self.model == "":
+        if named is not None or model in (None, ""):
             object.__setattr__(self, "model", self.located.served_name)
 
     @property

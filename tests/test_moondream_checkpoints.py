@@ -648,7 +648,11 @@ def test_a_model_of_the_config_is_not_served_under_its_name(model, tmp_path):
     assert RuntimeConfig(source=config.located).model == "seg-model"
     given = RuntimeConfig(model="m", model_path="/x")
     assert (given.model, given.located) == ("m", ModelSource(path="/x"))
-    assert RuntimeConfig().model == "nano"
+    unnamed = RuntimeConfig(model=None, model_path="/models/a")  # type: ignore[arg-type]
+    assert (unnamed.model, RuntimeConfig().model) == ("a", "nano")
+    for wrong in (5, False, []):
+        with pytest.raises(ConfigError, match=r"^model must be a string, not"):
+            RuntimeConfig(model=wrong)  # type: ignore[arg-type]
     assert RuntimeConfig().located.path.endswith("nano")
 
 
