@@ -25,7 +25,8 @@ from kestrel.api import (
 )
 from kestrel.api_keys import hash_key_command
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
-from kestrel.folders import made_writable
+from kestrel.folders import made_writable, unreadable
+from kestrel.serve_config import names_a_host
 
 if TYPE_CHECKING:
     from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -133,8 +134,10 @@ def _config(arguments: argparse.Namespace) -> RuntimeConfig:
         device=arguments.device,
         refiner=RefinerConfig(refiner=arguments.refiner),
     )
-    if config.model_path is not None and not Path(config.model_path).exists():
-        raise InputError(f"there is no checkpoint at {config.model_path}")
+    if config.model_path is not None:
+        problem = unreadable(Path(config.model_path))
+        if problem is not None:
+            raise InputError(problem)
     return config
 
 
@@ -258,6 +261,8 @@ def _serve(config: RuntimeConfig, host: str, port: int) -> int:
     from kestrel.server.http import create_app
     from kestrel.server.sending import send_by
 
+    if not names_a_host(host):  # the empty one is every interface
+        raise InputError(f"--host must be a name or an address, not {host!r}")
     if not 0 <= port <= 65535:
         raise InputError(f"--port must be in 0..65535, not {port}")
     failures: list[Exception] = []

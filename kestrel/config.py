@@ -285,9 +285,10 @@ class RuntimeConfig:
     key whose value breaks its rule.
     """
 
-    model: str = "nano"
-    """Name under which the model is served (the ``model`` field of a request). A mapping of
-    ``ModelSource`` keys in its place (YAML) sets the name and ``source``."""
+    model: str = ""
+    """Name under which the model is served (the ``model`` field of a request); empty or null: the
+    checkpoint's, ``nano`` for the shipped one. A mapping of ``ModelSource`` keys in its place
+    (YAML) sets the name and ``source``."""
     model_path: str | None = None
     """Short for ``source`` with a path alone. Neither: the shipped model."""
     source: ModelSource | None = None
@@ -375,12 +376,7 @@ class RuntimeConfig:
             object.__setattr__(self, "api_keys", parse_keys(() if keys is None else keys))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        _check(
-            isinstance(self.model, str) and bool(self.model),
-            "model",
-            "must be a non-empty string",
-            self.model,
-        )
+        _check(isinstance(self.model, str), "model", "must be a string", self.model)
         for key in (
             "max_batch_size",
             "max_context",
@@ -461,9 +457,10 @@ class RuntimeConfig:
         )
 
     def _resolve_source(self) -> None:
-        """Where ``model`` is a mapping, make it a name and ``source`` what it says; one place at
-        most may name the checkpoint."""
-        named: Any = self.model if isinstance(self.model, dict) else None
+        """Where ``model`` is a mapping, make it a name and ``source`` what it says, and where it is
+        empty the checkpoint's name; one place at most may name the checkpoint."""
+        model: Any = self.model
+        named = model if isinstance(model, dict) else None
         path: Any = self.model_path
         _check(
             path is None or (isinstance(path, str) and bool(path)),
@@ -474,9 +471,9 @@ class RuntimeConfig:
         if sum(given is not None for given in (named, self.source, path)) > 1:
             raise ConfigError("model, source and model_path name more than one checkpoint")
         if named is not None:
-            source = _source(named, "model")
-            object.__setattr__(self, "model", source.served_name)
-            object.__setattr__(self, "source", source)
+            object.__setattr__(self, "source", _source(named, "model"))
+        if named is not None or model in (None, ""):
+            object.__setattr__(self, "model", self.located.served_name)
 
     @property
     def refiners(self) -> tuple[str, ...]:

@@ -142,20 +142,33 @@ def read_config(file: Path | None) -> Wanted:
     except ImportError:
         raise ConfigError("reading YAML needs PyYAML: pip install pyyaml") from None
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file ({error})") from error
+    values = {} if values is None else values
     args, served = values, isinstance(values, dict) and "applications" in values
     if served:
         args = mapping_of(graph_of(values), "args")
     if not isinstance(args, dict):
         raise ConfigError(f"{file}: no mapping with runtime and refiner")
-    runtime = args.get("runtime") or {}
+    # A key without a value is null in YAML.
+    runtime, refiner = (
+        {} if args.get(key) is None else args[key] for key in ("runtime", "refiner")
+    )
+    if not served:  # of a Serve config this is ``check_config``'s to say
+        unknown = sorted(set(args) - {"runtime", "refiner"}, key=str)
+        if unknown:
+            raise ConfigError(
+                f"{file}: unknown key {unknown[0]!r}; known keys are runtime, refiner and, of a "
+                "Serve config, applications"
+            )
+        if isinstance(runtime, dict) and "refiner" in runtime:
+            raise ConfigError(f"{file}: runtime.refiner: it is refiner, beside runtime")
     if isinstance(runtime, dict):
         runtime = {**runtime, "refiner": None}
     return Wanted(
         from_mapping(RuntimeConfig, runtime, "runtime"),
-        from_mapping(RefinerConfig, args.get("refiner") or {}, "refiner"),
+        from_mapping(RefinerConfig, refiner, "refiner"),
         http_address(values) if served else HTTP,
         graph=served,
         serve_config=values if served else None,

@@ -372,7 +372,7 @@ class InferenceEngine:
             check.result()
 
     async def _check(self) -> None:
-        request = check_request(self._samples)
+        request = check_request(self._samples, self.config.limits.max_image_pixels)
         if self.config.refiner is None:
             # It makes no masks, which is nothing that a check finds out.
             request = replace(request, return_base64=False)

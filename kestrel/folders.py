@@ -1,9 +1,22 @@
-"""Folders that a command is to write into, looked at before its work."""
+"""Where a command is to write, and a checkpoint to be read, looked at before the work."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def unreadable(path: Path) -> str | None:
+    """What keeps the checkpoint at ``path``, a file or a folder, from being read; None where
+    nothing does."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return f"there is no checkpoint at {path}"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    mode = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    return None if os.access(path, mode) else f"{path} is not yours to read"
 
 
 def made_writable(folder: Path) -> str | None:

@@ -125,7 +125,10 @@ class Scheduler:
 
     def _refusal(self, job: Job, queued: int) -> tuple[str, float]:
         """Why the job may not join ``queued`` others, empty when it may; seconds that they take."""
-        seconds = self._seconds * queued / self._config.max_batch_size
+        # Where there is less memory than slots, they wait for that.
+        cache = self._batch.cache
+        filled = sum(cache.cost(waiting.longest) for waiting in self._waiting) / cache.room
+        seconds = self._seconds * max(queued / self._config.max_batch_size, filled)
         if queued >= self._config.max_queue:
             return f"the queue is full ({queued} requests wait)", seconds
         held = sum(image_size(waiting.request.image) for waiting in self._waiting)

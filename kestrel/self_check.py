@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from kestrel.api import ModelResult, SegmentRequest, validate_segment
-from kestrel.config import ModelSource, RuntimeConfig
+from kestrel.config import MOST_IMAGE_PIXELS, Limits, ModelSource, RuntimeConfig
 from kestrel.image import decode
 from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
@@ -24,8 +25,9 @@ SIDE = 252
 
 
 @lru_cache(maxsize=4)
-def check_request(folder: Path | None) -> SegmentRequest:
-    """The first picture of ``samples/samples.json`` in a checkpoint's folder, or a drawn ball.
+def check_request(folder: Path | None, most_pixels: int = MOST_IMAGE_PIXELS) -> SegmentRequest:
+    """The first picture of ``samples/samples.json`` in a checkpoint's folder, or a drawn ball;
+    shrunk to ``most_pixels`` where it has more.
 
     Masks are asked for, so that every stage runs. A file of that name which is something else is
     logged and passed over.
@@ -33,23 +35,35 @@ def check_request(folder: Path | None) -> SegmentRequest:
     listed = folder / "samples" / "samples.json" if folder is not None else None
     if listed is not None and listed.is_file():
         try:
-            return _first_sample(listed)
+            return _first_sample(listed, most_pixels)
         except (OSError, ValueError, LookupError, TypeError) as error:
             log.warning("%s lists no picture and noun (%r); a ball is drawn", listed, error)
     picture = Image.new("RGB", (SIDE, SIDE), (120, 170, 90))
     draw = ImageDraw.Draw(picture)
     draw.ellipse((70, 80, 180, 190), fill=(220, 70, 40), outline=(120, 30, 20), width=4)
+    return SegmentRequest("ball", _png(picture, most_pixels), return_base64=True)
+
+
+def _png(picture: Image.Image, most_pixels: int) -> bytes:
+    """The picture, shrunk to ``most_pixels`` where it has more."""
+    scale = math.sqrt(most_pixels / (picture.width * picture.height))
+    if scale < 1:
+        width = min(max(1, int(picture.width * scale)), most_pixels)
+        height = min(max(1, int(picture.height * scale)), most_pixels // width)
+        picture = picture.resize((width, height))
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
-    return SegmentRequest("ball", encoded.getvalue(), return_base64=True)
+    return encoded.getvalue()
 
 
-def _first_sample(listed: Path) -> SegmentRequest:
+def _first_sample(listed: Path, most_pixels: int) -> SegmentRequest:
     """Raises what is wrong with the file, its entry or the picture."""
     first = json.loads(listed.read_text(encoding="utf-8"))[0]
     image = (listed.parent / first["file"]).read_bytes()
     request = validate_segment(object=first["noun"], image=image, return_base64=True)
-    decode(image)
+    pixels = decode(image)
+    if pixels.shape[0] * pixels.shape[1] > most_pixels:
+        request.image = _png(Image.fromarray(pixels), most_pixels)
     return request
 
 
@@ -87,6 +101,9 @@ def check_outcome(
         if model.finish_reason == "length":
             cause += ", or max_context and kv_cache_bytes leave its answer too little room"
             room = "raise those where they are set; or "
+        elif model.path and _bounds_paths(config.limits):
+            cause += ", or limits.max_path_chars or max_path_commands is too low for its paths"
+            room = "raise those; or "
         if not config.allow_empty_paths:
             raise Unfit(
                 cause,
@@ -98,6 +115,15 @@ def check_outcome(
     if refined is not None and refined.reason in ("raster_failed", "refine_failed"):
         raise EngineError(f"the refiner does not work: {refined.reason} (see the log)")
     return found
+
+
+def _bounds_paths(limits: Limits) -> bool:
+    """Whether they let in less of a path than by default."""
+    usual = Limits()
+    return (
+        limits.max_path_chars < usual.max_path_chars
+        or limits.max_path_commands < usual.max_path_commands
+    )
 
 
 def not_finite(config: RuntimeConfig, dtype: torch.dtype) -> Unfit:

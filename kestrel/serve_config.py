@@ -73,7 +73,7 @@ def graph_of(config: dict[str, Any]) -> dict[str, Any]:
     return found[0]
 
 
-def _names_a_host(host: str) -> bool:
+def names_a_host(host: str) -> bool:
     """Whether it can be looked up as a name or an address: no label is empty or over 63 bytes."""
     try:
         return 0 < len(host.encode("idna")) <= LONGEST_HOST and not set(host) & NOT_IN_HOSTS
@@ -89,7 +89,7 @@ def http_address(config: dict[str, Any]) -> tuple[str, int]:
     if not isinstance(options, dict):
         raise ConfigError(f"http_options must be a mapping, not {options!r}")
     host, port = options.get("host", SERVE_HOST), options.get("port", HTTP[1])
-    if not isinstance(host, str) or not _names_a_host(host):
+    if not isinstance(host, str) or not names_a_host(host):
         raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
         raise ConfigError(f"http_options.port must be an integer in 0..65535, not {port!r}")

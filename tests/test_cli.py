@@ -237,6 +237,7 @@ def png_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{png}", "dog", "--device", "abacus"], "device must be"),
         (["{png}", "dog", "--model-path", "{folder}/no-model"], "no-model"),
         (["{png}", "dog", "--model-path", "{folder}"], "{folder}"),
+        (["{png}", "dog", "--model-path", "m" * 300], "m cannot be read: File name too long"),
         (["{png}", "dog", "-o", "{png}"], "cannot be made"),
         (["{png}", "dog", "-o", "{png}/out"], "cannot be made"),
     ],
@@ -327,6 +328,13 @@ def port_of(listener: socket.socket) -> int:
 def test_serve_refuses_a_port_that_is_none(port, capsys) -> None:
     assert main(["serve", f"--port={port}"]) == 2
     assert "0..65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "local host"])
+def test_serve_takes_a_host_that_is_none(host, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: pytest.fail("it is served"))
+    assert main(["serve", f"--host={host}"]) == 2
+    assert f"--host must be a name or an address, not {host!r}" in capsys.readouterr().err
 
 
 def test_serve_ends_although_a_client_does_not_read(monkeypatch) -> None:

@@ -61,6 +61,18 @@ async def test_a_request_that_would_be_late_in_the_queue_is_told_so_at_once(
     assert await asyncio.gather(*waiting) == ["answered"] * 3
 
 
+async def test_requests_that_wait_for_memory_are_taken_for_such_as_run_at_once() -> None:
+    # Memory for two requests of a whole context would be over 4 MB.
+    config = RuntimeConfig(max_batch_size=8, kv_cache_bytes=3_000_000, device="cpu", refiner=None)
+    async with await InferenceEngine.create(config) as engine:
+        assert await ask(engine, None) == "answered"
+        engine._scheduler._seconds = 10.0
+        waiting = [asyncio.create_task(ask(engine, None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert "longer than the request's deadline" in await ask(engine, None, timeout_s=5.0)
+        assert await asyncio.gather(*waiting) == ["answered"] * 3
+
+
 async def test_requests_are_refused_before_any_was_measured(
     engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -527,6 +527,21 @@ def test_what_a_folder_lacks_is_not_named(model, tmp_path):
     assert found.config is None and found.folder == tmp_path
 
 
+def test_a_path_that_cannot_be_read_is_a_traceback_or_called_empty(model, tmp_path, monkeypatch):
+    folder, long = write_checkpoint(tmp_path, own_tensors(model)), tmp_path / ("a" * 300)
+    with pytest.raises(
+        ConfigError, match=r"^model\.path: .*/a+ cannot be read: File name too long"
+    ):
+        local_checkpoint(long)
+    with pytest.raises(ConfigError, match=r"^model\.path: there is no checkpoint at a\0"):
+        local_checkpoint(Path("a\0"))
+    # Root may read everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.R_OK)
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(ConfigError, match=f"^model.path: {re.escape(str(path))} is not yours"):
+            local_checkpoint(path)
+
+
 def test_a_tokenizer_elsewhere_is_not_found(model, tmp_path):
     folder = write_checkpoint(tmp_path / "model", own_tensors(model))
     other = tmp_path / "words"
@@ -579,6 +594,31 @@ def test_what_a_config_leaves_out_of_the_region_is_moondream_2_s(config, left_ou
     assert local_checkpoint(tmp_path).architecture().region == config.region
 
 
+@pytest.mark.parametrize("sizes", [{"text": {"n_heads": 0}}, {"text": 3}, {"region": [1]}])
+def test_a_size_that_cannot_work_does_not_name_its_file(model, sizes, tmp_path):
+    folder = write_checkpoint(tmp_path, own_tensors(model))
+    file = folder / "config.json"
+    file.write_text(json.dumps(TINY_3.to_dict() | sizes))
+    (section,) = sizes
+    for read in (local_checkpoint(folder).architecture, lambda: MoondreamConfig.from_file(file)):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: {section}\b.* must be"):
+            read()
+
+
+@pytest.mark.parametrize("under", [None, "config"])
+@pytest.mark.parametrize(
+    ("config", "published"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
+)
+def test_a_config_without_the_text_s_sizes_is_passed_over(config, published, under, tmp_path):
+    given = {"prompt": {"path_grid": 480}, "vision": {"max_crops": 4}, "name": "mine"}
+    (tmp_path / "config.json").write_text(json.dumps({under: given} if under else given))
+    save_file(engine_tensors(random_model(config)), tmp_path / "m.safetensors")
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    found = local_checkpoint(tmp_path).architecture()
+    assert (found.prompt.path_grid, found.vision.max_crops, found.name) == (480, 4, "mine")
+    assert (found.text, found.region) == (published.text, published.region)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"), [(TINY_2, MOONDREAM_2), (TINY_3, MOONDREAM_3)], ids=["md2", "md3"]
 )
@@ -603,7 +643,16 @@ def test_a_model_of_the_config_is_not_served_under_its_name(model, tmp_path):
     assert (config.model, config.located.path) == ("seg-model", str(folder))
     named = RuntimeConfig(model={"repo": "a/b", "name": "mine"})  # type: ignore[arg-type]
     assert (named.model, named.located.repo) == ("mine", "a/b")
-    assert RuntimeConfig(model="m", model_path="/x").located == ModelSource(path="/x")
+    short = RuntimeConfig(model_path=str(folder))
+    assert (short.model, short.located) == ("seg-model", config.located)
+    assert RuntimeConfig(source=config.located).model == "seg-model"
+    given = RuntimeConfig(model="m", model_path="/x")
+    assert (given.model, given.located) == ("m", ModelSource(path="/x"))
+    unnamed = RuntimeConfig(model=None, model_path="/models/a")  # type: ignore[arg-type]
+    assert (unnamed.model, RuntimeConfig().model) == ("a", "nano")
+    for wrong in (5, False, []):
+        with pytest.raises(ConfigError, match=r"^model must be a string, not"):
+            RuntimeConfig(model=wrong)  # type: ignore[arg-type]
     assert RuntimeConfig().located.path.endswith("nano")
 
 

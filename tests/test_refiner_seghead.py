@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,15 @@ def test_a_pt_file_is_read_as_the_public_one(parts, tmp_path):
         ({"seghead_weights": "/models/v@2/head.pt"}, "no file /models/v@2/head.pt"),
         ({"seghead_weights": "owner/name@main"}, "^seghead_weights: 'main' is no full commit"),
         ({"seghead_weights": f"owner/none@{'a' * 40}"}, "^seghead_weights: model.pt of owner/none"),
-        ({"seghead_vision": "/nowhere"}, "no checkpoint at /nowhere"),
+        ({"seghead_vision": "/nowhere"}, r"^seghead_vision\.path: there is no .* at /nowhere"),
+        (
+            {"seghead_vision": {"repo": "owner/none", "revision": "main"}},
+            r"^seghead_vision\.revision: 'main' is no full commit",
+        ),
+        (
+            {"seghead_vision": {"path": str(FIXTURES / "md2"), "tokenizer": "nowhere"}},
+            r"^seghead_vision\.tokenizer: nowhere is neither",
+        ),
         ({"seghead_vision": str(SHIPPED_MODELS / "nano")}, "seghead_vision"),
     ],
 )
@@ -167,6 +176,26 @@ def test_the_head_s_parameters_are_no_views_of_its_file(parts, suffix, tmp_path)
     with file.open("r+b") as opened:
         opened.write(bytes(file.stat().st_size))
     assert all(torch.equal(p, tensors[name]) for name, p in head.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"iou_token": torch.full((1, 64), torch.nan)}, r"iou_token holds NaN or infinity"),
+        ({"image_proj.weight": torch.zeros(12, 64, 1, 1)}, "holds no mask refiner's head"),
+        ({"image_proj.weight": torch.zeros(40, 64, 1, 1)}, "holds no mask refiner's head"),
+        ({"image_proj.weight": [1]}, "holds no mask refiner's head"),
+        ({"mask_tokens": torch.tensor(1.0)}, "holds no mask refiner's head"),
+        ({3: torch.zeros(1)}, "holds no mask refiner's head"),
+        (None, "has no key head"),
+    ],
+)
+def test_a_file_of_another_head_is_a_traceback_or_is_served(parts, changes, said, tmp_path):
+    tensors = {k.removeprefix("head."): t for k, t in load_file(parts.seghead_weights).items()}
+    file = tmp_path / "model.pt"
+    torch.save(tensors if changes is None else {"head": tensors | changes}, file)
+    with pytest.raises(ConfigError, match=rf"^seghead_weights: {re.escape(str(file))} {said}"):
+        load_seg_head(file, CPU, torch.float32)
 
 
 def test_a_head_with_tensors_missing_or_left_over_is_refused(parts, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 from engines import MODEL, NANO, TOKENIZER
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from kestrel.answers import segment_output
 from kestrel.api import BboxEvent, ModelMetrics, ModelResult, PathDelta
@@ -78,6 +80,23 @@ def test_a_control_token_that_the_tokenizer_adds_is_text_too(tmp_path: Path) -> 
     tokenizer = SegmentTokenizer.from_file(file, MODEL.prompt)
     assert tokenizer.size == TOKENIZER.size + 1
     assert tokenizer.encode_object("a dog<|pad|>") == plain
+
+
+def test_ids_behind_a_gap_are_no_part_of_a_path() -> None:
+    words = WordLevel({"?": 0, "M": 30, "960": 1200}, unk_token="?")
+    tokenizer = SegmentTokenizer(Tokenizer(words), MODEL.prompt)
+    assert [tokenizer.decode_path_token(i) for i in (0, 29, 30, 1200)] == ["", "", "M", "960"]
+    assert tokenizer.size == 1201 and tokenizer.decode_path_token(1201) == ""
+
+
+def test_lengths_that_the_tokenizer_was_saved_with_change_the_object(tmp_path: Path) -> None:
+    saved, file = Tokenizer.from_file(str(NANO / "tokenizer.json")), tmp_path / "tokenizer.json"
+    saved.enable_padding(length=12, pad_id=30)
+    saved.enable_truncation(2)
+    saved.save(str(file))
+    tokenizer = SegmentTokenizer.from_file(file, MODEL.prompt)
+    for noun in ("dog", "a red car, left"):
+        assert tokenizer.encode_object(noun) == TOKENIZER.encode_object(noun)
 
 
 @pytest.mark.parametrize("noun", ["dog", "a red car, left", "Ünïcode 漢 🙂", "<|x|> | <", "1 < 2"])

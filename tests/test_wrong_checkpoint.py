@@ -13,9 +13,10 @@ from tiny_models import TINY_3, hugging_face_tensors, random_model, write_checkp
 from tokenizers import Tokenizer
 
 from kestrel import InferenceEngine, RuntimeConfig
-from kestrel.api import InvalidRequest
+from kestrel.api import InvalidRequest, TooLarge
 from kestrel.engine import EngineError
-from kestrel.self_check import check_request
+from kestrel.image import probe
+from kestrel.self_check import SIDE, check_request
 
 PROMPT = TINY_3.prompt
 
@@ -105,6 +106,14 @@ async def test_a_checkpoint_whose_paths_never_end_serves(endless, caplog):
     assert "allow_empty_paths is set" in caplog.text
 
 
+@pytest.mark.parametrize("bound", ["max_path_chars", "max_path_commands"])
+async def test_a_bound_on_paths_is_blamed_on_the_checkpoint(bound):
+    bounded = RuntimeConfig(device="cpu", refiner=None, limits={bound: 5})
+    said = r"or limits\.max_path_chars or max_path_commands is too low .*\. Raise those; or serve"
+    with pytest.raises(EngineError, match=said):
+        await InferenceEngine.create(bounded)
+
+
 @pytest.mark.parametrize(
     "torn",
     ["text.blocks.0.attn.proj.bias", "text.lm_head.weight", "region.size_decoder.bias",
@@ -157,6 +166,30 @@ def test_samples_of_something_else_stop_the_engine(tmp_path, caplog, samples):
     (tmp_path / "samples" / "samples.json").write_bytes(text)
     assert check_request(tmp_path) == check_request(None)
     assert str(tmp_path / "samples" / "samples.json") in caplog.text
+
+
+@pytest.mark.parametrize("pixels", [500_000, 1])
+async def test_a_bound_on_pixels_keeps_out_the_built_in_picture(pixels):
+    bounded = RuntimeConfig(device="cpu", torch_threads=1, limits={"max_image_pixels": pixels})
+    async with await InferenceEngine.create(bounded) as engine:
+        assert engine.finds or pixels == 1
+        with pytest.raises(TooLarge):
+            await engine.segment(image=picture(1000, 600), object="ball")
+
+
+@pytest.mark.parametrize("most", [60_000, 7, 1])
+def test_the_built_in_picture_is_larger_than_requests_may_be(tmp_path, most):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "samples.json").write_text('[{"file": "a.png", "noun": "disc"}]')
+    for width, height in ((640, 480), (70_000, 1), (2, 50_000)):
+        (tmp_path / "samples" / "a.png").write_bytes(picture(width, height))
+        check_request.cache_clear()
+        for folder in (tmp_path, None):
+            image = check_request(folder, most).image
+            assert isinstance(image, bytes)
+            header = probe(image)
+            assert header.width * header.height <= most
+    assert probe(check_request(None).image).width == SIDE
 
 
 async def test_health_of_a_wrong_checkpoint_is_good(boxes_only):

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from kestrel.config import ConfigError, ModelSource
+from kestrel.folders import unreadable
 from kestrel.hub import NotKnown, NotThere, Snapshot
 from kestrel.moondream.config import MOONDREAM_2, MOONDREAM_3, MoondreamConfig, sections
 from kestrel.moondream.names import parameter_name
@@ -55,7 +56,10 @@ class Checkpoint:
                 if isinstance(region, dict) and not region.keys() >= TOLD_APART:
                     # Moondream 2 and 3 each leave out what they have, and have not the same.
                     given = {**given, "region": {**told_region(self.weights), **region}}
-                return MoondreamConfig.from_dict(given)
+                if not given.get("text"):
+                    # Their texts differ too; what else is left out they share.
+                    given = {**given, "text": asdict(published_architecture(self.weights).text)}
+                return MoondreamConfig.from_dict(given, self.config)
         return published_architecture(self.weights)
 
     def stored(self) -> tuple[set[torch.dtype | None], int]:
@@ -69,8 +73,8 @@ def local_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
 
     Raises ``ConfigError`` that names what is missing.
     """
-    if not path.exists():
-        raise ConfigError(f"model.path: there is no checkpoint at {path}")
+    if (problem := unreadable(path)) is not None:
+        raise ConfigError(f"model.path: {problem}")
     folder = path if path.is_dir() else path.parent
     weights, ties = _weights(path)
     tokenizer = tokenizer or folder / "tokenizer.json"

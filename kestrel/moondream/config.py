@@ -113,6 +113,10 @@ class PromptConfig:
     """Integers of a path run from 0 to this across the box."""
 
 
+SECTIONS = ("text", "vision", "region", "prompt")
+"""Parts of a ``config.json``."""
+
+
 @dataclass(frozen=True)
 class MoondreamConfig:
     """A whole model."""
@@ -124,15 +128,21 @@ class MoondreamConfig:
     name: str = "moondream"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoondreamConfig:
-        """Build from a parsed ``config.json``.
+    def from_dict(cls, values: dict[str, Any], file: Path | None = None) -> MoondreamConfig:
+        """Build from a parsed ``config.json``, that of ``file``.
 
         Unknown sections and keys of other consumers are ignored, as published files carry some;
-        a known key with a size that cannot work raises ``ConfigError``.
+        a known key with a size that cannot work raises ``ConfigError``, which names the file.
         """
+        try:
+            return cls._from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}" if file is not None else str(error)) from None
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> MoondreamConfig:
         text, vision, region, prompt = (
-            dict(_section(values.get(name) or {}, name))
-            for name in ("text", "vision", "region", "prompt")
+            dict(_section(values.get(name) or {}, name)) for name in SECTIONS
         )
         if text.get("moe") is not None:
             text["moe"] = _pick(MoeConfig, _section(text["moe"], "text.moe", " or null"))
@@ -151,7 +161,7 @@ class MoondreamConfig:
     @classmethod
     def from_file(cls, path: Path) -> MoondreamConfig:
         """Read ``config.json``; raises ``ConfigError`` naming the file."""
-        return cls.from_dict(sections(path) or {})
+        return cls.from_dict(sections(path) or {}, path)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -259,7 +269,7 @@ def sections(path: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a JSON object")
     for part in (values, values.get("config")):
-        if isinstance(part, dict) and "text" in part:
+        if isinstance(part, dict) and part.keys() & set(SECTIONS):
             return part
     return None
 

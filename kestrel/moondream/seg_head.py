@@ -223,17 +223,21 @@ def load_seg_head(file: Path, device: torch.device, dtype: torch.dtype) -> SegHe
     try:
         (dim, enc_dim), grid = tensors["image_proj.weight"].shape[:2], tensors["image_pe"].shape[2]
         masks = len(tensors["mask_tokens"])
-    except (KeyError, IndexError, ValueError) as error:
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}
+        with torch.device("meta"):
+            head = SegHead(SegHeadConfig(enc_dim, dim, grid, masks, len(blocks))).to(dtype)
+    except Exception as error:  # whatever a layer says of sizes that it cannot have
         raise ConfigError(f"seghead_weights: {file} holds no mask refiner's head") from error
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}
-    with torch.device("meta"):
-        head = SegHead(SegHeadConfig(enc_dim, dim, grid, masks, len(blocks))).to(dtype)
     head.to_empty(device=device)
     try:
         # Copied: a mapped tensor would change, or be gone, with its file.
         head.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(f"seghead_weights: {file} does not fit: {error}") from error
+    for name, numbers in head.named_parameters():
+        # Its masks would be empty, and every path the model's own.
+        if not numbers.isfinite().all():
+            raise ConfigError(f"seghead_weights: {file} {name} holds NaN or infinity")
     return head.eval().requires_grad_(False)
 
 
@@ -244,7 +248,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             return {name.removeprefix("head."): tensor for name, tensor in stored.items()}
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return dict(loaded["head"])
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ConfigError(f"seghead_weights: {file} has no key head") from error
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"seghead_weights: {file} cannot be read: {error}") from error
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ConfigError(f"seghead_weights: {file} is no weights file: {error}") from error

@@ -19,9 +19,11 @@ class SegmentTokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: PromptConfig) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
-        size = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._path_text = [""] * size
-        for token_id in range(prompt.first_path_id, size):
+        # Not how many there are: a vocabulary may leave ids out.
+        self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        """Every id that it knows, added tokens included, is less."""
+        self._path_text: dict[int, str] = {}
+        for token_id in range(prompt.first_path_id, self.size):
             text = tokenizer.decode([token_id], skip_special_tokens=False).strip()
             if _PATH_TEXT.fullmatch(text):
                 self._path_text[token_id] = text
@@ -32,14 +34,12 @@ class SegmentTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.encode_special_tokens = True  # as text: only objects are encoded
+            # A file may keep the lengths of a batch that it was used for.
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
             return cls(tokenizer, prompt)
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path}: not a readable tokenizer file ({error})") from error
-
-    @property
-    def size(self) -> int:
-        """Ids that it knows, added tokens included."""
-        return len(self._path_text)
 
     def encode_object(self, noun: str) -> list[int]:
         """Ids of the noun as text: what spells a control token is encoded in two parts, so that no
@@ -53,4 +53,4 @@ class SegmentTokenizer:
 
     def decode_path_token(self, token_id: int) -> str:
         """The command letter, integer or minus sign that an id spells; "" if it is none."""
-        return self._path_text[token_id] if 0 <= token_id < len(self._path_text) else ""
+        return self._path_text.get(token_id, "")

@@ -6,6 +6,7 @@ refiner is built.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ class SegHeadRefiner:
         self._device = resolve_device(config.device)
         dtype = resolve_dtype("auto", self._device)
         self._head = load_seg_head(_weights_file(config.seghead_weights), self._device, dtype)
-        checkpoint = locate(config.seghead_vision)
-        self._vision = load_vision(checkpoint, self._device, dtype)
+        try:
+            checkpoint = locate(config.seghead_vision)
+            self._vision = load_vision(checkpoint, self._device, dtype)
+        except ConfigError as error:
+            # ``model.path`` and the like are keys of the served model.
+            raise ConfigError(re.sub(r"^model\.", "seghead_vision.", str(error))) from error
         head, vision = self._head.config, self._vision.config
         if vision.enc_n_layers <= EARLY_BLOCK:
             raise ConfigError(
