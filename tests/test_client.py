@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -580,6 +580,9 @@ class NeverTaken:
     def __await__(self) -> Any:
         return asyncio.sleep(60).__await__()
 
+    async def _to_object_ref(self) -> Any:
+        await asyncio.sleep(60)
+
     def result(self, timeout_s: float) -> Any:
         refused_in_a_loop()
         threading.Event().wait(timeout_s)
@@ -675,6 +678,10 @@ def serves(monkeypatch: pytest.MonkeyPatch, client: Any, events: list[Any]) -> N
 
     monkeypatch.setattr(NeverTaken, "__anext__", anext_)
     monkeypatch.setattr(NeverTaken, "__await__", lambda _: asyncio.sleep(0, answer).__await__())
+    told: Future[Any] = Future()
+    told.set_result(answer)
+    ref = SimpleNamespace(future=lambda: told)
+    monkeypatch.setattr(NeverTaken, "_to_object_ref", lambda _: asyncio.sleep(0, ref))
     monkeypatch.setattr(NeverTaken, "result", lambda _, timeout_s: refused_in_a_loop(answer))
     client._door._ray.get = lambda _, timeout: events.pop(0)
 
