@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit status, the one that argparse uses too."""
 FAILED = 1
+KEEP_ALIVE_S = 90
+"""An idle connection is closed after this, seconds: longer than a load balancer keeps it, which
+else sends a request into its end. The graph's configs have the same."""
 
 
 class InputError(Exception):
@@ -281,6 +284,7 @@ def _serve(config: RuntimeConfig, host: str, port: int) -> int:
             port=port,
             http=cast("type[asyncio.Protocol]", protocol),
             timeout_graceful_shutdown=longest_s,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
     )
     server.run()

@@ -354,13 +354,15 @@ class InferenceEngine:
         self._refining.check()
 
     async def health(self) -> None:
-        """Returns when a built-in picture was segmented, or a request completed just now.
+        """Returns when a built-in picture was segmented, or a request completed just now, or the
+        model goes on with so many that another would wait for them.
 
         Raises what ``check_failure`` does, ``EngineError`` that says what is wrong with the
         picture's answer, or ``RequestError``.
         """
         self.check_failure()
-        if time.monotonic() - self._scheduler.last_success > HEALTHY_FOR_S:
+        scheduler, since = self._scheduler, time.monotonic() - HEALTHY_FOR_S
+        if scheduler.last_success < since and not (scheduler.full and scheduler.last_step >= since):
             # Shared: a check is let in past the bounds of the queue, and anybody may ask for one.
             check = self._checking
             if check is None or check.done() or check.get_loop() != asyncio.get_running_loop():

@@ -76,6 +76,8 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         self.last_success = 0.0
         """When a request last completed without an engine failure after it, monotonic seconds."""
+        self.last_step = 0.0
+        """When a step was last done, without such a failure after it."""
         self._threads = config.torch_threads or _threads_of(model)
         with torch.inference_mode():
             self._batch = Batch(
@@ -137,6 +139,12 @@ class Scheduler:
         if queued and self._measured and job.arrived + seconds > job.deadline:
             return "the queue is longer than the request's deadline", seconds
         return "", seconds
+
+    @property
+    def full(self) -> bool:
+        """Whether a request that comes now would wait for others."""
+        with self._wake:
+            return bool(self._waiting) or len(self._admitted()) >= self._config.max_batch_size
 
     def cancel(self, job: Job) -> None:
         """Drop a job at the next step; nothing more is delivered for it."""
@@ -343,6 +351,7 @@ class Scheduler:
         except Exception as error:
             self._failed_step(error)
             return
+        self.last_step = time.monotonic()
         if not sampled:
             return
         now = time.monotonic()
@@ -371,7 +380,7 @@ class Scheduler:
         """Fail all that is admitted with the cause, and begin afresh with those that wait."""
         admitted = self._admitted()
         log.exception("an engine step failed; its %d requests fail", len(admitted))
-        self.last_success = 0.0
+        self.last_success = self.last_step = 0.0
         for job in admitted:
             self._fail(job, engine_error(error))
         self._pictures.forget()

@@ -11,6 +11,10 @@ FAST_SERVE = {
     # nearly twice the requests per second of Serve's defaults on two cores. Ray reads these once,
     # when it starts, on every node.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Largest of these calls and of their answers, bytes: the most that gRPC knows, as pictures are
+    # bounded by ``limits.max_body_bytes``. Over Serve's 4 MiB each call would count as a replica
+    # that was lost.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
     # Without HAProxy, direct ingress only adds a listener per ingress replica and half a minute of
     # draining to every update.
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",

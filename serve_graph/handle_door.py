@@ -70,6 +70,21 @@ def timing(deadline: float) -> dict[str, Any]:
     return {"timeout_s": Left(deadline), "due": time.time() + deadline - time.monotonic()}
 
 
+async def _through_client(response: Any) -> Any:
+    """The result of a call through Ray Client. Leaving this leaves Ray's own future alone: one that
+    is cancelled stays with Ray Client, and its answer on the cluster, until that disconnects."""
+    answer = (await response._to_object_ref()).future()
+    loop, there = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(there.set)
+
+    answer.add_done_callback(tell)
+    await there.wait()
+    return answer.result()
+
+
 class HandleDoor:
     """Calls the ingress deployment's methods; the same composing happens as for HTTP. Calls are
     the contract's fields."""
@@ -109,6 +124,9 @@ class HandleDoor:
             raise ConnectionError(f"no Serve application {app!r}: {error}") from error
         # Ray Client carries no streaming calls: events then come through a Ray queue.
         self._through_queue = bool(ray.util.client.ray.is_connected())
+        if self._through_queue:
+            # Nor Serve's own gRPC, which a program with the variables of a node would use.
+            self._handle = self._handle.options(_by_reference=True)
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -131,7 +149,8 @@ class HandleDoor:
             until = time.monotonic() + self._timeout_s
             response = self._handle.segment.remote(**timing(until), **fields)
             try:
-                answer: dict[str, Any] = await within(until, response)
+                waited_for = _through_client(response) if self._through_queue else response
+                answer: dict[str, Any] = await within(until, waited_for)
                 return answer
             except BaseException:
                 response.cancel()

@@ -156,7 +156,7 @@ def _plain_errors(sending: _Sending) -> Iterator[None]:
             raise
         # No service has the request yet, whose deadline it could be.
         raise ConnectionError("no connection in time") from error
-    except httpx.RequestError as error:
+    except (httpx.RequestError, httpx.InvalidURL) as error:
         raise ConnectionError(str(error)) from error
 
 

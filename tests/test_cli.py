@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import socket
@@ -382,6 +383,14 @@ def test_serve_serves_until_it_is_told_to_end(listener) -> None:
     try:
         until(ready, 150)
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "nano"
+        # A load balancer keeps a connection for a minute, and would send a request into its end.
+        kept = http.client.HTTPConnection("127.0.0.1", port)
+        kept.request("GET", "/v1/models")
+        kept.getresponse().read()
+        kept.sock.settimeout(7)
+        with pytest.raises(TimeoutError):
+            assert kept.sock.recv(1), "an idle connection was closed"
+        kept.close()
         process.terminate()
         _, said = process.communicate(timeout=60)
     finally:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -483,9 +483,13 @@ def test_a_proxy_of_the_environment_is_asked_for_this_machine_or_for_no_other(
                 client.segment(object="disc", model="asked through a proxy")
 
 
-def test_a_service_that_is_not_there_is_a_connection_error():
-    with SegmentClient("http://127.0.0.1:9") as client, pytest.raises(ConnectionError):
-        client.segment(object="disc")
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://127.0.0.1:port", "http://[::1"])
+def test_a_service_that_is_not_there_is_a_connection_error(address):
+    with SegmentClient(address) as client:
+        with pytest.raises(ConnectionError):
+            client.segment(object="disc")
+        with pytest.raises(ConnectionError):
+            list(client.segment(object="disc", stream=True))
 
 
 # By handle
@@ -579,6 +583,9 @@ class NeverTaken:
 
     def __await__(self) -> Any:
         return asyncio.sleep(60).__await__()
+
+    async def _to_object_ref(self) -> Any:
+        await asyncio.sleep(60)
 
     def result(self, timeout_s: float) -> Any:
         refused_in_a_loop()
@@ -675,6 +682,10 @@ def serves(monkeypatch: pytest.MonkeyPatch, client: Any, events: list[Any]) -> N
 
     monkeypatch.setattr(NeverTaken, "__anext__", anext_)
     monkeypatch.setattr(NeverTaken, "__await__", lambda _: asyncio.sleep(0, answer).__await__())
+    told: Future[Any] = Future()
+    told.set_result(answer)
+    ref = SimpleNamespace(future=lambda: told)
+    monkeypatch.setattr(NeverTaken, "_to_object_ref", lambda _: asyncio.sleep(0, ref))
     monkeypatch.setattr(NeverTaken, "result", lambda _, timeout_s: refused_in_a_loop(answer))
     client._door._ray.get = lambda _, timeout: events.pop(0)
 

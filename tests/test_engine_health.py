@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+import time
 from typing import Any
 
 import httpx
@@ -101,6 +103,35 @@ async def test_a_failed_check_that_all_have_left_is_no_unheard_exception(
     gc.collect()
     await asyncio.sleep(0)
     assert not unheard
+
+
+async def test_no_check_waits_for_a_slot_while_those_that_have_all_go_on(
+    engine: InferenceEngine, ask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kestrel.engine.HEALTHY_FOR_S", 0.5)
+    batch, goes_on = engine._scheduler._batch, threading.Event()
+    step = batch.step
+
+    def slow(chunks: Any) -> Any:
+        assert goes_on.wait(30)
+        time.sleep(0.05)
+        return step(chunks)
+
+    monkeypatch.setattr(batch, "step", slow)
+    goes_on.set()
+    completed = engine.stats()["completed"]
+    asked = [asyncio.create_task(engine.segment(**ask)) for _ in range(6)]
+    await asyncio.sleep(0.6)
+    engine._scheduler.last_success = 0.0
+    # Serve gives a check some seconds, and replaces a replica after the third without an answer.
+    await asyncio.wait_for(engine.health(), 0.2)
+    assert engine.stats()["completed"] == completed
+    goes_on.clear()
+    await asyncio.sleep(0.6)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(engine.health(), 0.2)
+    goes_on.set()
+    await asyncio.gather(*asked)
 
 
 async def test_a_request_waits_for_no_check(

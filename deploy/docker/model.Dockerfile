@@ -17,6 +17,7 @@ FROM python:3.11.14-slim-bookworm
 COPY --from=build /install /usr/local
 # Read when Ray starts, on every node alike: serve_graph/environment.py says what each is for.
 ENV RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=2147483647 \
     RAY_SERVE_ENABLE_DIRECT_INGRESS=1 \
     RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=5 \

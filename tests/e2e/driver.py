@@ -66,6 +66,13 @@ async def all_events(client: SegmentClient, ask: dict[str, Any]) -> list[dict[st
     return [event async for event in client.astream(**ask)]
 
 
+def unheard() -> int:
+    """Answers that Ray Client waits for, those of its own that are always due included."""
+    from ray.util.client import ray
+
+    return len(ray.worker.data_client.asyncio_waiting_data)
+
+
 async def in_a_loop(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
     """As in a notebook, whose event loop runs."""
     return answer(client, command, ask)
@@ -82,6 +89,10 @@ def answer(client: SegmentClient, command: str, ask: dict[str, Any]) -> Any:
         return asyncio.run(client.asegment(**ask))
     if command == "astream":
         return asyncio.run(all_events(client, ask))
+    if command == "leave soon":
+        return asyncio.run(asyncio.wait_for(client.asegment(**ask), 0.03))
+    if command == "unheard":
+        return unheard()
     if command == "leave":
         return asyncio.run(leave_when_running(client, ask))
     if command == "leave_stream":

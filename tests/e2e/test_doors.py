@@ -15,6 +15,7 @@ from running_graph import KEY, Driver, Graph, wait_for, without_times
 
 from serve_graph.client import SegmentClient
 from serve_graph.demo import Sample
+from serve_graph.environment import FAST_SERVE
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -67,6 +68,41 @@ def test_ray_doors_take_the_model_s_name_and_a_deadline(
     assert (unknown["type"], unknown["status"]) == ("UnknownModel", 404)
     late = ray_driver.ask("with_deadline", **ask | {"image": str(large)}, timeout_s=0.15)
     assert (late["type"], late["status"]) == ("DeadlineExceeded", 504)
+
+
+def test_ray_client_keeps_nothing_of_calls_that_were_left(
+    graph: Graph, samples: list[Sample], tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture"
+    picture.write_bytes(samples[0].image)
+    ask = {"object": samples[0].noun, "image": str(picture), "return_base64": True}
+    driver = Driver(graph.cluster.client_address, graph.environment)
+    try:
+        assert driver.ask("segment", **ask)["ok"]["path"]
+        always, left = driver.ask("unheard")["ok"], 8
+        for _ in range(left):
+            assert driver.ask("leave soon", **ask)["type"] == "TimeoutError"
+        assert driver.ask("segment", **ask)["ok"]["path"]
+        # Each would stay, and its answer on the cluster, until Ray Client disconnects. Now and then
+        # Ray itself gives up a question to a busy replica, which stays likewise.
+        assert wait_for(lambda: driver.ask("unheard")["ok"] < always + left // 2)
+    finally:
+        driver.close()
+
+
+def test_ray_client_serves_a_program_with_the_variables_of_a_node(
+    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample], tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture"
+    picture.write_bytes(samples[0].image)
+    ask = {"object": samples[0].noun, "image": str(picture), "return_base64": True}
+    driver = Driver(graph.cluster.client_address, {**graph.environment, **FAST_SERVE})
+    try:
+        *_, final = driver.ask("stream", **ask)["ok"]
+        for answer in (driver.ask("segment", **ask)["ok"], final):
+            assert without_times(answer) == without_times(answers[0])
+    finally:
+        driver.close()
 
 
 def test_stream_by_handle_that_is_left_frees_what_it_holds(

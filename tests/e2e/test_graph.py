@@ -61,6 +61,20 @@ def test_masks_have_the_size_of_the_picture_and_two_values(
             assert set(np.unique(mask)) == {0, 255}
 
 
+def test_a_file_of_many_megabytes_reaches_both_halves(
+    graph: Graph, answers: list[dict[str, Any]], samples: list[Sample]
+) -> None:
+    # What follows the end of a JPEG is not read. As base64 it is nearly ``limits.max_body_bytes``.
+    large = replace(samples[0], image=samples[0].image + bytes(23 * 2**20))
+    reply = graph.http.post("/v1/segment", json=body(large, return_base64=True))
+    assert reply.status_code == 200, reply.text
+    assert without_times(reply.json()) == without_times(answers[0])
+    asked = body(large, return_base64=True, stream=True)
+    with graph.http.stream("POST", "/v1/segment", json=asked) as response:
+        *_, final = sse(response)
+    assert without_times(final) == without_times(answers[0])
+
+
 def test_masks_cover_the_object_and_refinement_changes_them(
     answers: list[dict[str, Any]], samples: list[Sample]
 ) -> None:
