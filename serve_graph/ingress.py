@@ -18,7 +18,7 @@ from ray.serve.schema import ReplicaState
 
 from kestrel import api
 from kestrel.answers import ErrorEvent, segment_response
-from kestrel.api import Overloaded, RequestError, SegmentRequest, image_size
+from kestrel.api import Overloaded, RequestError, SegmentRequest, TooLarge, image_size
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
 from kestrel.deadlines import within
@@ -192,7 +192,10 @@ class IngressDeployment:
             max_context=self._backend.max_context,
             refiners=config.refiners,
         )
-        place.hold(image_size(request.image))
+        size = image_size(request.image)
+        if isinstance(request.image, bytes) and size > config.limits.max_body_bytes:
+            raise TooLarge(f"image is larger than {config.limits.max_body_bytes} bytes", "image")
+        place.hold(size)
         reason = await within(deadline.at, self._backend.serving())
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)

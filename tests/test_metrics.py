@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from scripted import ASK, WELL, ScriptedBackend
-from serving import connected, post_bytes, served, until
+from serving import connected, picture, post_bytes, served, until
 
 pytest.importorskip("ray.serve")
 
@@ -35,6 +35,7 @@ from kestrel.api import (
     PromptTooLong,
     RequestError,
     SegmentRequest,
+    TooLarge,
     outcome,
 )
 from kestrel.config import Limits, RefinerConfig, RuntimeConfig
@@ -144,6 +145,16 @@ def ingress_over(backend: ScriptedBackend) -> Any:
     ingress._backend = backend
     ingress._backend.room = Room(backend.config)
     return ingress
+
+
+async def test_a_file_that_is_too_large_over_http_is_taken_by_handle(monkeypatch):
+    watched = Watched()
+    monkeypatch.setattr(metrics, "request_ended", lambda _, how, s: watched.note(how, s))
+    ingress = ingress_over(watched.backend)
+    file = picture() + bytes(watched.backend.config.limits.max_body_bytes)
+    with pytest.raises(TooLarge, match=r"^image is larger than 20000 bytes$"):
+        await ingress.segment(object="disc", image=file)
+    assert watched.outcomes == ["too_large"] and watched.backend.begun == 0
 
 
 STREAM_ENDS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from kestrel.answers import segment_output
-from kestrel.api import BboxEvent, ModelMetrics, ModelResult, PathDelta
+from kestrel.api import (
+    BboxEvent,
+    ModelMetrics,
+    ModelResult,
+    PathDelta,
+    PromptTooLong,
+    SegmentRequest,
+)
 from kestrel.config import Limits
 from kestrel.moondream.tokens import SegmentTokenizer
-from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token
+from kestrel.skills.segment import Coord, Phase, SegmentDecode, Size, Token, build_prompt
 from kestrel.svg import ARITY, parse_path, transform
 
 PIECES = {
@@ -103,6 +111,16 @@ def test_lengths_that_the_tokenizer_was_saved_with_change_the_object(tmp_path: P
 def test_another_object_is_encoded_as_the_tokenizer_has_it(noun: str) -> None:
     whole = TOKENIZER.tokenizer.encode(noun, add_special_tokens=False).ids
     assert TOKENIZER.encode_object(noun) == whole
+
+
+@pytest.mark.parametrize(("refs", "field"), [(16, "spatial_refs"), (1, "object"), (0, "object")])
+def test_another_field_is_blamed_for_a_prompt_that_is_too_long(refs: int, field: str) -> None:
+    model = replace(MODEL, text=replace(MODEL.text, max_context=40))
+    noun = "dog" if field == "spatial_refs" else "q1 " * 60
+    request = SegmentRequest(noun, spatial_refs=[(0.1, 0.1, 0.9, 0.9)] * refs)
+    with pytest.raises(PromptTooLong) as refused:
+        build_prompt(request, model, TOKENIZER)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def build_prompt(
             x_min, y_min, x_max, y_max = ref
             tokens += [Coord((x_min + x_max) / 2), Coord((y_min + y_max) / 2)]
             tokens.append(Size(x_max - x_min, y_max - y_min))
+    of_refs = len(tokens) - len(special.segment_prefix)
     noun = tokenizer.encode_object(request.object)
     if max(noun, default=0) >= config.text.vocab_size:
         raise InvalidRequest(
@@ -106,7 +107,7 @@ def build_prompt(
         raise PromptTooLong(
             f"the prompt takes {length} positions; the model's context of {context} must also "
             "hold the answer",
-            "object",
+            "spatial_refs" if length - of_refs < context else "object",
         )
     return Prompt(tokens, length)
 
