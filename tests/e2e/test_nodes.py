@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -173,6 +176,19 @@ def test_no_node_listens_beyond_this_machine_but_for_replicas_that_ask_for_the_t
     for node in (nodes.head, nodes.gpu, nodes.cpu):
         beyond = listening_beyond_loopback(node)
         assert set(beyond) <= set(node.pids("ray::ServeReplica:")), beyond
+
+
+def blocked(pid: int) -> int:
+    """The signals that a process blocks, a bit each."""
+    (line,) = re.findall(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return int(line, 16)
+
+
+def test_the_daemons_of_a_node_do_not_hear_that_they_are_to_end(nodes: Nodes) -> None:
+    sigterm = 1 << (signal.SIGTERM - 1)
+    for node in (nodes.head, nodes.gpu, nodes.cpu):
+        assert len(node.pids()) > 2
+        assert not [pid for pid in node.pids() if blocked(pid) & sigterm]
 
 
 def death_of(nodes: Nodes, door: str, die: Callable[[], None]) -> None:
