@@ -162,6 +162,7 @@ class IngressDeployment:
                 events = self._backend.events(request, _request_id(), deadline.left())
                 async with contextlib.aclosing(events):
                     async for event in events:
+                        place.heard(event)
                         if isinstance(event, ErrorEvent):
                             ended.outcome = event.outcome
                             event = dict(event)  # callers need not have its class

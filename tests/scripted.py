@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from kestrel.api import (
 )
 from kestrel.config import Limits, RuntimeConfig
 from kestrel.server.compose import Refinement, compose_events
+from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -125,6 +127,40 @@ WELL: list[ModelEvent | Exception | float] = [
     PathDelta("M0 0", 5),
     PathDelta("L1 0L1 1Z", 9),
 ]
+
+
+class Reader:
+    """A connection whose client takes ``takes`` messages of the answer and then no more."""
+
+    def __init__(self, takes: int) -> None:
+        self.takes = takes
+        self.sent: list[Any] = []
+
+    async def request(self, app: Any, method: str, path: str, body: dict[str, Any]) -> None:
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if len(self.sent) == self.takes:
+                await asyncio.Event().wait()
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": []}
+        await asyncio.wait_for(app(scope, receive, send), 5)
+
+
+def ingress_over(backend: ScriptedBackend) -> Any:
+    """The methods that a handle calls, over ``backend``."""
+    from serve_graph.ingress import IngressDeployment
+
+    ingress: Any = IngressDeployment.__new__(IngressDeployment)
+    ingress._backend = backend
+    ingress._backend.room = Room(backend.config)
+    return ingress
 
 
 @pytest.fixture

@@ -3,16 +3,21 @@ would not."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from scripted import ASK, WELL, Reader, ScriptedBackend, ingress_over
 
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import cancelled
 from kestrel.errors import DeadlineExceeded, Full, Overloaded
 from kestrel.server.room import Place, Room
+from kestrel.server.routes import build_app
 
 SIDE_BY_SIDE = 8
 
@@ -146,6 +151,58 @@ def test_those_who_leave_are_taken_for_answered() -> None:
             raise ConnectionError
     with pytest.raises(Overloaded):
         service.room.enter(1.0)
+
+
+@pytest.mark.parametrize(("door", "stream"), [("http", False), ("http", True), ("handle", True)])
+async def test_an_answer_that_waits_for_its_reader_is_taken_for_work(
+    door: str, stream: bool
+) -> None:
+    backend = ScriptedBackend()
+    backend.script = list(WELL)
+    ingress = ingress_over(backend)
+    room = ingress._backend.room
+    if door == "handle":
+        events = ingress.stream(object="disc")
+        while (await anext(events))["type"] != "final":
+            pass
+    else:
+        reading = Reader(5 if stream else 1)  # all but the last event
+        asking = reading.request(
+            build_app(backend, room=room), "POST", "/v1/segment", ASK | {"stream": stream}
+        )
+        asked = asyncio.ensure_future(asking)
+        while len(reading.sent) < reading.takes:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    assert (room.requests, room._stays.under_way) == (1, 0)
+    if door == "handle":
+        await events.aclose()
+    else:
+        await cancelled(asked)
+    assert (room.requests, room._stays.under_way) == (0, 0)
+
+
+@pytest.mark.parametrize("door", ["http", "handle"])
+@pytest.mark.parametrize(
+    ("error", "told"), [(Overloaded("lost"), 0), (KeyError(), 0), (DeadlineExceeded(), 1)]
+)
+async def test_a_stream_that_breaks_is_taken_for_an_answer(
+    error: Exception, told: int, door: str
+) -> None:
+    """A service whose streams break at once would look fast."""
+    backend = ScriptedBackend()
+    backend.script = [*WELL, error]
+    ingress = ingress_over(backend)
+    room = ingress._backend.room
+    if door == "handle":
+        assert [event["type"] async for event in ingress.stream(object="disc")][-1] == "error"
+    else:
+        await Reader(100).request(
+            build_app(backend, room=room), "POST", "/v1/segment", ASK | {"stream": True}
+        )
+    assert (room.requests, room._stays.under_way) == (0, 0)
+    ended = room._stays._ended
+    assert [each.took_s for each in ended] == [math.inf] * told
 
 
 def test_who_sends_or_reads_slowly_is_taken_for_work() -> None:

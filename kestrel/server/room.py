@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from kestrel.answers import ErrorEvent
 from kestrel.api import Overloaded
 from kestrel.config import RuntimeConfig
 from kestrel.errors import DeadlineExceeded, Full
@@ -69,6 +70,21 @@ class Place:
             self._room._stays.end(self._stay, late=late)
         self._stay = None
 
+    def heard(self, event: Mapping[str, object]) -> None:
+        """An event of the answer is there, to be sent; its last one says how the request ended."""
+        if not isinstance(event, ErrorEvent):
+            if event["type"] == "final":
+                self.done()
+        elif event.outcome == "late":
+            self.done(late=True)
+        else:
+            self._failed()
+
+    def _failed(self) -> None:
+        if self._stay is not None:
+            self._room._stays.forget()
+        self._stay = None
+
     def __enter__(self) -> Place:
         return self
 
@@ -77,5 +93,5 @@ class Place:
         self._room.bytes -= self._bytes
         if kind is None or issubclass(kind, DeadlineExceeded):
             self.done(late=kind is not None)
-        elif self._stay is not None:
-            self._room._stays.forget()
+        else:
+            self._failed()

@@ -155,7 +155,7 @@ class _Routes:
                 # Not left to _first: cancelled just as its event came, it ends with that event.
                 await events.aclose()
                 raise
-            return EventStream(first, events, request_id)
+            return EventStream(first, events, request_id, place.heard)
         model, refined = await unless_gone(
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
         )
