@@ -197,7 +197,7 @@ class IngressDeployment:
         reason = await within(deadline.at, self._backend.serving())
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)
-        place.begin()
+        place.begin(deadline.left())
         return request
 
 

@@ -9,7 +9,9 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from scripted import ASK, WELL, Reader, ScriptedBackend, ingress_over
 
@@ -151,6 +153,36 @@ def test_those_who_leave_are_taken_for_answered() -> None:
             raise ConnectionError
     with pytest.raises(Overloaded):
         service.room.enter(1.0)
+
+
+@pytest.mark.parametrize("door", ["http", "handle"])
+async def test_those_whose_bodies_are_read_at_once_are_all_let_in(door: str) -> None:
+    backend = ScriptedBackend(max_batch_size=1)
+    backend.script = [0.2, *WELL]
+    ingress = ingress_over(backend)
+    transport = httpx.ASGITransport(build_app(backend, room=ingress._backend.room))
+    turn, complete = asyncio.Lock(), backend.complete
+
+    async def in_turn(*args: Any) -> Any:
+        async with turn:
+            return await complete(*args)
+
+    backend.complete = in_turn  # type: ignore[method-assign]
+
+    async def ask(timeout_s: float) -> int:
+        if door == "handle":
+            try:
+                await ingress.segment(object="disc", timeout_s=timeout_s)
+            except Overloaded as error:
+                return error.status
+            return 200
+        headers = {"X-Request-Timeout-Ms": str(int(1000 * timeout_s))}
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (await client.post("/v1/segment", json=ASK, headers=headers)).status_code
+
+    assert set(await asyncio.gather(*(ask(30.0) for _ in range(10)))) == {200}
+    found = Counter(await asyncio.gather(*(ask(1.2) for _ in range(20))))
+    assert found[503] >= 10 and found[200] >= 2 and not found[504], found
 
 
 @pytest.mark.parametrize(("door", "stream"), [("http", False), ("http", True), ("handle", True)])

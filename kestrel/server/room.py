@@ -29,6 +29,10 @@ class Room:
         deadline, in ``left_s`` seconds, is nearer than its answer."""
         if self.requests >= self._most_requests:
             raise Full(f"the server is full ({self.requests} requests)")
+        self._expect(left_s)
+        return Place(self)
+
+    def _expect(self, left_s: float) -> None:
         expected_s = self._stays.expected_s()
         if expected_s > left_s:
             raise Overloaded(
@@ -36,7 +40,6 @@ class Room:
                 f"{expected_s:.1f} s, and the request has {left_s:.1f} s",
                 retry_after_s=min(expected_s - left_s, 60.0),
             )
-        return Place(self)
 
     def _hold(self, more: int) -> None:
         if self.bytes + more > self._most_bytes:
@@ -59,8 +62,10 @@ class Place:
             self._room._hold(size - self._bytes)
             self._bytes = size
 
-    def begin(self) -> None:
-        """All of the request is here: from now on its answer is waited for."""
+    def begin(self, left_s: float = math.inf) -> None:
+        """All of the request is here: from now on its answer is waited for. Overloaded where it
+        would come too late, behind those that began while this one's body was read."""
+        self._room._expect(left_s)
         self._stay = self._room._stays.begin()
 
     def done(self, *, late: bool = False) -> None:

@@ -143,9 +143,9 @@ class _Routes:
         reason = await within(deadline, self.backend.serving())
         if reason is not None:
             raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
-        place.begin()
-        request_id: str = request.scope["kestrel.request_id"]
         left = deadline - time.monotonic()
+        place.begin(left)
+        request_id: str = request.scope["kestrel.request_id"]
         if asked.stream:
             events = self.backend.events(asked, request_id, left)
             try:
