@@ -31,7 +31,8 @@ LONGEST_BODY = 16 * 1024 * 1024
 bound how long they read."""
 _LUA = Path(__file__).with_name("full.lua")
 _APPLICATION = re.compile(r"^\s*use_backend\s+(\S+)", re.MULTILINE)
-# ``be_conn`` counts the request itself, as it did the refused one when that was noted.
+# ``be_conn`` counts the request itself, as it did the refused one when that was noted. HAProxy's
+# numbers of headers are of 32 bits.
 _RULES = """\
     acl segment_told date(0,ms),sub(proc.segment_full_{number}) lt 0
     acl segment_taken be_conn,sub(proc.segment_held_{number}) ge 0
@@ -39,13 +40,14 @@ _RULES = """\
     acl segment_well_named req.fhdr(x-request-id) -m reg '^{id_pattern}$'
     acl segment_ill_named req.fhdr_cnt(x-request-id) gt 1
     acl segment_sized req.hdr_val(content-length) le {longest_body}
+    acl segment_long req.hdr(content-length) -m len gt 9
     acl segment_waits req.hdr(expect) -m found
     acl segment_refused var(txn.segment_refused) -m found
     http-request set-var(txn.segment_refused) bool(true) if {{ method POST }} \
 {{ path_end /v1/segment }} segment_told segment_taken
     http-request unset-var(txn.segment_refused) if segment_named !segment_well_named
     http-request unset-var(txn.segment_refused) if segment_ill_named || segment_waits
-    http-request unset-var(txn.segment_refused) if !segment_sized
+    http-request unset-var(txn.segment_refused) if !segment_sized || segment_long
     http-request set-header x-request-id %[uuid()] if segment_refused !segment_named
     http-request use-service lua.segment_full if segment_refused
     http-request set-header {turned_away} %[lua.segment_turned_away({backend})] \

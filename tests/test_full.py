@@ -172,9 +172,10 @@ def test_haproxy_refuses_what_is_for_the_replica(
         assert answer.json()["error"] != BY_HAPROXY
 
 
-def test_haproxy_reads_long_bodies_to_their_end(service: Service) -> None:
+@pytest.mark.parametrize("longest", [full.LONGEST_BODY, 2**31, 2**32])
+def test_haproxy_reads_long_bodies_to_their_end(service: Service, longest: int) -> None:
     with service.filled(), connected(service.url) as client:
-        length = str(full.LONGEST_BODY + 1)
+        length = str(longest + 1)
         client.sendall(post_head(service.url, {"Content-Length": length}))
         assert json.loads(client.recv(10_000).partition(b"\r\n\r\n")[2]) == {"error": BY_REPLICA}
 
