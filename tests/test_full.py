@@ -172,6 +172,26 @@ def test_haproxy_refuses_what_is_for_the_replica(
         assert answer.json()["error"] != BY_HAPROXY
 
 
+def test_who_sends_nothing_takes_all_of_haproxy_s_connections(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(full, "MOST_READ", 2)
+    service: Service = request.getfixturevalue("service")
+    head = post_head(service.url, {"Content-Length": "1000"})
+    with service.filled(), contextlib.ExitStack() as silent:
+        for _ in range(2):
+            client = silent.enter_context(connected(service.url))
+            client.sendall(head)
+        until(lambda: refused(service.ask(), 503) == BY_REPLICA)
+        with connected(service.url) as client:
+            client.sendall(head)
+            assert json.loads(client.recv(10_000).partition(b"\r\n\r\n")[2]) == {
+                "error": BY_REPLICA
+            }
+        silent.close()
+        until(lambda: refused(service.ask(), 503) == BY_HAPROXY)
+
+
 @pytest.mark.parametrize("longest", [full.LONGEST_BODY, 2**31, 2**32])
 def test_haproxy_reads_long_bodies_to_their_end(service: Service, longest: int) -> None:
     with service.filled(), connected(service.url) as client:
