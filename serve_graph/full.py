@@ -29,23 +29,31 @@ TOLD_MS = 100
 LONGEST_BODY = 16 * 1024 * 1024
 """HAProxy reads bodies of up to so many bytes before it refuses; others are for the replicas, which
 bound how long they read."""
+MOST_READ = 512
+"""Bodies that HAProxy, which has 4,096 connections, reads at once: it cannot give up who sends
+nothing. More are for the replicas too."""
 _LUA = Path(__file__).with_name("full.lua")
 _APPLICATION = re.compile(r"^\s*use_backend\s+(\S+)", re.MULTILINE)
-# ``be_conn`` counts the request itself, as it did the refused one when that was noted.
+# ``be_conn`` counts the request itself, as it did the refused one when that was noted. HAProxy's
+# numbers of headers are of 32 bits.
 _RULES = """\
+    stick-table type integer size 1 store conn_cur
     acl segment_told date(0,ms),sub(proc.segment_full_{number}) lt 0
     acl segment_taken be_conn,sub(proc.segment_held_{number}) ge 0
     acl segment_named req.fhdr(x-request-id) -m found
     acl segment_well_named req.fhdr(x-request-id) -m reg '^{id_pattern}$'
     acl segment_ill_named req.fhdr_cnt(x-request-id) gt 1
     acl segment_sized req.hdr_val(content-length) le {longest_body}
+    acl segment_long req.hdr(content-length) -m len gt 9
     acl segment_waits req.hdr(expect) -m found
     acl segment_refused var(txn.segment_refused) -m found
     http-request set-var(txn.segment_refused) bool(true) if {{ method POST }} \
 {{ path_end /v1/segment }} segment_told segment_taken
     http-request unset-var(txn.segment_refused) if segment_named !segment_well_named
     http-request unset-var(txn.segment_refused) if segment_ill_named || segment_waits
-    http-request unset-var(txn.segment_refused) if !segment_sized
+    http-request unset-var(txn.segment_refused) if !segment_sized || segment_long
+    http-request track-sc0 int(0) if segment_refused
+    http-request unset-var(txn.segment_refused) if {{ sc0_conn_cur gt {most_read} }}
     http-request set-header x-request-id %[uuid()] if segment_refused !segment_named
     http-request use-service lua.segment_full if segment_refused
     http-request set-header {turned_away} %[lua.segment_turned_away({backend})] \
@@ -66,6 +74,7 @@ def refusing(configuration: str) -> str:
             backend=backend,
             id_pattern=ID_PATTERN,
             longest_body=LONGEST_BODY,
+            most_read=MOST_READ,
             told_ms=TOLD_MS,
             turned_away=TURNED_AWAY,
             full=FULL_HEADER,

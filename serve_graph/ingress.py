@@ -162,6 +162,7 @@ class IngressDeployment:
                 events = self._backend.events(request, _request_id(), deadline.left())
                 async with contextlib.aclosing(events):
                     async for event in events:
+                        place.heard(event)
                         if isinstance(event, ErrorEvent):
                             ended.outcome = event.outcome
                             event = dict(event)  # callers need not have its class
@@ -199,7 +200,7 @@ class IngressDeployment:
         reason = await within(deadline.at, self._backend.serving())
         if reason is not None:
             raise Overloaded(reason, retry_after_s=2.0)
-        place.begin()
+        place.begin(deadline.left())
         return request
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from kestrel.api import (
 )
 from kestrel.config import Limits, RuntimeConfig
 from kestrel.server.compose import Refinement, compose_events
+from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 
 BOX = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
@@ -32,15 +35,16 @@ ASK = {"object": "disc", "image_url": base64_text(picture())}
 class ScriptedBackend:
     """A backend whose model and refiner do what the test says.
 
-    ``script`` lists the model's steps: an event to give, an exception to raise, or a number of
-    seconds to think. ``held`` counts the requests that hold a slot or a refinement.
+    ``script`` lists the model's steps: an event to give, an exception to raise, a number of
+    seconds to think, or what is to be set before it goes on. ``held`` counts the requests that
+    hold a slot or a refinement.
     """
 
     max_context: int | None = 512
 
     def __init__(self, **config: Any) -> None:
         self.config = RuntimeConfig(limits=LIMITS, **config)
-        self.script: list[ModelEvent | Exception | float] = []
+        self.script: list[ModelEvent | Exception | float | threading.Event] = []
         self.refinement: Refinement | Exception | float = None
         self.not_ready: str | None = None
         self.held = 0
@@ -87,6 +91,9 @@ class ScriptedBackend:
                     raise step
                 if isinstance(step, float):
                     await asyncio.sleep(step)
+                elif isinstance(step, threading.Event):
+                    while not step.is_set():
+                        await asyncio.sleep(0.01)
                 else:
                     yield step
             metrics = ModelMetrics(input_tokens=9, output_tokens=3)
@@ -120,11 +127,45 @@ class _Holding:
         self.backend.ended_by.append(kind.__name__ if kind else "end")
 
 
-WELL: list[ModelEvent | Exception | float] = [
+WELL: list[ModelEvent | Exception | float | threading.Event] = [
     BboxEvent(BOX),
     PathDelta("M0 0", 5),
     PathDelta("L1 0L1 1Z", 9),
 ]
+
+
+class Reader:
+    """A connection whose client takes ``takes`` messages of the answer and then no more."""
+
+    def __init__(self, takes: int) -> None:
+        self.takes = takes
+        self.sent: list[Any] = []
+
+    async def request(self, app: Any, method: str, path: str, body: dict[str, Any]) -> None:
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if len(self.sent) == self.takes:
+                await asyncio.Event().wait()
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": []}
+        await asyncio.wait_for(app(scope, receive, send), 5)
+
+
+def ingress_over(backend: ScriptedBackend) -> Any:
+    """The methods that a handle calls, over ``backend``."""
+    from serve_graph.ingress import IngressDeployment
+
+    ingress: Any = IngressDeployment.__new__(IngressDeployment)
+    ingress._backend = backend
+    ingress._backend.room = Room(backend.config)
+    return ingress
 
 
 @pytest.fixture

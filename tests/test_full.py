@@ -47,7 +47,8 @@ class Service:
 
     def __init__(self, url: str, replica: Replica, backend: ScriptedBackend) -> None:
         self.url, self.replica, self.backend = url, replica, backend
-        self._left = threading.Event()
+        self.go = threading.Event()
+        """Lets those who have places have their answers."""
 
     def ask(self, **options: Any) -> httpx.Response:
         options = {"json": ASK, "timeout": 30} | options
@@ -56,19 +57,23 @@ class Service:
     @contextlib.contextmanager
     def filled(self) -> Iterator[list[httpx.Response]]:
         """All places are taken, and HAProxy has been told; by requests whose answers are given."""
+        self.go.clear()
         answers: list[httpx.Response] = []
         threads = [
             threading.Thread(target=lambda: answers.append(self.ask())) for _ in range(PLACES)
         ]
-        self.backend.script.insert(0, 1.5)
+        self.backend.script = [self.go, *WELL]
         for thread in threads:
             thread.start()
         until(lambda: self.backend.held == PLACES)
-        self.backend.script.pop(0)
-        assert refused(self.ask(), 503) == BY_REPLICA
-        yield answers
-        for thread in threads:
-            thread.join()
+        self.backend.script = list(WELL)
+        try:
+            assert refused(self.ask(), 503) == BY_REPLICA
+            yield answers
+        finally:
+            self.go.set()
+            for thread in threads:
+                thread.join()
 
 
 def refusing(configuration: str) -> str:
@@ -103,6 +108,7 @@ def test_the_replica_itself_refuses_all_that_it_has_no_place_for(service: Servic
 def test_haproxy_refuses_where_there_is_a_place(service: Service) -> None:
     with service.filled() as answers:
         assert refused(service.ask(), 503) == BY_HAPROXY
+        service.go.set()
         until(lambda: answers)
         until(lambda: service.ask().status_code == 200, 5)
 
@@ -172,9 +178,30 @@ def test_haproxy_refuses_what_is_for_the_replica(
         assert answer.json()["error"] != BY_HAPROXY
 
 
-def test_haproxy_reads_long_bodies_to_their_end(service: Service) -> None:
+def test_who_sends_nothing_takes_all_of_haproxy_s_connections(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(full, "MOST_READ", 2)
+    service: Service = request.getfixturevalue("service")
+    head = post_head(service.url, {"Content-Length": "1000"})
+    with service.filled(), contextlib.ExitStack() as silent:
+        for _ in range(2):
+            client = silent.enter_context(connected(service.url))
+            client.sendall(head)
+        until(lambda: refused(service.ask(), 503) == BY_REPLICA)
+        with connected(service.url) as client:
+            client.sendall(head)
+            assert json.loads(client.recv(10_000).partition(b"\r\n\r\n")[2]) == {
+                "error": BY_REPLICA
+            }
+        silent.close()
+        until(lambda: refused(service.ask(), 503) == BY_HAPROXY)
+
+
+@pytest.mark.parametrize("longest", [full.LONGEST_BODY, 2**31, 2**32])
+def test_haproxy_reads_long_bodies_to_their_end(service: Service, longest: int) -> None:
     with service.filled(), connected(service.url) as client:
-        length = str(full.LONGEST_BODY + 1)
+        length = str(longest + 1)
         client.sendall(post_head(service.url, {"Content-Length": length}))
         assert json.loads(client.recv(10_000).partition(b"\r\n\r\n")[2]) == {"error": BY_REPLICA}
 

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from scripted import ASK, WELL, ScriptedBackend
+from scripted import ASK, WELL, ScriptedBackend, ingress_over
 from serving import connected, picture, post_bytes, served, until
 
 pytest.importorskip("ray.serve")
@@ -137,14 +137,6 @@ async def test_a_stream_that_breaks_after_its_200_is_not_counted_as_ok():
     watched.backend.script = [*WELL[:2], RuntimeError("lost")]
     response = await watched.client.post("/v1/segment", json=ASK | {"stream": True})
     assert response.status_code == 200 and watched.outcomes == ["broken_stream"]
-
-
-def ingress_over(backend: ScriptedBackend) -> Any:
-    """The methods that a handle calls, over ``backend``."""
-    ingress: Any = IngressDeployment.__new__(IngressDeployment)
-    ingress._backend = backend
-    ingress._backend.room = Room(backend.config)
-    return ingress
 
 
 async def test_a_file_that_is_too_large_over_http_is_taken_by_handle(monkeypatch):

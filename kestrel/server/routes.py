@@ -143,9 +143,9 @@ class _Routes:
         reason = await within(deadline, self.backend.serving())
         if reason is not None:
             raise api.Overloaded(reason, retry_after_s=READY_POLL_S)
-        place.begin()
-        request_id: str = request.scope["kestrel.request_id"]
         left = deadline - time.monotonic()
+        place.begin(left)
+        request_id: str = request.scope["kestrel.request_id"]
         if asked.stream:
             events = self.backend.events(asked, request_id, left)
             try:
@@ -155,7 +155,7 @@ class _Routes:
                 # Not left to _first: cancelled just as its event came, it ends with that event.
                 await events.aclose()
                 raise
-            return EventStream(first, events, request_id)
+            return EventStream(first, events, request_id, place.heard)
         model, refined = await unless_gone(
             request.receive, within(deadline, self.backend.complete(asked, request_id, left))
         )

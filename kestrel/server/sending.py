@@ -110,8 +110,11 @@ class EventStream(Response):
         first: dict[str, Any],
         events: AsyncGenerator[dict[str, Any], None],
         request_id: str,
+        heard: Callable[[dict[str, Any]], None],
     ) -> None:
+        """``heard``: called with each event before it is sent."""
         self._first, self._events, self._request_id = first, events, request_id
+        self._heard = heard
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -129,6 +132,7 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         async def event(payload: dict[str, Any]) -> None:
+            self._heard(payload)
             if isinstance(payload, answers.ErrorEvent):
                 scope["kestrel.outcome"] = payload.outcome
             body = answers.sse_frame(payload)

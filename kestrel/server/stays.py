@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,8 @@ class _Ended(NamedTuple):
     """Requests per second that ended while it stayed."""
     longer: float
     """How many times as long as told it stayed; 0: nothing was told."""
+    took_s: float
+    """How long it stayed; infinite: it was given up."""
 
 
 class Stays:
@@ -45,6 +48,9 @@ class Stays:
     door, however many stages and replicas that is. With others before it, a request waits until as
     many have ended. A pace is that of the service only where there was enough to do, so a stay says
     something about at most twice as many others as it had itself.
+
+    Some of the others may not be in its way: one that is stuck, or where more run side by side than
+    is known. So it is not to stay longer than those that had as many before them.
     """
 
     def __init__(self, unhindered: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -68,7 +74,8 @@ class Stays:
         took = max(now - stay.began, 1e-6)
         pace = (self._count - stay.ended_before) / took
         longer = took / stay.told_s * (GIVEN_UP if late else 1.0) if stay.told_s else 0.0
-        self._ended.append(_Ended(now, stay.others, pace, longer))
+        took_s = math.inf if late else took
+        self._ended.append(_Ended(now, stay.others, pace, longer, took_s))
 
     def forget(self) -> None:
         """One ended in a way that tells nothing: refused, failed, left by its client."""
@@ -77,9 +84,10 @@ class Stays:
     def expected_s(self) -> float:
         """Seconds that a request which comes now will hardly stay longer than; 0 where that is not
         known, or so few are under way that it need not wait."""
-        longer = sorted(ended.longer for ended in self._recent() if ended.longer)
-        margin = max(1.0, longer[int(MOST * len(longer))]) if longer else 1.0
-        return margin * self._mean_s()
+        longer = [ended.longer for ended in self._recent() if ended.longer]
+        margin = max(1.0, _most(longer)) if longer else 1.0
+        alike = [ended.took_s for ended in self._recent() if ended.others >= self.under_way]
+        return min(margin * self._mean_s(), _most(alike) if alike else math.inf)
 
     def _mean_s(self) -> float:
         others = self.under_way
@@ -91,3 +99,8 @@ class Stays:
     def _recent(self) -> list[_Ended]:
         since = self._clock() - RECENT_S
         return [ended for ended in self._ended if ended.at >= since]
+
+
+def _most(values: list[float]) -> float:
+    """What ``MOST`` of them are not above."""
+    return sorted(values)[int(MOST * len(values))]
