@@ -164,7 +164,7 @@ class ServeApi:
             applications = self.status()["applications"].values()
         except (OSError, ValueError, KeyError):
             return False
-        failed = [app["message"] for app in applications if app["status"] == "DEPLOY_FAILED"]
+        failed = [_why(app) for app in applications if app["status"] == "DEPLOY_FAILED"]
         if failed:
             raise LaunchError(f"the application failed to start: {'; '.join(failed)}")
         # Asked too, as somebody else's service may answer at ``url``.
@@ -182,3 +182,14 @@ class ServeApi:
             for name, app in applications
             if app["status"] != "RUNNING"
         )
+
+
+def _why(application: dict[str, Any]) -> str:
+    """Why it is DEPLOY_FAILED, as Serve says it, and of each deployment that did not start the last
+    line: what was raised in its replica, after the traceback."""
+    reasons = [application["message"]]
+    for name, deployment in application.get("deployments", {}).items():
+        lines = deployment["message"].split("\n")
+        if deployment["status"] == "DEPLOY_FAILED" and any(lines):
+            reasons.append(f"{name}: {[line for line in lines if line.strip()][-1].strip()}")
+    return "\n".join(reasons)

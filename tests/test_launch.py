@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import json
 import os
 import re
 import signal
@@ -943,6 +944,32 @@ def test_an_answer_that_is_none_ends_the_wait_or_the_drain(
             cluster.deploy({"applications": [graph()]}, timeout_s=0.5)
         monkeypatch.setattr(cluster.api, "deploy", lambda *_: None)
         assert not cluster.drain({"applications": [graph()]}, url, 0.3)
+
+
+def test_a_replica_that_cannot_start_is_named_with_what_it_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve's word for the application names the deployment alone."""
+    raised = 'Error:\n  File "model.py"\nConfigError: model.path: there is no checkpoint at /nope\n'
+    deployments = {
+        "Model": {"status": "DEPLOY_FAILED", "message": raised},
+        "Refiner": {"status": "HEALTHY", "message": ""},
+    }
+    failed = {
+        "status": "DEPLOY_FAILED",
+        "message": "Failed to update ['Model'].",
+        "deployments": deployments,
+    }
+    body = json.dumps({"applications": {"segment": failed}}).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with answering(head + body) as url:
+        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
+        monkeypatch.setattr(cluster, "check", lambda: None)
+        with pytest.raises(LaunchError) as error:
+            cluster.api.serves(url)
+    assert str(error.value).endswith(
+        "\nModel: ConfigError: model.path: there is no checkpoint at /nope"
+    )
 
 
 # Being told to stop
