@@ -9,14 +9,16 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-KEPT = 64
+KEPT = 128
 """Requests that ended last, from which a stay is told."""
 RECENT_S = 30.0
 """What ended longer ago tells nothing any more, seconds."""
-MOST = 0.95
+MOST = 0.98
 """Part of the requests that are to stay no longer than is said."""
 GIVEN_UP = 1.25
 """Times that a request which was given up is taken to have needed; nobody knows how many."""
+SPARE = 1.1
+"""Times that a request is to have of what it will hardly stay longer than: queues grow by chance."""
 
 
 class Stay(NamedTuple):
@@ -82,12 +84,12 @@ class Stays:
         self.under_way -= 1
 
     def expected_s(self) -> float:
-        """Seconds that a request which comes now will hardly stay longer than; 0 where that is not
-        known, or so few are under way that it need not wait."""
+        """Seconds that a request which comes now should have; 0 where that is not known, or so few
+        are under way that it need not wait."""
         longer = [ended.longer for ended in self._recent() if ended.longer]
         margin = max(1.0, _most(longer)) if longer else 1.0
         alike = [ended.took_s for ended in self._recent() if ended.others >= self.under_way]
-        return min(margin * self._mean_s(), _most(alike) if alike else math.inf)
+        return SPARE * min(margin * self._mean_s(), _most(alike) if alike else math.inf)
 
     def _mean_s(self) -> float:
         others = self.under_way
