@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from kestrel.config import RuntimeConfig
-from kestrel.cores import usable_cores
+from kestrel.cores import give_way, usable_cores
 from kestrel.image import decode as decode_image
 from kestrel.image import probe
 from kestrel.moondream.config import VisionConfig
@@ -103,7 +103,7 @@ class Pictures:
         self._line: deque[Asking] = deque()
         """Requests that no worker thread has taken up yet: not in the executor's queue, which
         would hold those that are gone, and their images."""
-        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="crop")
+        self._workers = ThreadPoolExecutor(threads, "crop", initializer=give_way)
 
     @property
     def free_cores(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.busy import Busy
 from kestrel.config import RuntimeConfig
+from kestrel.cores import give_way
 from kestrel.job import EngineError
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
@@ -157,6 +158,7 @@ class RefineThreads:
             self._open.discard(future)
 
     def _work(self) -> None:
+        give_way()
         while (task := self._tasks.get()) is not None:
             future, call = task
             if not future.set_running_or_notify_cancel():

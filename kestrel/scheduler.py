@@ -29,7 +29,7 @@ from kestrel.api import (
 )
 from kestrel.batch import Batch
 from kestrel.config import RuntimeConfig
-from kestrel.cores import idle_cores
+from kestrel.cores import give_way, idle_cores
 from kestrel.job import EngineError, Job, engine_ended, engine_error
 from kestrel.moondream.model import Moondream
 from kestrel.ops.device import SMALL_MODEL
@@ -211,6 +211,7 @@ class Scheduler:
     # The engine thread.
 
     def _main(self) -> None:
+        give_way()
         # Set even to torch's own choice: a thread in which it is not set takes twice the time.
         torch.set_num_threads(self._threads)
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel import api
 from kestrel.busy import Busy
+from kestrel.cores import give_way
 from serve_graph import metrics, tracing
 from serve_graph.args import refiner_settings
 from serve_graph.reconfigured import FormerSettings
@@ -42,7 +43,7 @@ class RefinerDeployment:
         self._current, self._former = refiner_settings(config, {}), FormerSettings()
         self._refiner = SegmentRefiner(self._current, limits=limits)
         self._refiner.self_check()
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="refine")
+        self._threads = ThreadPoolExecutor(threads, "refine", initializer=give_way)
         self._room = threads
         self._stuck_s = stuck_s
         self._busy = Busy()

@@ -18,7 +18,7 @@ MOST = 0.98
 GIVEN_UP = 1.25
 """Times that a request which was given up is taken to have needed; nobody knows how many."""
 SPARE = 1.1
-"""Times that a request is to have of what it will hardly stay longer than: queues grow by chance."""
+"""Times that a request is to have of what it will hardly stay longer than: no two are alike."""
 
 
 class Stay(NamedTuple):
