@@ -38,6 +38,23 @@ def check_address(address: str | None) -> None:
         raise ConnectionError(
             f"no Ray cluster at {address}: {wrong}; for HTTP write http://{written(host, port)}"
         )
+    looked_for = _taken_for(host) if not place.scheme else host
+    if looked_for != host and _wrong(looked_for, port) is not None:
+        raise ConnectionError(
+            f"the Ray cluster at {address} stays on the loopback address, and Ray would look for "
+            f"it at {looked_for}: set RAY_ADDRESS={written(host, port)} before the program starts"
+        )
+
+
+def _taken_for(host: str) -> str:
+    """The host at which Ray looks for a cluster: for one on the loopback address the machine's own,
+    unless it was told otherwise when it was imported (``environment.LOOPBACK``)."""
+    try:
+        from ray._private.services import resolve_ip_for_localhost
+
+        return str(resolve_ip_for_localhost(host))
+    except ImportError:  # another release of Ray
+        return host
 
 
 def _found_by_ray() -> str:

@@ -100,6 +100,23 @@ def test_ray_does_not_wait_for_minutes_for_a_server_that_is_silent(monkeypatch):
         assert "says nothing" in not_ray(monkeypatch, f"127.0.0.1:{silent.getsockname()[1]}")
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_ray_does_not_look_for_minutes_elsewhere_for_a_cluster_on_loopback(monkeypatch, named):
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with answering(b"\x00\x00\x12\x04") as url:
+        place = url.removeprefix("http://")
+        monkeypatch.setattr(services, "find_gcs_addresses", lambda: {place})
+        address = place if named else "auto"
+        monkeypatch.setattr(services, "get_node_ip_address", lambda *_: "127.0.0.2")
+        said = not_ray(monkeypatch, address)
+        assert "127.0.0.2" in said and f"RAY_ADDRESS={place}" in said
+        # There too, or Ray knows where it is.
+        monkeypatch.setattr(services, "get_node_ip_address", lambda *_: "127.0.0.1")
+        with pytest.raises(ConnectionError, match="Ray was asked"):
+            SegmentClient(address)
+
+
 @pytest.mark.parametrize("address", [None, "auto"])
 def test_ray_does_not_try_for_minutes_a_cluster_that_was_here(monkeypatch, tmp_path, address):
     """Ray notes the last cluster of this machine, and nobody strikes it out when it dies."""

@@ -86,10 +86,14 @@ class Stays:
     def expected_s(self) -> float:
         """Seconds that a request which comes now should have; 0 where that is not known, or so few
         are under way that it need not wait."""
-        longer = [ended.longer for ended in self._recent() if ended.longer]
+        mean_s = self._mean_s()
+        if not mean_s:
+            return 0.0
+        recent = self._recent()
+        longer = [ended.longer for ended in recent if ended.longer]
         margin = max(1.0, _most(longer)) if longer else 1.0
-        alike = [ended.took_s for ended in self._recent() if ended.others >= self.under_way]
-        return SPARE * min(margin * self._mean_s(), _most(alike) if alike else math.inf)
+        alike = [ended.took_s for ended in recent if ended.others >= self.under_way]
+        return SPARE * min(margin * mean_s, _most(alike) if alike else math.inf)
 
     def _mean_s(self) -> float:
         others = self.under_way
