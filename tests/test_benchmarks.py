@@ -20,8 +20,9 @@ SCRIPTS = sorted(
     if "argparse.ArgumentParser" in file.read_text()
 )
 # What most of them load takes seconds, so it is loaded once: each script then runs in a fork, and
-# finds nothing there but these.
+# finds these there.
 ALL = """
+import contextlib
 import os
 import runpy
 import sys
@@ -37,6 +38,15 @@ import pydantic
 import safetensors.torch
 import tokenizers
 import torch
+
+import kestrel.engine
+import kestrel.seg_refiner.refiner
+
+with contextlib.suppress(ImportError):
+    import ray.serve
+
+    import serve_graph.app
+    import serve_graph.launch
 
 for script in map(Path, sys.argv[2:]):
     told = os.open(Path(sys.argv[1], f"{script.parent.name}.{script.stem}"), os.O_CREAT | os.O_RDWR)

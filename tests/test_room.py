@@ -92,11 +92,11 @@ def test_what_is_let_in_misses_its_deadline(deadline_s: float, services: tuple[f
         pytest.skip("no request of these would be in time")
     service = Simulated()
     capacity = SIDE_BY_SIDE * len(services) / sum(services)
-    service.load(60, 3 * capacity, times(*services), deadline_s)
+    service.load(30, 3 * capacity, times(*services), deadline_s)
     before = Counter(service.outcomes)
-    service.load(60, 3 * capacity, times(*services), deadline_s)
+    service.load(30, 3 * capacity, times(*services), deadline_s)
     found = service.outcomes - before
-    assert found["right"] >= 0.9 * capacity * 60, found
+    assert found["right"] >= 0.9 * capacity * 30, found
     assert found["late"] <= 0.05 * found["right"], found
 
 
