@@ -137,6 +137,9 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The address that this process is connected to, by Ray."""
     ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
     found: list[str] = []
+    # As in a program that was told of the loopback address before it imported Ray.
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "get_node_ip_address", lambda *_: "127.0.0.1")
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(found))
     monkeypatch.setattr(ray, "init", lambda address, **_: found.append(address))
     monkeypatch.setattr(ray, "shutdown", found.clear)
