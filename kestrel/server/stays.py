@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 KEPT = 128
 """Requests that ended last, from which a stay is told."""
-RECENT_S = 10.0
-"""What ended longer ago tells nothing any more, seconds: so long after a stall all are let in again
-until it is known how long they take."""
+RECENT_S = 30.0
+"""What ended longer ago tells nothing any more, seconds: a few full stays. With
+10, what was learnt of being late was forgotten before it was of use."""
 MOST = 0.98
 """Part of the requests that are to stay no longer than is said."""
 GIVEN_UP = 1.25
