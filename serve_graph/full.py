@@ -33,7 +33,8 @@ MOST_READ = 512
 """Bodies that HAProxy, which has 4,096 connections, reads at once: it cannot give up who sends
 nothing. More are for the replicas too."""
 _LUA = Path(__file__).with_name("full.lua")
-_APPLICATION = re.compile(r"^\s*use_backend\s+(\S+)", re.MULTILINE)
+APPLICATION = re.compile(r"^\s*use_backend\s+(\S+)", re.MULTILINE)
+"""Where HAProxy's configuration names an application's backend."""
 # ``be_conn`` counts the request itself, as it did the refused one when that was noted. HAProxy's
 # numbers of headers are of 32 bits.
 _RULES = """\
@@ -67,7 +68,7 @@ if {{ res.hdr({full}) -m found }}
 
 def refusing(configuration: str) -> str:
     """A configuration in which each application's backend refuses while it is full."""
-    backends = dict.fromkeys(_APPLICATION.findall(configuration))
+    backends = dict.fromkeys(APPLICATION.findall(configuration))
     for number, backend in enumerate(backends):
         rules = _RULES.format(
             number=number,

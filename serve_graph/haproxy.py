@@ -24,7 +24,7 @@ from pathlib import Path
 
 from serve_graph.environment import HAPROXY
 from serve_graph.errors import LaunchError
-from serve_graph.full import TURNED_AWAY, has_lua, refusing
+from serve_graph.full import APPLICATION, TURNED_AWAY, has_lua, refusing
 
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PROGRAM = "segment-haproxy"
@@ -53,7 +53,6 @@ _HEADERS = (
 """
 )
 _DEFAULTS = re.compile(r"^defaults\s*\n", re.MULTILINE)
-_APPLICATION = re.compile(r"^\s*use_backend\s", re.MULTILINE)
 
 
 def amended(configuration: str) -> str:
@@ -63,7 +62,7 @@ def amended(configuration: str) -> str:
     configuration = _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
     timeout = f"    timeout http-request {REQUEST_HEAD_S}s\n"
     configuration = _DEFAULTS.sub(rf"\g<0>{timeout}", configuration)
-    known = _APPLICATION.search(configuration)
+    known = APPLICATION.search(configuration)
     return _DOOR.sub(lambda d: d[1] + (d[2] if known else "") + _HEADERS, configuration)
 
 

@@ -80,10 +80,10 @@ class RefinerDeployment:
         ``refiner``: a loaded backend by name; None: the configured one. ``timeout_s``: for how long
         its caller waits, who cancels it then; for the count of those.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         from kestrel.seg_refiner.refiner import UNWANTED, Unwanted
         from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         refine: Any = (
             self._refiner.refine_encoded
             if isinstance(image, bytes)
