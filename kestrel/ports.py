@@ -24,6 +24,12 @@ def leads_here(url: str) -> bool:
         return False
 
 
+def check_port(url: str) -> None:
+    """ValueError for a URL whose port no connection can be made to: httpx takes it, and fails in
+    the middle of the first request by an error that is none of its own."""
+    _ = urlsplit(url).port
+
+
 def is_taken(host: str, port: int) -> bool:
     """Whether somebody listens on ``port`` of an address that ``host`` names.
 

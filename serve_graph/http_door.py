@@ -17,7 +17,7 @@ import httpx
 from kestrel.api import TIMEOUT_HEADER, DeadlineExceeded, error_from_response
 from kestrel.api_keys import given_key
 from kestrel.deadlines import within
-from kestrel.ports import leads_here
+from kestrel.ports import check_port, leads_here
 from serve_graph.patience import Patience
 
 PATH = "/v1/segment"
@@ -104,6 +104,10 @@ class HttpDoor:
             yield response
 
     def _client(self) -> httpx.AsyncClient:
+        try:
+            check_port(self._options["base_url"])
+        except ValueError as error:
+            raise ConnectionError(str(error)) from None
         loop = asyncio.get_running_loop()
         with self._lock:
             client = self._clients.get(loop)

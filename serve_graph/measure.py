@@ -27,7 +27,7 @@ import numpy as np
 
 from kestrel.api_keys import given_key
 from kestrel.config import SHIPPED_MODELS
-from kestrel.ports import leads_here
+from kestrel.ports import check_port, leads_here
 from serve_graph.cpu_time import CpuTime
 from serve_graph.profile import (
     PlanError,
@@ -304,6 +304,10 @@ def measure_to_file(options: argparse.Namespace) -> None:
     """``python -m serve_graph plan --measure URL --gpu NAME``."""
     if options.slots is None:
         raise PlanError("--measure needs --slots: runtime.max_batch_size of the graph")
+    try:
+        check_port(options.measure)
+    except ValueError as error:
+        raise PlanError(f"--measure {options.measure}: {error}") from None
     image, noun = options.image, options.object
     if image is None:
         sample = json.loads((SAMPLES / "samples.json").read_text())[0]

@@ -503,7 +503,10 @@ def test_a_proxy_of_the_environment_is_asked_for_this_machine_or_for_no_other(
                 client.segment(object="disc", model="asked through a proxy")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://127.0.0.1:port", "http://[::1"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:9", "http://127.0.0.1:99999", "http://127.0.0.1:port", "http://[::1"],
+)
 def test_a_service_that_is_not_there_is_a_connection_error(address):
     with SegmentClient(address) as client:
         with pytest.raises(ConnectionError):

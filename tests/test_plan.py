@@ -508,6 +508,10 @@ AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
         ((*AIMED, "--plot", "plan.foo"), "must end in .png"),
         ((*NOBODY, "--slots", "4", "--profiles", "/dev/null"), "--profiles: /dev/null cannot be"),
         ((*NOBODY, "--slots", "4", "--profiles", "{folder}"), "is the graph there"),
+        (
+            (*NOBODY, "--slots", "4", "--profiles", "{folder}", "--measure", "http://[::1]:99999"),
+            "--measure http://[::1]:99999: Port out of range 0-65535",
+        ),
         ((*NOBODY, "--slots", "4", "--object", "dog", "--image", "no.jpg"), "cannot be read"),
         (
             (*NOBODY, "--slots", "4", "--api-key", "s3cret-k\u00e9y"),
