@@ -14,12 +14,16 @@ MEAN_WEIGHT = 0.05
 class Busy:
     """How long one refinement takes of a process's full attention.
 
-    Refinements that run together share its CPUs, so each counts the time that passes
-    divided by how many there were. What one that raises took counts for the next: it would else
-    make all seem quick that nobody waits for to the end. Safe to use from several threads.
+    The process gives all of it to ``at_once`` refinements, each of which has a CPU then, and to
+    more, which share the CPUs; fewer leave the rest of it free. So each counts the part that was
+    used of the time that passes, divided by how many there were. What one that raises took counts
+    for the next: it would else make all seem quick that nobody waits for to the end. Safe to use
+    from several threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: float = 1.0) -> None:
+        """``at_once``: refinements that run without slowing each other down, at least 1."""
+        self._at_once = at_once
         self.mean_s: float | None = None
         """Running mean, seconds; None before the first."""
         self._lock = threading.Lock()
@@ -45,7 +49,7 @@ class Busy:
                     self._measured()
 
     def _measured(self) -> None:
-        # All the time in which anything ran, over all that finished.
+        # All that was used, over all that finished.
         spent, self._spent = self._spent, 0.0
         mean = spent if self.mean_s is None else self.mean_s
         self.mean_s = mean + MEAN_WEIGHT * (spent - mean)
@@ -53,7 +57,8 @@ class Busy:
     def _pass(self) -> float:
         now = time.monotonic()
         if self._began:
-            self._spent += now - self._since
+            used = min(1.0, len(self._began) / self._at_once)
+            self._spent += used * (now - self._since)
         self._since = now
         return now
 

@@ -51,5 +51,6 @@ def build(args: GraphArgs) -> Application:
             args.runtime.limits,
             args.refiner_pool.threads,
             args.refiner_pool.stuck_s,
+            args.refiner_pool.at_once,
         ),
     )

@@ -17,6 +17,7 @@ from kestrel.config import (
     from_mapping,
 )
 from kestrel.serve_config import applications_of
+from serve_graph.profile import at_full_speed
 
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would
@@ -181,7 +182,7 @@ class LookAhead(Settings):
     drain_s: float = Field(default=5.0, gt=0)
     """A queue should be gone this long after the replicas for it have started, seconds."""
     busy_target: float = Field(default=0.7, gt=0, le=1)
-    """Part of their time that refiners should be busy at a steady load."""
+    """Part of what refiners can do that a steady load should take."""
     busy_s: float = Field(default=0.2, gt=0)
     """Seconds of one replica per refinement, until a refiner has measured it."""
 
@@ -208,6 +209,11 @@ class RefinerPool(Pool):
                 f"({self.max_ongoing_requests}): the rest would never run"
             )
         return self
+
+    @property
+    def at_once(self) -> float:
+        """Refinements that one replica runs without slowing each other down."""
+        return at_full_speed(self.num_cpus, self.threads)
 
     def options(self, *, watched: bool = False) -> dict[str, Any]:
         options = super().options(watched=watched)

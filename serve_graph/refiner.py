@@ -32,7 +32,15 @@ class RefinerDeployment:
     is missing, where it cannot.
     """
 
-    def __init__(self, config: RefinerConfig, limits: Limits, threads: int, stuck_s: float) -> None:
+    def __init__(
+        self,
+        config: RefinerConfig,
+        limits: Limits,
+        threads: int,
+        stuck_s: float,
+        at_once: float = 1.0,
+    ) -> None:
+        """``at_once``: refinements that run without slowing each other down (``RefinerPool``)."""
         from kestrel.seg_refiner import SegmentRefiner
         from kestrel.seg_refiner.libraries import one_thread_each
 
@@ -46,7 +54,7 @@ class RefinerDeployment:
         self._threads = ThreadPoolExecutor(threads, "refine", initializer=give_way)
         self._room = threads
         self._stuck_s = stuck_s
-        self._busy = Busy()
+        self._busy = Busy(at_once)
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
 
