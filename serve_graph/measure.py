@@ -42,8 +42,8 @@ SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 WARMUP = 0.2
 """Part of a level's time that comes before it and is not counted."""
 CALM = 0.5
-"""Levels that keep the refiners busier than this have requests queue for them, which is not part of
-what a refinement takes."""
+"""Levels with more refinements under way than this, of those that run at full speed, have them slow
+each other down, which is not part of what a refinement takes."""
 FULL = 0.95
 """Levels that keep the refiners busier than this wait for them, and say nothing of the model."""
 
@@ -106,9 +106,19 @@ class Refiners:
     threads: int = 2
     """``refiner_pool.threads``."""
 
-    def busy(self, level: Level) -> float:
-        """Part of the pool's full speed that a level took."""
-        return level.refining / (self.replicas * at_full_speed(self.cpus, self.threads))
+    @property
+    def at_once(self) -> float:
+        """Refinements that the pool runs without slowing each other down."""
+        return self.replicas * at_full_speed(self.cpus, self.threads)
+
+    def busy(self, level: Level, alone_s: float) -> float:
+        """Part of the pool's full speed that a level took. ``alone_s``: ``Level.refine_s`` of one
+        client, as refinements that share CPUs take longer and no more of them."""
+        return level.per_s * alone_s / self.at_once
+
+    def crowded(self, level: Level) -> float:
+        """Refinements that were under way, of those that run without slowing each other down."""
+        return level.refining / self.at_once
 
     def check(self, level: Level) -> None:
         """PlanError where a level had more refinements under way than this pool can have."""
@@ -200,10 +210,11 @@ async def measure(
         clients = 1
         while clients <= 2 * slots:
             levels.append(await closed_loop(client, requests, clients, seconds, cpu_time))
-            last = levels[-1]
+            last, alone_s = levels[-1], levels[0].refine_s
             print(
                 f"{clients:4} clients  {last.per_s:8.2f} requests/s  model {last.slot_s:.3f} s, "
-                f"{last.held:.1f} of {slots} slots held  refiners busy {refiners.busy(last):.0%}",
+                f"{last.held:.1f} of {slots} slots held  "
+                f"refiners busy {refiners.busy(last, alone_s):.0%}",
                 flush=True,
             )
             clients *= 2
@@ -217,7 +228,8 @@ def profile_of(
     PlanError when it is not enough, or ``refiners`` cannot be what served."""
     for level in levels:
         refiners.check(level)
-    calm = [level for level in levels if refiners.busy(level) < CALM and level.clients <= slots]
+    alone_s = levels[0].refine_s
+    calm = [level for level in levels if refiners.crowded(level) < CALM and level.clients <= slots]
     if not calm:
         raise PlanError(
             f"one client keeps {refiners.replicas} refiners busy: measure with more of them, and "
@@ -229,7 +241,8 @@ def profile_of(
     rising: list[Level] = []
     for level in levels:
         # Held by Little's law, so that it may stay where it is once the slots are full.
-        if refiners.busy(level) < FULL and (not rising or level.held > 1.05 * rising[-1].held):
+        room = refiners.busy(level, alone_s) < FULL
+        if room and (not rising or level.held > 1.05 * rising[-1].held):
             rising.append(level)
     return Profile(
         name=name,

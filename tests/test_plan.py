@@ -335,6 +335,22 @@ def test_loads_that_several_refiners_carry_stay_in_the_profile() -> None:
     assert lone.held == few.held
 
 
+def test_refinements_that_share_a_cpu_do_not_seem_to_be_more_than_it_can_do() -> None:
+    """Two threads on one CPU: each refinement takes longer beside another, and no more of it."""
+    levels = [
+        level(1, 6, 0.1, refine=0.03),
+        level(4, 20, 0.15, refine=0.06),
+        level(8, 32, 0.2, refine=0.06),
+    ]
+    refiners = Refiners(threads=2)
+    busy = [refiners.busy(one, levels[0].refine_s) for one in levels]
+    assert busy == pytest.approx([0.18, 0.6, 0.96])
+    profile = profile_of("x", levels, 8, refiners, {})
+    # The second level left the refiner room, the third did not; its times are those of the first.
+    assert profile.held == pytest.approx([one.held for one in levels[:2]], abs=1e-3)
+    assert max(profile.refine_s) == pytest.approx(0.03)
+
+
 def test_more_refinements_at_once_than_the_refiners_can_run_are_refused() -> None:
     # Eight under way, and one refiner runs two: it is not one that serves.
     with pytest.raises(PlanError, match=r"8\.0 refinements .* --refiners"):
