@@ -211,12 +211,18 @@ def scaled(
     ).run()
 
 
-def draw_plot(path: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
-    """Load, replicas and queues over time as PNG; PlanError without matplotlib."""
+def _require_matplotlib() -> None:
+    """PlanError without it."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise PlanError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def draw_plot(path: Path, plan: Plan, outcomes: dict[str, Outcome]) -> None:
+    """Load, replicas and queues over time as PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3 * len(outcomes)), layout="constrained")
     for row, (name, outcome) in enumerate(outcomes.items(), 1):
         axes = figure.add_subplot(len(outcomes), 1, row)
@@ -322,6 +328,7 @@ def run(options: argparse.Namespace) -> None:
         if options.plot.suffix.lower() != ".png":
             raise PlanError(f"--plot writes a PNG: {options.plot} must end in .png")
         require_writable(options.plot, "--plot")
+        _require_matplotlib()
     profile = find(options.gpu, [options.profiles, SHIPPED])
     starts = Starts(
         options.model_start,

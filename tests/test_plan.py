@@ -485,6 +485,15 @@ def test_command_prints_a_plan_and_draws_it(command: Command, tmp_path: Path) ->
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_that_cannot_be_drawn_is_said_before_anything_is_simulated() -> None:
+    asked = ["--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2", "--plot", "plan.png"]
+    away = "import sys; sys.modules['matplotlib'] = None; "
+    started = [sys.executable, "-c", f"{away}from serve_graph.__main__ import main; main()"]
+    done = subprocess.run([*started, "plan", *asked], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "error: --plot needs matplotlib: pip install matplotlib\n"
+    assert done.returncode == 1 and done.stdout == ""
+
+
 def test_command_plans_with_the_profile_that_ships() -> None:
     asked = ["--gpu", "nano-on-cpu", "--rps", "100", "--p99", "0.5", "--seconds", "10"]
     started = [sys.executable, "-m", "serve_graph", "plan", *asked]
