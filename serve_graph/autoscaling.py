@@ -37,7 +37,7 @@ many times a second."""
 
 
 class Policy:
-    """Called by the Serve controller, about ten times a second, with every pool's load."""
+    """Called by the Serve controller, several times a second, with every pool's load."""
 
     def __init__(self) -> None:
         self._busy_s: float | None = None
@@ -83,7 +83,7 @@ class Policy:
             starting=self._starting(replicas, target, time.monotonic(), options.start_s),
         )
         decision = decide(models, load, options)
-        self._tell(decision)
+        self._tell(decision, context)
         return decision.wanted
 
     def _aims(self, given: dict[str, Any]) -> LookAhead:
@@ -104,10 +104,13 @@ class Policy:
         self._complaint = complaint
         return aims
 
-    def _tell(self, decision: Decision) -> None:
+    def _tell(self, decision: Decision, context: AutoscalingContext) -> None:
         """Log what is new; most of the decisions repeat the one before."""
-        metrics.level(metrics.REFINERS_DUE, decision.due_per_s)
-        metrics.level(metrics.REFINERS_WANTED, decision.wanted)
+        # By themselves metrics have Serve's tags in replicas only.
+        refiners = context.deployment_id
+        pool = {"application": refiners.app_name, "deployment": refiners.name}
+        metrics.level(metrics.REFINERS_DUE, decision.due_per_s, **pool)
+        metrics.level(metrics.REFINERS_WANTED, decision.wanted, **pool)
         told = (decision.wanted, decision.target, decision.reason)
         if told != self._last:
             self._last = told

@@ -1,7 +1,8 @@
 """What the graph counts and times, for Prometheus; Ray adds ``ray_`` before each name.
 
 Ray Serve's own metrics (queue lengths, replicas, latencies of each deployment) are beside these and
-not repeated. Every metric also carries Serve's tags: application, deployment and replica.
+not repeated. Every metric also carries Serve's tags: application, deployment and replica; those of
+the look-ahead policy, which runs in Serve's controller, the first two.
 """
 
 from __future__ import annotations
@@ -122,11 +123,13 @@ REFINERS_DUE = Spec(
     "segment_autoscaling_due_per_s",
     Gauge,
     "Requests per second that the model pool is about to hand over, as the look-ahead policy sees.",
+    ("application", "deployment"),
 )
 REFINERS_WANTED = Spec(
     "segment_autoscaling_wanted_refiners",
     Gauge,
     "Refiners that the look-ahead policy wants, before bounds and delays.",
+    ("application", "deployment"),
 )
 
 FORMER_SETTINGS = Spec(
@@ -186,9 +189,9 @@ def observe(spec: Spec, value: float, **tags: str) -> None:
     _metric(spec).observe(value, tags=tags)
 
 
-def level(spec: Spec, value: float) -> None:
+def level(spec: Spec, value: float, **tags: str) -> None:
     """Set a gauge."""
-    _metric(spec).set(value)
+    _metric(spec).set(value, tags=tags)
 
 
 def request_ended(door: str, outcome: str, seconds: float) -> None:

@@ -15,7 +15,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from serve_graph import autoscaling
+from serve_graph import autoscaling, metrics
 from serve_graph.args import Pool, RefinerPool
 from serve_graph.autoscaling import latest
 
@@ -46,7 +46,7 @@ def context(
         **{name: value for name, value in asynchronous.items() if name in known},
         deployment_id=deployment,
         deployment_name=deployment.name,
-        app_name="segment",
+        app_name=deployment.app_name,
         current_num_replicas=replicas,
         target_num_replicas=replicas if target is None else target,
         running_replicas=ids,
@@ -154,6 +154,32 @@ def test_without_reports_of_the_model_serves_default_decides(policy: Any) -> Non
             }
         )
         assert decisions[REFINER] == 6
+
+
+def test_applications_beside_each_other_export_their_own_decisions(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the controller's process, and the replica's tags of Serve are not there."""
+    seen: dict[tuple[str, str, str], float] = {}
+    gauge = metrics.level
+
+    def level(spec: metrics.Spec, value: float, **tags: str) -> None:
+        gauge(spec, value, **tags)
+        seen[spec.name, tags["application"], tags["deployment"]] = value
+
+    monkeypatch.setattr(metrics, "level", level)
+    for application, running in (("segment", 8.0), ("other", 0.0)):
+        model, refiner = DeploymentID("Model", application), DeploymentID("Refiner", application)
+        busy = {**BUSY, "running": running, "waiting": 0.0}
+        policy(
+            {
+                model: context(model, Pool(), reports=busy),
+                refiner: context(refiner, ONE_TO_MANY, reports={"busy_s": 0.5}),
+            }
+        )
+    assert seen["segment_autoscaling_due_per_s", "segment", "Refiner"] == pytest.approx(8.0)
+    assert seen["segment_autoscaling_due_per_s", "other", "Refiner"] == 0
+    assert seen["segment_autoscaling_wanted_refiners", "segment", "Refiner"] > 4
 
 
 class Lines(logging.Handler):
