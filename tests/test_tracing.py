@@ -19,8 +19,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray import serve
 
+from kestrel.config import SHIPPED_MODELS, Limits, RefinerConfig
+from kestrel.image import decode
+from kestrel.seg_refiner import SegmentRefiner
 from serve_graph import tracing
 
+SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 STAGES = {"prepare": 5.0, "prefill": 20.0, "decode": 300.0}
 
 
@@ -52,6 +56,25 @@ def test_stages_follow_each_other_under_the_span_of_the_replica(exported) -> Non
         assert after.start_time == before.end_time
     # They ended when the stages did, so the first began before the call.
     assert stages[0].start_time < replica.start_time
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["array", "reduced file"])
+def test_stages_of_a_refinement_are_told_in_the_order_in_which_they_ended(whole) -> None:
+    """As spans they follow each other: nothing is refined before it is decoded and rasterised."""
+    refiner = SegmentRefiner(RefinerConfig(refiner="guided"))
+    file = (SAMPLES / "owl.jpg").read_bytes()
+    box = {"x_min": 0.2, "y_min": 0.2, "x_max": 0.8, "y_max": 0.8}
+    if whole:
+        pixels = decode(file, Limits())
+        result = refiner.refine_with_bitmaps(pixels, "M0 0H1V1H0Z", box, return_base64=True)
+        came = ["decode", "raster"]
+    else:
+        result = refiner.refine_encoded(file, "M0 0H1V1H0Z", box, return_base64=True)
+        came = ["raster", "decode"]
+    came += ["refine", "clean", "encode", "trace"]
+    told = list(result.timings_ms)
+    assert told == [stage for stage in came if stage in told]
+    assert {"raster", "refine", "clean", "encode", "trace"} <= set(told)
 
 
 def test_request_that_is_not_sampled_costs_no_spans(exported) -> None:

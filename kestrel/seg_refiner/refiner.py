@@ -413,7 +413,8 @@ def check_image(image: Any) -> None:
 def _stage(
     name: str, reason: str, timings: dict[str, float], missing: str = "unavailable"
 ) -> Iterator[None]:
-    """Add the block's milliseconds to ``timings[name]``; turn what it raises into ``_Stopped``.
+    """Add the block's milliseconds to ``timings[name]``, the last entry then; turn what it raises
+    into ``_Stopped``.
 
     ``missing`` is the reason when a library is not installed. Raises :class:`Unwanted` before it.
     """
@@ -429,4 +430,6 @@ def _stage(
     except Exception as error:
         raise _Stopped(reason, f"{name}: {error}") from error
     finally:
-        timings[name] = timings.get(name, 0.0) + (time.perf_counter() - started) * 1e3
+        # Put last: in a trace stages follow each other in this order, and one of several parts
+        # (looking for the backend is one of refining) would stand before what it worked on.
+        timings[name] = timings.pop(name, 0.0) + (time.perf_counter() - started) * 1e3

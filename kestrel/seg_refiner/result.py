@@ -21,7 +21,8 @@ class SegmentRefineBitmapsResult:
     reason: str = "refined"
     """``refined``, or why something is missing: see ``REASONS``."""
     timings_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds per stage: decode, raster, refine, clean, trace, encode."""
+    """Milliseconds per stage (decode, raster, refine, clean, encode, trace), in the order in which
+    they ended."""
 
 
 REASONS = (
