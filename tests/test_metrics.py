@@ -448,7 +448,7 @@ def test_an_empty_pool_is_told_by_what_it_lacks():
     """Serve exports no health of a pool without replicas, which is the one to page about; how many
     it wants is there, 0 for ``refiner_pool.min_replicas: 0`` that is idle."""
     (rule,) = [rule for rule in rules() if rule["alert"] == "SegmentPoolEmpty"]
-    wanted, healthy = rule["expr"].split("unless on (deployment)")
+    wanted, healthy = rule["expr"].split("unless on (application, deployment)")
     assert "ray_serve_autoscaling_target_replicas" in wanted and wanted.strip().endswith("> 0)")
     assert "ray_serve_deployment_replica_healthy" in healthy.partition(">= 1)")[0]
 
@@ -496,7 +496,7 @@ def test_dashboard_and_alarms_use_metrics_that_are_exported(expression, names_in
             assert set(re.findall(r"(\w+)=", labels)) <= set(EXPORTED[name].tags)
     tags = {tag for name in used & set(EXPORTED) for tag in EXPORTED[name].tags}
     for by in re.findall(r"by \(([^)]*)\)", expression):
-        assert set(re.split(r",\s*", by)) <= tags | {"le", "deployment"}
+        assert set(re.split(r",\s*", by)) <= tags | {"le", "application", "deployment"}
     for value in re.findall(r'(?:outcome)=~?"([^"]*)"', expression):
         assert set(value.split("|")) <= set(metrics.OUTCOMES)
 
@@ -507,6 +507,17 @@ def test_reasons_in_alarms_are_reasons_of_the_refiner():
     for expression in EXPRESSIONS:
         for value in re.findall(r'reason=~"([^"]*)"', expression):
             assert set(value.split("|")) <= set(REASONS)
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_an_alarm_does_not_go_by_the_name_that_an_operator_gives_the_application(rule):
+    """Under another one SegmentPoolEmpty paged for good, and saw no pool that was empty."""
+    assert not re.search(r"\bapplication\s*=", rule["expr"])
+    serves = re.findall(r"ray_serve_\w+(?:{([^}]*)})?", rule["expr"])
+    deployments = {tuple(re.findall(r'deployment=~?"([^"]*)"', labels)) for labels in serves}
+    # Its deployments have names of the graph's own, which others beside it need not share.
+    assert {name for one in deployments for name in one} <= {"Ingress|Model|Refiner", "Model"}
+    assert () not in deployments
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
