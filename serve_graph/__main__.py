@@ -245,6 +245,8 @@ def main() -> None:
         options.run(options)
     except (LaunchError, plan.PlanError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

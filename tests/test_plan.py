@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -507,6 +508,18 @@ def test_a_rate_so_low_that_nothing_comes_in_a_minute_is_called_impossible(
 ) -> None:
     printed = command("--gpu", "nano-on-cpu", "--rps", "0.01", "--p99", "5")
     assert re.search(r"model pool +1 replicas", printed)
+
+
+def test_a_search_that_is_interrupted_ends_without_a_traceback(command: Command) -> None:
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command("--gpu", "nano-on-cpu", "--rps", "20000", "--p99", "1")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert ended.value.code == 130
 
 
 NOBODY = ("--gpu", "H100", "--measure", "http://127.0.0.1:9")
