@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_decisions_are_logged_with_their_inputs_and_exported(
     assert any("wanted=0: shrink" in line for line in lines)
     assert all("due_per_s=" in line and "model_running=" in line for line in lines)
     for name in ("due_per_s", "wanted_refiners"):
-        until(lambda name=name: f"ray_segment_autoscaling_{name}" in exported(cluster))
+        series = re.compile(rf'^ray_segment_autoscaling_{name}{{.*application="segment"', re.M)
+        until(lambda series=series: series.search(exported(cluster)))
 
 
 @pytest.mark.parametrize("stream", [False, True])
