@@ -259,7 +259,8 @@ class Simulation:
         """Replicas die with what they hold, and with the nodes that they fill; the ingress tries
         those requests again."""
         dying = pool.replicas[:number]
-        pool.lose_nodes(len(dying) // pool.plan.per_node)
+        # By what was to be lost: there may be fewer, which do not fill the nodes that go.
+        pool.lose_nodes(number // pool.plan.per_node)
         for request in pool.kill(now, dying):
             self.enter(now, pool, request)
         self.resize(now, pool, pool.target)

@@ -126,6 +126,18 @@ def test_a_plan_holds_for_as_long_as_what_is_lost_is_away(
     assert outcome.model_queue < queue_bound(plan.outcome.model_queue, 0.0)
 
 
+def test_a_pool_that_does_not_fill_its_node_is_lost_with_it() -> None:
+    """Five on a node of eight: when eight are lost, another node must start first."""
+    aim = replace(AIM, rps=10.0, lost_models=8, p99_s=60.0)
+    pools = scenario(MADE_UP, aim, STARTS, 5, 10, 2)
+    back = {look.at: look.models for look in Simulation(pools).run().trace}
+    lost_at_s = round(pools.lost_at_s)
+    assert back[lost_at_s + 31] == 0 == back[lost_at_s + 89] and back[lost_at_s + 91] == 5
+    # No request waits for that long, so some must be left.
+    plan = search(MADE_UP, aim, STARTS, threads=2)
+    assert plan.models > 8 and "those of 1 and 0 whole nodes" in describe(plan, aim, STARTS, None)
+
+
 def test_an_outage_that_sees_few_requests_is_simulated_more_than_once() -> None:
     rare = replace(AIM, rps=1.0, seconds=300.0, lost_models=1)
     assert 250 < len(search(MADE_UP, rare, STARTS, threads=2).outcome.latency) < 400
