@@ -66,9 +66,14 @@ def search(profile: Profile, aim: Aim, starts: Starts, threads: int) -> Plan:
     models = _smallest(floor, MOST_MODELS, lambda n: holds(n, ample))
     if models is None:
         best = tried[MOST_MODELS, ample].percentile(99)
+        if math.isinf(best):
+            raise PlanError(
+                f"--rps {aim.rps:g}: no request came in the {aim.seconds:g} s that are simulated"
+            )
+        # Rounded up, or one that is just missed would be told as one that is reached.
         raise PlanError(
             f"p99 {aim.p99_s:g} s is not reached with {MOST_MODELS} model replicas and {ample} "
-            f"refiners: {best:.2f} s"
+            f"refiners: {math.ceil(best * 1e3) / 1e3:.3f} s"
         )
     refiners = _smallest(few, ample, lambda n: holds(models, n))
     assert refiners is not None, "the ample pool held the aim"

@@ -54,6 +54,7 @@ from serve_graph.plan import (
 )
 from serve_graph.profile import PlanError, Profile, find, load, quantiles
 from serve_graph.simulation import Simulation
+from serve_graph.trial import trial
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE_UP = Profile(
@@ -181,6 +182,22 @@ def test_plan_tells_how_busy_those_are_that_are_left() -> None:
 def test_the_rate_of_a_plan_is_that_of_its_load_although_replicas_come_back_later() -> None:
     plan = search(MADE_UP, replace(AIM, lost_models=2), STARTS, threads=2)
     assert plan.outcome.answered_per_s == pytest.approx(AIM.rps, rel=0.1)
+
+
+@pytest.mark.parametrize("under_s", [0.001, 0.00001])
+def test_the_p99_of_the_largest_pools_is_not_told_as_one_that_was_reached(under_s: float) -> None:
+    aim = replace(AIM, rps=5.0, p99_s=0.1, seconds=5)
+    reached = re.compile(r"refiners: ([\d.]+) s")
+
+    def told(p99_s: float) -> float:
+        with pytest.raises(PlanError, match=reached) as refused:
+            search(MADE_UP, replace(aim, p99_s=p99_s), STARTS, threads=2)
+        found = reached.search(str(refused.value))
+        assert found is not None
+        return float(found[1])
+
+    best = trial(MADE_UP, aim, STARTS, 1000, 10, 2).percentile(99)
+    assert told(best - under_s) > best - under_s
 
 
 def test_deadline_that_no_pool_can_hold_is_refused() -> None:
@@ -545,6 +562,7 @@ AIMED = ("--gpu", "nano-on-cpu", "--rps", "5", "--p99", "2")
         (("--gpu", "H100"), "--rps and --p99"),
         (("--gpu", "H100", "--rps", "-1", "--p99", "1"), "--rps must be over 0"),
         ((*AIMED, "--rps", "nan"), "--rps must be over 0, not nan"),
+        ((*AIMED, "--rps", "1e-9"), "--rps 1e-09: no request came in the 100000 s"),
         ((*AIMED, "--p99", "inf"), "--p99 must be over 0, not inf"),
         ((*AIMED, "--refiner-threads", "0"), "--refiner-threads must be at least 1"),
         ((*AIMED, "--gpus-per-node", "0"), "--gpus-per-node must be at least 1"),
