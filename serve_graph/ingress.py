@@ -22,6 +22,7 @@ from kestrel.api import Overloaded, RequestError, SegmentRequest, TooLarge, imag
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
 from kestrel.deadlines import within
+from kestrel.freed_memory import GivingBack
 from kestrel.seg_refiner.result import REASONS
 from kestrel.server.room import Place
 from serve_graph import metrics
@@ -68,6 +69,7 @@ class IngressDeployment:
         model: DeploymentHandle,
         refiner: DeploymentHandle,
     ) -> None:
+        GivingBack()
         metrics.log_with_serve()
         for spec, tags in COUNTED:
             metrics.begin(spec, **tags)

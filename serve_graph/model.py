@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel import api
 from kestrel.api import ModelDone
+from kestrel.freed_memory import GivingBack
 from serve_graph import metrics, tracing
 from serve_graph.args import model_settings
 from serve_graph.grouped import grouped
@@ -37,6 +38,7 @@ class ModelDeployment:
         from kestrel.engine import InferenceEngine
 
         self._engine = await InferenceEngine.create(config)
+        GivingBack()
         metrics.log_with_serve()
         self._former = FormerSettings()
         self._running = 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kestrel import api
 from kestrel.busy import Busy
 from kestrel.cores import give_way
+from kestrel.freed_memory import GivingBack
 from serve_graph import metrics, tracing
 from serve_graph.args import refiner_settings
 from serve_graph.reconfigured import FormerSettings
@@ -55,6 +56,7 @@ class RefinerDeployment:
         self._room = threads
         self._stuck_s = stuck_s
         self._busy = Busy(at_once)
+        GivingBack()
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
 

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
+from kestrel.freed_memory import GivingBack
 from kestrel.job import EngineEnded, EngineError, engine_ended
 from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
@@ -134,9 +135,11 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         starting = asyncio.create_task(start())
+        giving_back = GivingBack()
         try:
             yield
         finally:
+            giving_back.stop()
             if not starting.done():
                 starting.cancel()
             await asyncio.wait({starting})
