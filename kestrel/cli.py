@@ -164,7 +164,7 @@ def _segment(config: RuntimeConfig, arguments: argparse.Namespace) -> int:
     problem = made_writable(arguments.output)
     if problem is not None:  # before the model is loaded
         raise InputError(f"the folder {arguments.output} (--output) {problem}")
-    model, refined, load_ms = asyncio.run(_answer(config, request))
+    model, refined, load_ms = asyncio.run(_answer(config, request, arguments.image))
     started = time.perf_counter()
     try:
         _write(arguments.output, request, model, refined, config)
@@ -194,7 +194,7 @@ def _spatial_ref(text: str) -> list[float]:
 
 
 async def _answer(
-    config: RuntimeConfig, request: SegmentRequest
+    config: RuntimeConfig, request: SegmentRequest, picture: Path
 ) -> tuple[ModelResult, SegmentRefineBitmapsResult | None, float]:
     from kestrel.engine import InferenceEngine
 
@@ -207,6 +207,8 @@ async def _answer(
     try:
         model, refined = await engine.complete(request)
         return model, refined, load_ms
+    except RequestError as error:
+        raise InputError(f"{picture}: {error}") from error
     finally:
         await engine.shutdown()
 

@@ -47,6 +47,8 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
     """A Serve config with its HTTP port replaced when ``port`` is given, on the loopback interface
     where it names no host; LaunchError where it cannot be read, the graph would refuse it, or HTTP
     would not lead to the graph."""
+    if port is not None and not 0 <= port <= 65535:
+        raise LaunchError(f"--port must be in 0..65535, not {port}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -287,7 +287,7 @@ def test_a_picture_that_breaks_in_decoding_is_one_line(tmp_path, capsys) -> None
     heard = capsys.readouterr()
     assert heard.out == ""
     assert heard.err.startswith("kestrel: ") and heard.err.count("\n") == 1, heard.err
-    assert "decoded" in heard.err
+    assert f"{cut}: " in heard.err and "decoded" in heard.err
 
 
 def test_a_file_name_that_is_no_text_is_still_a_message(tmp_path) -> None:

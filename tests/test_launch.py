@@ -854,6 +854,12 @@ def test_what_is_no_port_is_refused_by_its_option(port: Any) -> None:
         require_free("127.0.0.1", port, "HTTP", "--port")
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_there_is_not_is_blamed_on_the_config(port: int) -> None:
+    with pytest.raises(LaunchError, match=f"^--port must be in 0..65535, not {port}$"):
+        __main__.read_config(__main__.LOCAL, port)
+
+
 def test_a_port_whose_server_has_just_ended_is_free() -> None:
     """The system keeps its closed connections for a minute, as after a restart."""
     with socket.create_server(("127.0.0.1", 0)) as server:
