@@ -3,6 +3,8 @@ Python, and the EXIF blocks that it is not to read, or would overlook.
 
 A file may consist of nothing but empty chunks or markers: a few megabytes of them take seconds, in
 which the process that checks a request does nothing else. libwebp reads a WebP's by itself, fast.
+Or a JPEG of nothing but scans: decoders go through the whole picture for each, and none of them can
+be stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PARTS = 4096
 """Parts at most, about a microsecond of Pillow's time each; files of cameras and editors have up to
 some hundreds."""
+MOST_SCANS = 100
+"""Scans of a JPEG at most, as many as Skia takes too. Encoders make up to 20; one of a dozen bytes
+has libjpeg go through every pixel again, 20 to 50 ms for 16 megapixels."""
 _IN_PASSING = 1 / 16
 """What a byte between two markers counts, or a small chunk of pixels, of which some encoders make
 one a row."""
@@ -35,17 +40,23 @@ _ALONE = (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE), 0x00)
 """Markers without a length, and the escaped byte."""
 _LISTS = (*(code for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC)), 0xDB, 0xDE)
 """Frames and quantization tables: Pillow goes through what they list."""
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+"""Frames of which libjpeg reads one scan alone, where that has all of their channels."""
+_END_OF_IMAGE = 0xD9
+_WITH_LENGTH = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""What libjpeg takes for the next marker wherever it looks for one, but for those of no length that
+it passes over; the end mark too."""
 
 
 def check_parts(data: bytes, name: str) -> None:
-    """``InvalidRequest`` where a JPEG or PNG has over ``MOST_PARTS``; of a JPEG those before its
-    pixels count. A file that is neither, or is broken, passes: reading it will tell."""
-    parts = 0.0
+    """``InvalidRequest`` where a JPEG or PNG has over ``MOST_PARTS``, or a JPEG ``MOST_SCANS``. Of
+    a JPEG the parts before its pixels count, and by themselves the markers before its last scan. A
+    file that is neither, or is broken, passes: reading it will tell."""
     if data.startswith(JPEG):
-        parts = _jpeg_parts(data)
+        check_count(_jpeg_parts(data), name)
+        _check_scans(data, name)
     elif data.startswith(PNG):
-        parts = _png_parts(data)
-    check_count(parts, name)
+        check_count(_png_parts(data), name)
 
 
 def check_count(parts: float, name: str) -> None:
@@ -137,6 +148,34 @@ def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int, int]]:
         if _is_last(code):
             return
         at = min(at + size, len(data))
+
+
+def _check_scans(data: bytes, name: str) -> None:
+    scans = 0
+    for number, code in enumerate(_codes_for_libjpeg(data)):
+        check_count(number, name)
+        scans += code == _START_OF_SCAN
+        if scans > MOST_SCANS:
+            raise InvalidRequest(
+                f"{name} is a JPEG of over {MOST_SCANS} scans; save it with fewer", name
+            )
+
+
+def _codes_for_libjpeg(data: bytes) -> Iterator[int]:
+    """Codes of a JPEG's markers with a length, those between its scans too, as far as libjpeg goes.
+    ``_jpeg_markers`` goes as Pillow does, which need not be the same."""
+    at, channels = 2, 256
+    while (marker := _WITH_LENGTH.search(data, at)) is not None:
+        code, at = data[marker.end() - 1], marker.end()
+        if code == _END_OF_IMAGE:
+            return
+        yield code
+        size = int.from_bytes(data[at : at + 2], "big")
+        if code in _SEQUENTIAL and size > 7:
+            channels = int.from_bytes(data[at + 7 : at + 8], "big")
+        elif code == _START_OF_SCAN and int.from_bytes(data[at + 2 : at + 3], "big") >= channels:
+            return
+        at += max(2, size)
 
 
 def _is_last(code: int) -> bool:

@@ -19,7 +19,7 @@ from kestrel import image_parts
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
 from kestrel.image import decode, plain_jpeg, probe
-from kestrel.image_parts import MOST_PARTS
+from kestrel.image_parts import MOST_PARTS, MOST_SCANS
 
 ORIENTATION = 0x0112
 
@@ -282,6 +282,53 @@ def test_parts_after_the_first_pixels_count_too(part: bytes) -> None:
     content = file_of("PNG")
     with pytest.raises(InvalidRequest, match="chunks"):
         decode(content[:-12] + png_chunk(part) * (20 * MANY) + content[-12:])
+
+
+def of_scans(frame: int, scans: int, side: int = 8, between: bytes = b"") -> bytes:
+    """A JPEG of three channels, with those scans of the first one: each breaks off at once, which
+    decoders warn of and go on."""
+    channels = 3
+    start = struct.pack(">BHHB", 8, side, side, channels)
+    start += b"".join(bytes([number + 1, 0x11, 0]) for number in range(channels))
+    one_code = bytes([1] + [0] * 15)
+    tables = segment(0xDB, b"\0" + bytes([1] * 64)) + segment(frame, start)
+    tables += segment(0xC4, b"\0" + one_code + b"\0") + segment(0xC4, b"\x10" + one_code + b"\0")
+    first, last = (0, 63) if frame == 0xC0 else (0, 0)
+    scan = segment(0xDA, bytes([1, 1, 0, first, last, 0])) + b"\0"
+    return b"\xff\xd8" + tables + (scan + between) * scans + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("frame", [0xC0, 0xC2])
+@pytest.mark.parametrize(
+    "between",
+    [b"", segment(0xFE, b"a"), b"\xff\0" * 9 + b"\xff\xd3"],
+    ids=["nothing", "a comment", "pixels"],
+)
+def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded(
+    frame: int, between: bytes
+) -> None:
+    # Each of them makes decoders go through every pixel again: two million would fit into a body.
+    assert decode(of_scans(frame, MOST_SCANS, between=between)).shape == (8, 8, 3)
+    content = of_scans(frame, MOST_SCANS + 1, between=between)
+    with pytest.raises(InvalidRequest, match=f"over {MOST_SCANS} scans") as caught:
+        probe(content, name="image_url")
+    assert caught.value.field == "image_url"
+
+
+def test_very_many_parts_between_scans_are_refused_too() -> None:
+    content = of_scans(0xC2, 2, between=segment(0xFE) * 1_000_000 + b"\xff\xda" * MOST_SCANS)
+    began = time.process_time()
+    with pytest.raises(InvalidRequest, match=f"over {MOST_PARTS} chunks"):
+        probe(content)
+    assert time.process_time() - began < 1
+
+
+def test_what_only_looks_like_scans_is_none() -> None:
+    """A film behind the picture, as telephones write it, or other pictures within its metadata."""
+    content = encoded(picture(), "JPEG", progressive=True)
+    looks = b"\xff\xda" * 2 * MOST_SCANS
+    assert probe(content[:2] + segment(0xFE, looks) + content[2:]).width == 30
+    assert decode(content + looks).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(
