@@ -138,3 +138,19 @@ def test_hundreds_of_thousands_of_specks_take_seconds():
     began = time.process_time()
     clean_mask(mask, mask)
     assert time.process_time() - began < 10
+
+
+def test_many_specks_beside_many_drawn_pieces_take_no_longer():
+    side, pieces = 1000, 9
+    coarse = np.zeros((side, side), np.uint8)
+    step = side // pieces
+    for x in range(step // 2, side, step):
+        for y in range(step // 2, side, step):
+            cv2.circle(coarse, (x, y), step // 3, 1, -1)
+    refined = coarse ^ (np.random.default_rng(0).random(coarse.shape) < 0.12).astype(np.uint8)
+    # A speck that is large enough to be what became of a piece, so that pieces are looked at.
+    cv2.circle(refined, (side // 2, side // 2), 24, 0, -1)
+    cv2.circle(refined, (side // 2, side // 2), 21, 1, -1)
+    began = time.process_time()
+    clean_mask(refined, coarse)
+    assert time.process_time() - began < 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 
 import cv2
@@ -43,7 +44,7 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     dropped: list[_Outline] = []
     for island in small:
         stays = island is largest and len(small) == len(islands)
-        (kept if stays or island.covers_any(drawn_islands) else dropped).append(island)
+        (kept if stays or drawn_islands.one_is_covered_by(island) else dropped).append(island)
     # What stays lies in the boxes of these islands, with a ring around it so that it is closed as
     # it would be in the whole image. Nothing else of the picture is written.
     boxes = np.array([cv2.boundingRect(island.contour) for island in kept])
@@ -56,7 +57,7 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
         island.paint(crop, 0, offset)
     for hole in small_holes:
         # A dropped island took its holes along: painting them would bring them back.
-        if hole.rim_is_set(crop, offset) and not hole.covers_any(drawn_holes):
+        if hole.rim_is_set(crop, offset) and not drawn_holes.one_is_covered_by(hole):
             hole.paint(crop, 1, offset)
     close_cracks(crop)
     return cleaned
@@ -102,11 +103,8 @@ class _Outline:
         """Fill the outline; a hole's rim is part of the fill, and is set in a mask anyway."""
         cv2.drawContours(canvas, [self.contour], -1, value, cv2.FILLED, offset=offset)
 
-    def covers_any(self, drawn: Iterable[_Outline]) -> bool:
-        """Whether it covers ``COVERED_FRACTION`` or more of one of the drawn outlines."""
-        return any(self._overlap(other) >= COVERED_FRACTION * other.area for other in drawn)
-
-    def _overlap(self, other: _Outline) -> int:
+    def overlap(self, other: _Outline) -> int:
+        """Pixels that both fill."""
         x, y, w, h = cv2.boundingRect(self.contour)
         ox, oy, ow, oh = cv2.boundingRect(other.contour)
         left, top = max(x, ox), max(y, oy)
@@ -117,6 +115,32 @@ class _Outline:
         self.paint(mine, 1, (-left, -top))
         other.paint(theirs, 1, (-left, -top))
         return cv2.countNonZero(mine & theirs)
+
+
+class _Drawn:
+    """Pieces, or holes, of the coarse mask that were meant.
+
+    A grainy picture has hundreds of thousands of specks: most cover none by size or box alone.
+    """
+
+    def __init__(self, outlines: Iterable[_Outline] = ()) -> None:
+        self._outlines = sorted(outlines, key=lambda outline: outline.area)
+        self._enough = [COVERED_FRACTION * outline.area for outline in self._outlines]
+        rects = [cv2.boundingRect(outline.contour) for outline in self._outlines]
+        boxes = np.array(rects, np.int64).reshape(-1, 4)
+        self._starts, self._ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+
+    def one_is_covered_by(self, small: _Outline) -> bool:
+        """Whether ``small`` covers ``COVERED_FRACTION`` or more of one of them."""
+        count = bisect.bisect_right(self._enough, small.painted)
+        if not count:
+            return False
+        x, y, w, h = cv2.boundingRect(small.contour)
+        meets = (self._starts[:count] < (x + w, y + h)) & (self._ends[:count] > (x, y))
+        return any(
+            small.overlap(self._outlines[place]) >= self._enough[place]
+            for place in np.flatnonzero(meets.all(axis=1)).tolist()
+        )
 
 
 def _outlines(mask: np.ndarray, parts: Iterable[PixelBox]) -> tuple[list[_Outline], list[_Outline]]:
@@ -134,13 +158,13 @@ def _outlines(mask: np.ndarray, parts: Iterable[PixelBox]) -> tuple[list[_Outlin
 
 def _drawn(
     coarse: np.ndarray | None, box: PixelBox, small: list[_Outline]
-) -> tuple[list[_Outline], list[_Outline]]:
+) -> tuple[_Drawn, _Drawn]:
     """Pieces and holes of the coarse mask that were meant, if any of ``small`` may cover one.
 
     Of the coarse mask that part counts which is in the ``box`` of the refined one and its ring.
     """
     if coarse is None or not small:
-        return [], []
+        return _Drawn(), _Drawn()
     x0, y0, x1, y1 = box
     left, top = max(0, x0 - 2), max(0, y0 - 2)
     _, inner = mask_parts(coarse[top : y1 + 2, left : x1 + 2])
@@ -148,9 +172,9 @@ def _drawn(
     set_pixels = sum(cv2.countNonZero(coarse[y0:y1, x0:x1]) for x0, y0, x1, y1 in parts)
     least = DRAWN_FRACTION * set_pixels
     if max(outline.painted for outline in small) < COVERED_FRACTION * least:
-        return [], []
+        return _Drawn(), _Drawn()
     islands, holes = _outlines(coarse, parts)
     return (
-        [island for island in islands if island.area >= least],
-        [hole for hole in holes if hole.area >= least],
+        _Drawn(island for island in islands if island.area >= least),
+        _Drawn(hole for hole in holes if hole.area >= least),
     )
