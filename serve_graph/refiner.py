@@ -72,9 +72,14 @@ class RefinerDeployment:
         config = refiner_settings(self._built, user_config)
         if config == self._current:
             return
-        refiner = SegmentRefiner(config, limits=self._limits)
-        await asyncio.to_thread(refiner.self_check)
-        self._refiner, self._current = refiner, config
+
+        def made() -> SegmentRefiner:
+            refiner = SegmentRefiner(config, limits=self._limits)
+            refiner.self_check()
+            return refiner
+
+        # Loading a network takes seconds, in which requests and health checks are to be answered.
+        self._refiner, self._current = await asyncio.to_thread(made), config
 
     async def refine(
         self,

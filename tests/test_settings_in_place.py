@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,34 @@ def test_a_replica_that_starts_loads_its_backends_twice(monkeypatch: pytest.Monk
 
     asyncio.run(run())
     assert len(built) == 1
+
+
+def test_requests_wait_while_a_backend_is_loaded_anew(
+    monkeypatch: pytest.MonkeyPatch, levels: dict[str, float]
+) -> None:
+    """Networks take seconds to load, and minutes to fetch; health checks would fail meanwhile."""
+    loading, answered = threading.Event(), threading.Event()
+
+    def build(config: RefinerConfig) -> Any:
+        if loading.is_set():
+            assert answered.wait(2), "nothing was answered meanwhile"
+        return lambda image, mask: mask
+
+    monkeypatch.setitem(BACKENDS, "slow", build)
+
+    async def run() -> None:
+        args = RefinerConfig(refiner="slow", selectable=("none",))
+        replica = RefinerDeployment(args, Limits(), 1, 30.0)
+        loading.set()
+        change = asyncio.create_task(replica.reconfigure({"refiner": "none"}))
+        await asyncio.sleep(0)
+        await replica.check_health()
+        await replica.refine(picture(), SQUARE, BOX, False, "slow")
+        answered.set()
+        await change
+        assert levels["segment_former_settings_replicas"] == 0
+
+    asyncio.run(run())
 
 
 def test_a_refiner_that_serves_stops_for_settings_that_do_not_fit(
