@@ -148,9 +148,10 @@ def test_one_pixel_is_a_pixel():
     assert np.array_equal(rasterize_relative(d, bbox, 5, 5), mask)
 
 
-def test_specks_that_turdsize_drops_do_not_make_the_rest_jagged():
+@pytest.mark.parametrize("apart", [12, 24])
+def test_specks_that_turdsize_drops_do_not_make_the_rest_jagged(apart):
     mask = disc()
-    mask[::12, ::12] ^= 1
+    mask[::apart, ::apart] ^= 1
     assert "C" in bitmap_to_path(mask, turdsize=4)[0]
 
 

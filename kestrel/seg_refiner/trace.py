@@ -36,6 +36,9 @@ THIN = 4
 """Times that the thinner side is stretched for the sharpest trace of what may not be doubled:
 Potrace draws a strip of one pixel along its middle, as an outline of no area."""
 
+SPECKED = 2**22
+"""Pixels of the largest mask whose specks are looked for, which takes 6 bytes a pixel."""
+
 LONGEST = 16_384
 """No trace is of a crop with a longer side, which is halved by itself until it is not. A native
 call cannot be cancelled, and its work (``trace_work``) grows with the square of a straight edge.
@@ -119,6 +122,22 @@ def bitmap_to_path(
     return None
 
 
+def _without_specks(crop: np.ndarray, turdsize: int) -> np.ndarray:
+    """The crop without islands, and without holes, of up to so many pixels; as it is where it has
+    more than ``SPECKED`` itself."""
+    if not turdsize or crop.size > SPECKED:
+        return crop
+    for value, connectivity in ((1, 8), (0, 4)):
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(
+            (crop == value).view(np.uint8), connectivity=connectivity
+        )
+        specks = stats[:, cv2.CC_STAT_AREA] <= turdsize
+        specks[0] = False  # what is not of the value, of which there may be little
+        if specks.any():
+            crop = np.where(specks[labels], np.uint8(1 - value), crop)
+    return crop
+
+
 @dataclass(frozen=True)
 class _Tracing:
     """A tracer with the options that all traces of a mask share: ``turdsize`` in pixels of the
@@ -145,6 +164,7 @@ def _faithful(
     vertices, best first; the smoothest alone where it has more, none where nothing is traced."""
     height, width = crop.shape
     found: list[tuple[float, Path]] = []
+    wanted: np.ndarray | None = None
     left = MOST_WORK
     for zoomed, scale, corners in _attempts(crop, alphamax):
         looks = work(zoomed, left / 2)
@@ -161,12 +181,17 @@ def _faithful(
             found = found or [(0.0, path)]
             break
         sure = _surely_faithful(path, crop, zoomed, (FARTHEST + tracing.opttolerance) / scale.min())
-        found.append((1.0 if sure else mask_iou(crop, paint(path, width, height)), path))
+        iou = 1.0
+        if not sure:
+            # No trace gives specks back: they are no reason for a jagged one.
+            wanted = _without_specks(crop, tracing.turdsize) if wanted is None else wanted
+            iou = mask_iou(wanted, paint(path, width, height))
+        found.append((iou, path))
         if found[-1][0] >= FAITHFUL_IOU:
             break
     enough = max((iou for iou, _ in found), default=0.0)
     if enough < FAITHFUL_IOU:
-        # What no trace gives back, as specks within turdsize, is no reason for a jagged one.
+        # What no trace gives back is no reason for a jagged one.
         enough -= 1 - FAITHFUL_IOU
     # Sorting keeps the order of equals, the smoother before the sharper.
     return [path for _, path in sorted(found, key=lambda pair: -min(pair[0], enough))]
