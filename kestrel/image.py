@@ -35,6 +35,7 @@ from kestrel.image_parts import (
     check_parts,
     jpeg_exif,
     late_exif,
+    without_disposal,
     without_exif,
 )
 
@@ -80,6 +81,7 @@ def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
     """The picture before its pixels are decoded, and its orientation, 1 to 8."""
     check_parts(data, name)
     file, has_exif = without_exif(data)
+    without_disposal(data, file)
     try:
         image = _reader(data)(file)
     except Image.DecompressionBombError as error:  # of a WebP, whose reader makes the whole canvas

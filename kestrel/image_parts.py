@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 
 from kestrel.byte_search import places_of
@@ -33,6 +34,8 @@ _LARGE = 4096
 _PROFILE = 256
 """What an ICC profile of a PNG counts: a megabyte may come out of each. Texts have a bound in
 Pillow."""
+_DISPOSAL = 24
+"""Where a frame control chunk of a PNG says what becomes of the frame."""
 _FILL = re.compile(rb"\xff+")
 _EXIF_NAME = b"Exif\0"
 _START_OF_SCAN, _EXIF, _PHOTOSHOP = 0xDA, 0xE1, 0xED
@@ -95,6 +98,21 @@ def without_exif(data: bytes) -> tuple[io.BytesIO, bool]:
             named = True
     file.seek(0)
     return file, named
+
+
+def without_disposal(data: bytes, file: io.BytesIO) -> None:
+    """Have ``file``, which holds ``data``, say that no frame of an animated PNG is cleared away
+    after it: with the first one's header Pillow before 13 makes the canvas that is to clear it, of
+    whatever size the picture is said to have. For one that ``check_parts`` has passed."""
+    for kind, start, size in _png_chunks(data) if data.startswith(PNG) else ():
+        if kind == b"IDAT":
+            break
+        if kind == b"fcTL" and size > _DISPOSAL and start + size <= len(data):
+            control = data[start : start + size]
+            control = control[:_DISPOSAL] + b"\0" + control[_DISPOSAL + 1 :]
+            file.seek(start)
+            file.write(control + struct.pack(">I", zlib.crc32(kind + control)))
+    file.seek(0)
 
 
 def late_exif(data: bytes) -> bytes | None:

@@ -125,6 +125,29 @@ def test_pixel_bomb_is_refused_from_its_header() -> None:
         assert (caught.value.status, caught.value.field) == (413, "image")
 
 
+@pytest.mark.parametrize("dispose", [1, 2])
+def test_the_header_of_an_animation_makes_no_canvas_of_its_size(
+    monkeypatch: pytest.MonkeyPatch, dispose: int
+) -> None:
+    """Pillow before 13 fills one to clear the first frame away: 16 GB for a hundred bytes."""
+    two = [picture(), Image.new("RGB", (30, 20))]
+    small = encoded(two[0], "PNG", save_all=True, append_images=two[1:], disposal=dispose)
+    made = []
+    monkeypatch.setattr(Image.core, "fill", lambda *arguments: made.append(arguments))
+    size = struct.pack(">II", 65_000, 65_000)
+    frame = bytes(4) + size + bytes(8) + b"\0\1\0\1" + bytes([dispose, 0])
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size + b"\x08\6\0\0\0")
+    bomb += png_chunk(b"acTL", struct.pack(">II", 2, 0)) + png_chunk(b"fcTL", frame)
+    bomb += png_chunk(b"IDAT", zlib.compress(b"\0"))
+    with pytest.raises(TooLarge, match="65000 x 65000"):
+        probe(bomb)
+    assert not made
+    opened, _ = image_module._open(small, Limits(), "image")
+    assert opened.info["disposal"] == 0
+    assert np.array_equal(decode(small), np.asarray(two[0]))
+    assert not made
+
+
 def test_pixel_limit_is_the_configured_one() -> None:
     assert probe(file_of("PNG"), Limits(max_image_pixels=600)).width == 30
     with pytest.raises(TooLarge, match="30 x 20"):
