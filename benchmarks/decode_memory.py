@@ -12,9 +12,11 @@ decoded picture is given to refiners, with a path that fills it, and to the mode
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,8 @@ import numpy as np
 from PIL import Image
 
 ALLOWED = {"JPEG": 8.0, "JPEG progressive": 13.0, "PNG": 8.0, "WEBP": 17.0}
-"""Bytes per pixel by format, at most; half a byte to one of it is room for noise."""
+"""Bytes per pixel by format, at most; half a byte to one of it is room for noise. A JPEG that has
+its channels in several scans is as progressive ones."""
 ALLOWED_LATER = {"boundary": 12.0, "guided": 12.0, "crops": 7.0}
 """The same for what is done with the decoded picture."""
 SIZE = (4000, 3000)
@@ -55,6 +58,25 @@ def _file(size: tuple[int, int], form: str, mode: str, turned: bool, **options: 
     return content.getvalue()
 
 
+def _scan_by_scan(size: tuple[int, int], channels: int) -> bytes:
+    """A grey baseline JPEG that has its channels one after the other, as Pillow writes none."""
+
+    def segment(code: int, data: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, code, len(data) + 2) + data
+
+    width, height = size
+    frame = struct.pack(">BHHB", 8, height, width, channels)
+    frame += b"".join(bytes([number, 0x11, 0]) for number in range(channels))
+    one_code = bytes([1, *[0] * 15, 0])
+    # A block is two bits: the mean of the one before, and nothing else.
+    pixels = bytes(-(-(-(-width // 8) * -(-height // 8)) // 4))
+    content = b"\xff\xd8" + segment(0xDB, bytes([0, *[8] * 64])) + segment(0xC0, frame)
+    content += segment(0xC4, b"\x00" + one_code) + segment(0xC4, b"\x10" + one_code)
+    for number in range(channels):
+        content += segment(0xDA, bytes([1, number, 0, 0, 63, 0])) + pixels
+    return content + b"\xff\xd9"
+
+
 Make = Callable[[tuple[int, int]], bytes]
 
 
@@ -70,6 +92,9 @@ def _kinds() -> dict[str, tuple[str, Make]]:
     for mode in ("RGB", "L", "CMYK"):
         add("JPEG", "JPEG", mode, subsampling=0)
         add("JPEG progressive", "JPEG", mode, subsampling=0, progressive=True)
+    for mode, channels in (("RGB", 3), ("CMYK", 4)):
+        make = functools.partial(_scan_by_scan, channels=channels)
+        kinds[f"JPEG {mode} scan by scan"] = ("JPEG progressive", make)
     add("JPEG", "JPEG", "RGB", turned=True)
     add("JPEG progressive", "JPEG", "CMYK", turned=True, progressive=True)
     for mode in ("RGB", "L", "LA", "P", "RGBA", "1", "I;16"):

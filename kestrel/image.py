@@ -1,7 +1,7 @@
 """Encoded bytes or an array to an RGB array, within limits.
 
 While a picture is decoded, it takes at its peak, result included, at most so many bytes per pixel:
-JPEG 8, progressive JPEG 13, PNG 8 (up to 28 where it is a few pixels wide or high), WebP 17.
+JPEG 8, JPEG of several scans 13, PNG 8 (up to 28 where it is a few pixels wide or high), WebP 17.
 ``benchmarks/decode_memory.py`` measures that.
 Pictures over ``LARGE_PIXELS`` are decoded one at a time in a process.
 
