@@ -358,7 +358,7 @@ class _File:
 
         header = probe(content, limits)
         self.width, self.height, self.reduction = header.width, header.height, header.reduction
-        self._content, self._limits, self._decoded = content, limits, False
+        self._content, self._limits, self._asked = content, limits, False
 
     def pixels(
         self, timings: dict[str, float], box: PixelBox | None = None, reduction: int = 1
@@ -368,18 +368,21 @@ class _File:
         from kestrel.seg_refiner.jpeg_box import decode_box
 
         started = time.perf_counter()
-        if box is None:
-            image = decode(self._content, self._limits, reduction=reduction)
-        else:
-            image = decode_box(self._content, box, self._limits, reduction)
-        timings["decode"] = (time.perf_counter() - started) * 1e3
-        self._decoded = True
-        return image
+        self._asked = True
+        try:
+            if box is None:
+                return decode(self._content, self._limits, reduction=reduction)
+            return decode_box(self._content, box, self._limits, reduction)
+        except MemoryError as error:  # which is no fault of the file
+            raise _Stopped("refine_failed", f"decode: out of memory ({error})") from error
+        finally:
+            timings["decode"] = (time.perf_counter() - started) * 1e3
 
     def check(self, timings: dict[str, float]) -> None:
-        """Raises what ``decode`` raises, if it has not been called."""
-        if not self._decoded:
-            self.pixels(timings, reduction=self.reduction)
+        """Raises what ``decode`` raises for a file, if it has not been called."""
+        if not self._asked:
+            with contextlib.suppress(_Stopped):
+                self.pixels(timings, reduction=self.reduction)
 
 
 _Picture = _Array | _File
