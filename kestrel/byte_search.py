@@ -21,11 +21,12 @@ def count_of(data: bytes, codes: bytes) -> int:
 
 def places_of(data: bytes, word: bytes) -> Iterator[int]:
     """Where ``word``, of two bytes or more, stands in ``data``, in order."""
-    for start, part in _stretches(data, more=1):
-        both = (part[:-1] == word[0]) & (part[1:] == word[1])
-        yield from (
-            at for at in (np.flatnonzero(both) + start).tolist() if data.startswith(word, at)
-        )
+    for start, part in _stretches(data, more=len(word) - 1):
+        count = max(0, len(part) - len(word) + 1)
+        found = np.flatnonzero((part[:count] == word[0]) & (part[1:][:count] == word[1]))
+        for offset, code in enumerate(word[2:], 2):
+            found = found[part[found + offset] == code]
+        yield from (found + start).tolist()
 
 
 def _stretches(data: bytes, more: int = 0) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:

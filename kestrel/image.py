@@ -80,7 +80,7 @@ class ImageHeader:
 def _open(data: bytes, limits: Limits, name: str) -> tuple[Image.Image, int]:
     """The picture before its pixels are decoded, and its orientation, 1 to 8."""
     check_parts(data, name)
-    file, has_exif = without_exif(data)
+    file, has_exif = without_exif(data, name)
     without_disposal(data, file)
     try:
         image = _reader(data)(file)

@@ -83,15 +83,18 @@ def jpeg_exif(data: bytes) -> bytes | None:
     return b"".join(blocks) if blocks else None
 
 
-def without_exif(data: bytes) -> tuple[io.BytesIO, bool]:
+def without_exif(data: bytes, name: str) -> tuple[io.BytesIO, bool]:
     """The file, of a JPEG without EXIF blocks that Pillow knows as such, as it reads them at once;
-    and whether there was the name of one.
+    and whether there was the name of one. ``InvalidRequest`` where it stands in the file over
+    ``MOST_PARTS`` times.
 
     The name is changed wherever it may stand as one: that Pillow sees the same markers as
     ``jpeg_exif`` need not be true.
     """
     file, named = io.BytesIO(data), False
-    for at in places_of(data, _EXIF_NAME) if data.startswith(JPEG) else ():
+    places = places_of(data, _EXIF_NAME) if data.startswith(JPEG) else ()
+    for number, at in enumerate(places, 1):
+        check_count(number, name)
         if data[at - 4 : at - 2] == b"\xff\xe1":
             file.seek(at)
             file.write(b"none")

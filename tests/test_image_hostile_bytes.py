@@ -477,6 +477,20 @@ def test_a_jpeg_is_searched_for_the_name_of_exif_once(monkeypatch: pytest.Monkey
         assert searched == [b"Exif\0"]
 
 
+@pytest.mark.parametrize("part", [b"Ex", b"Exif", b"Exif\0", b"\xff\xe1\0\x08Exif\0\0"])
+def test_names_of_exif_without_end_keep_nobody_waiting(part: bytes) -> None:
+    content = file_of("JPEG")
+    content = content[:-2] + part * (16_000_000 // len(part)) + content[-2:]
+    began = time.process_time()
+    if part.endswith(b"\0"):
+        with pytest.raises(InvalidRequest, match=f"over {MOST_PARTS} chunks") as caught:
+            probe(content, name="image_url")
+        assert caught.value.field == "image_url"
+    else:
+        assert probe(content).width == 30
+    assert time.process_time() - began < 0.4
+
+
 def test_orientation_of_xmp_holds_where_exif_has_none() -> None:
     def xmp(form: str) -> bytes:
         return b"http://ns.adobe.com/xap/1.0/\0<r tiff:Orientation%s" % form.encode()
