@@ -23,6 +23,8 @@ from kestrel.moondream.model import Moondream
 
 TOOLS = Path(__file__).parents[1] / "tools"
 STYLES, NOUNS = ("noto", "flat"), ("dog", "banana", "key", "house", "cactus")
+GRID, CELLS = 24, 7
+"""Patches along a picture's side, and cells along a patch's."""
 INK = "#c03020"
 SHAPES = {
     "dog": f'<circle cx="32" cy="32" r="28" fill="{INK}"/>',
@@ -250,24 +252,24 @@ def test_labels_are_those_of_the_scene_or_of_its_mirror_image(tools, made):
 
 
 def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
-    questions, side = tools["nano_questions"], 18 * 7 * 8
+    questions, side = tools["nano_questions"], GRID * CELLS * 8
     turn = torch.arange(32) * (2 * torch.pi / 32)
     reach = 0.3 + 0.1 * torch.rand(32, generator=torch.Generator().manual_seed(0))
     polygon = torch.stack([0.5 + reach * turn.sin(), 0.45 - reach * turn.cos()], 1)
-    found = questions.covered_cells(polygon.expand(1, 324, -1, -1), questions._cell_samples()).view(
-        18, 18, 7, 7
+    found = questions.covered_cells(polygon.expand(1, GRID**2, -1, -1), questions._cell_samples()).view(
+        GRID, GRID, CELLS, CELLS
     )
     filled = np.zeros((side, side), np.uint8)
     cv2.fillPoly(
         filled, [np.rint((polygon.numpy() * side - 0.5) * 16).astype(np.int32)], 1, shift=4
     )
-    share = torch.from_numpy(filled).float().view(126, 8, 126, 8).mean((1, 3))
-    found = found.permute(0, 2, 1, 3).reshape(126, 126)
+    share = torch.from_numpy(filled).float().view(GRID * CELLS, 8, GRID * CELLS, 8).mean((1, 3))
+    found = found.permute(0, 2, 1, 3).reshape(GRID * CELLS, GRID * CELLS)
     assert (found - share).abs().max() <= 0.5 and (found - share).abs().mean() < 0.01
 
 
 def test_a_look_fetches_the_vertex_on_the_average_and_the_edge_where_the_object_touches_it(tools):
-    nano_looks, grid = tools["nano_looks"], 18
+    nano_looks, grid = tools["nano_looks"], GRID
     turn = torch.arange(32) * (2 * torch.pi / 32)
     outline = torch.stack([0.45 + 0.2 * turn.sin(), 0.55 - 0.3 * turn.cos()], 1)[None]
     box = torch.tensor([[0.45, 0.55, 0.4, 0.6]])
@@ -295,7 +297,7 @@ def test_heads_that_look_where_the_answer_is_have_no_loss(tools, made, boxes_onl
     nano_looks, heads = tools["nano_looks"], (1, 0)
     batch = next(iter(maker_of(tools, made, boxes_only=boxes_only)))
     b, q, s = batch.tokens.shape
-    p = 18 * 18 + 1
+    p = GRID * GRID + 1
     # Every position is a direction of its own: a query that sums up the log of what is wanted,
     # position by position, gives just these scores.
     keys = torch.eye(p + s)[None, None].expand(b, 2, -1, -1)

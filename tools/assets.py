@@ -30,10 +30,10 @@ import resvg
 CACHE = Path(
     os.environ.get("NANO_ASSETS", Path(__file__).resolve().parents[1] / ".cache" / "nano-assets")
 )
-SIDE = 160
+SIDE = 256
 """Longer side of a stored sprite, px."""
-LEVELS = 4
-"""Sizes stored of each sprite, each half the one before: 160, 80, 40, 20 px."""
+LEVELS = 5
+"""Sizes stored of each sprite, each half the one before: 256, 128, 64, 32, 16 px."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-SIDE = 252
+SIDE = 336
 """Side of the model's input, px."""
 BLUR_SIDE = 126
 """Side of a picture for which blur is given, px."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import csv
 import json
 import os
@@ -234,7 +235,8 @@ def stay_on_one_core() -> None:
     """For the rest of the process: an engine gives a lone picture every core that is idle."""
     core = {min(os.sched_getaffinity(0))}
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), core)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), core)
 
 
 async def run(args: argparse.Namespace) -> dict:

@@ -4,7 +4,7 @@
 
 IoU and boundary IoU with the true mask at the size of a request, of vertices at even steps along
 the contour, as the model is taught, and on rays from the middle of the box; outlines are taken
-at the training's 252 px. Then the nouns that what is taught follows worst.
+at the training's 336 px. Then the nouns that what is taught follows worst.
 """
 
 from __future__ import annotations

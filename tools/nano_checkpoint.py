@@ -46,7 +46,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
-    """Sizes of the shipped model: 252 px, 324 patches, width 192, tau attention."""
+    """Sizes of the shipped model: 336 px, 576 patches, width 192, tau attention."""
     vocab = -(-tokenizer.get_vocab_size() // 64) * 64
     return MoondreamConfig(
         text=TextConfig(
@@ -54,10 +54,10 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             ff_dim=768,
             n_layers=6,
             vocab_size=vocab,
-            max_context=512,
+            max_context=768,
             n_heads=6,
             n_kv_heads=6,
-            prefix_attn=325,
+            prefix_attn=577,
             tau_attn=True,
         ),
         vision=VisionConfig(
@@ -66,7 +66,7 @@ def nano_config(tokenizer: Tokenizer) -> MoondreamConfig:
             enc_ff_dim=768,
             enc_n_heads=6,
             proj_out_dim=192,
-            crop_size=252,
+            crop_size=336,
             max_crops=0,
             overlap_margin=0,
             proj_inner_dim=768,

@@ -35,7 +35,7 @@ seventh L, the others numbers."""
 
 
 def _middles(device: torch.device) -> Tensor:
-    """Middles of the patches, in patches (x, y): float32 [324, 2]."""
+    """Middles of the patches, in patches (x, y): float32 [576, 2]."""
     steps = torch.arange(GRID, device=device) + 0.5
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.stack([x, y], -1).view(-1, 2)
@@ -54,24 +54,24 @@ def _edge_distances(boxes: Tensor, middles: Tensor) -> Tensor:
 
 
 def patch_marks(boxes: Tensor, outlines: Tensor) -> Tensor:
-    """Each patch's object, boxes [B, 324, 4] and outlines [B, 324, 32, 2] in sides of the picture
-    -> how near the patch is to that object's marks, 0..1: float32 [B, 324, 36]."""
+    """Each patch's object, boxes [B, 576, 4] and outlines [B, 576, 32, 2] in sides of the picture
+    -> how near the patch is to that object's marks, 0..1: float32 [B, 576, 36]."""
     middles = _middles(boxes.device)
     vertices = (outlines * GRID - middles[:, None]).norm(dim=-1)
     return _near(torch.cat([_edge_distances(boxes, middles), vertices], -1))
 
 
 def patch_places(boxes: Tensor) -> Tensor:
-    """Boxes [B, 324, 4] of each patch's object, in sides of the picture -> where the patch's middle
-    is in that box, in its sides from its left and top: float32 [B, 324, 2]."""
+    """Boxes [B, 576, 4] of each patch's object, in sides of the picture -> where the patch's middle
+    is in that box, in its sides from its left and top: float32 [B, 576, 2]."""
     low, size = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:].clamp(min=1e-6)
     return ((_middles(boxes.device) / GRID - low) / size).clamp(-0.5, 1.5)
 
 
 def looks(boxes: Tensor, outlines: Tensor, shares: Tensor) -> Tensor:
-    """Where to look for the marks of objects: float32 [..., 36, 324], each of sum 1.
+    """Where to look for the marks of objects: float32 [..., 36, 576], each of sum 1.
 
-    Boxes [..., 4], outlines [..., 32, 2] and shares [..., 324], how much of each patch shows the
+    Boxes [..., 4], outlines [..., 32, 2] and shares [..., 576], how much of each patch shows the
     object. An edge is looked for where the object touches it.
     """
     middles = _middles(boxes.device)
@@ -86,10 +86,10 @@ def look_logs(
     queries: Tensor, keys: Tensor, heads: Sequence[int], asked: tuple[Tensor, ...], questions: int
 ) -> Tensor:
     """What some heads of a block look at while an answer is said: logarithms of the shares of their
-    attention, float32 [n, heads, steps, 324]. The first three steps are those of the box, the
+    attention, float32 [n, heads, steps, 576]. The first three steps are those of the box, the
     others, if Q positions are enough for a path, two of each vertex.
 
-    ``queries`` (scaled) and ``keys`` [B, H, P + Q · S, D] over a prefix of BOS and 324 patches, for
+    ``queries`` (scaled) and ``keys`` [B, H, P + Q · S, D] over a prefix of BOS and 576 patches, for
     Q ``questions`` of S positions; ``asked`` are scene, question and position of each token that
     asks for an object that is there, int64 [n].
     """
@@ -114,7 +114,7 @@ def look_loss(
 ) -> Tensor:
     """How far two heads look from where they should, in nats (the divergence from ``wanted``).
 
-    ``wanted`` [B, Q, 36, 324] of :func:`looks`; the others as :func:`look_logs` takes them.
+    ``wanted`` [B, Q, 36, 576] of :func:`looks`; the others as :func:`look_logs` takes them.
     """
     looked = look_logs(queries, keys, heads, asked, wanted.shape[1])
     scene, question, _ = asked

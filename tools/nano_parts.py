@@ -49,7 +49,7 @@ def drawn(shape: np.ndarray, box: Tensor) -> np.ndarray:
 
 
 def cells_of(cells: Tensor, named: Tensor) -> np.ndarray:
-    """Cells [324, 49] of the patches that name the noun (``named`` [324]) as a mask."""
+    """Cells [576, 49] of the patches that name the noun (``named`` [576]) as a mask."""
     told = cells * named[:, None]
     told = told.view(GRID, GRID, CELLS, CELLS).permute(0, 2, 1, 3).reshape(1, 1, GRID * CELLS, -1)
     return F.interpolate(told, (SIDE, SIDE), mode="bilinear")[0, 0].numpy() > 0.5

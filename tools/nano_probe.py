@@ -34,7 +34,7 @@ EDGE = 0.02
 
 
 def stages(vision: VisionEncoder, images: Tensor) -> dict[str, Tensor]:
-    """What the embedding, each block and the projection give, [B, 324, dim] each."""
+    """What the embedding, each block and the projection give, [B, 576, dim] each."""
     x = vision._patches(images)
     found = {"embedding": x}
     for number, block in enumerate(vision.blocks):

@@ -100,7 +100,7 @@ class _Asked:
     outline: Tensor
     """float [.., 32, 2]: the answer's vertices in 0..1 of the image."""
     share: Tensor
-    """float [.., 324]: how much of each patch shows the answer."""
+    """float [.., 576]: how much of each patch shows the answer."""
 
 
 class BatchMaker:
@@ -202,8 +202,8 @@ class BatchMaker:
     def _patch_labels(
         self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
     ) -> tuple[Tensor, ...]:
-        """Shares [B, 324, nouns + 1], boxes [B, 324, 4], outlines [B, 324, 64], cells [B, 324, 49],
-        marks [B, 324, 36] and places [B, 324, 2] of ``Batch``, float32."""
+        """Shares [B, 576, nouns + 1], boxes [B, 576, 4], outlines [B, 576, 64], cells [B, 576, 49],
+        marks [B, 576, 36] and places [B, 576, 2] of ``Batch``, float32."""
         count = len(self.asker.nouns)
         there = nouns >= 0
         part = shares / 255.0 * there[..., None]
@@ -400,7 +400,7 @@ def _spelt(box: Tensor) -> Tensor:
 
 
 def _cell_samples() -> Tensor:
-    """Points of each patch's cells in 0..1 of the picture, float32 [324, 49 · samples, 2]."""
+    """Points of each patch's cells in 0..1 of the picture, float32 [576, 49 · samples, 2]."""
     fine = CELLS * CELL_SAMPLES
     steps = (torch.arange(GRID * fine) + 0.5) / (GRID * fine)
     y, x = torch.meshgrid(steps, steps, indexing="ij")
@@ -409,7 +409,7 @@ def _cell_samples() -> Tensor:
 
 
 def covered_cells(polygons: Tensor, samples: Tensor) -> Tensor:
-    """Each patch's polygon [B, 324, n, 2] -> the share of its cells within, float32 [B, 324, 49].
+    """Each patch's polygon [B, 576, n, 2] -> the share of its cells within, float32 [B, 576, 49].
 
     ``samples`` of :func:`_cell_samples`. A point is within where a ray from it to the right crosses
     the polygon an odd number of times.

@@ -49,17 +49,17 @@ _ROWS = {
 class Batch:
     """Tensors of B scenes with Q questions of S positions each.
 
-    ``images`` uint8 [B, 3, 252, 252]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
+    ``images`` uint8 [B, 3, 336, 336]; ``tokens`` int64 [B, Q, S] (ids fed in); ``kind`` uint8
     [B, Q, S]: 0 token, 1 coordinate, 2 size; ``value`` float [B, Q, S, 2]; ``target`` int64
     [B, Q, S] next id or IGNORE; ``target_value`` float [B, Q, S, 2] for coord and size targets;
-    ``looks`` float [B, Q, 36, 324] where to look for the edges and vertices of what is asked for;
-    ``patches`` float [B, 324, nouns + 1] share of each patch that shows each noun, background last;
-    ``boxes`` float [B, 324, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none; ``outlines`` float [B, 324, 64] the 32 vertices (x, y) of
-    that object's outline, in sides of its box; ``cells`` float [B, 324, 49] share of each of the
+    ``looks`` float [B, Q, 36, 576] where to look for the edges and vertices of what is asked for;
+    ``patches`` float [B, 576, nouns + 1] share of each patch that shows each noun, background last;
+    ``boxes`` float [B, 576, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
+    the picture, NaN where it shows none; ``outlines`` float [B, 576, 64] the 32 vertices (x, y) of
+    that object's outline, in sides of its box; ``cells`` float [B, 576, 49] share of each of the
     patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one;
-    ``marks`` float [B, 324, 36] how near the patch is to the edges and vertices of that object;
-    ``places`` float [B, 324, 2] where the patch lies in that object's box, in its sides.
+    ``marks`` float [B, 576, 36] how near the patch is to the edges and vertices of that object;
+    ``places`` float [B, 576, 2] where the patch lies in that object's box, in its sides.
     """
 
     images: Tensor
@@ -226,8 +226,8 @@ class Losses:
                 head.copy_(found) if fits else head.zero_()
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures uint8 [B, 3, 252, 252] -> what the decoder reads, [B, 324, dim], and what
-        ``SHAPE_BLOCK`` gives, [B, 324, enc_dim]."""
+        """Pictures uint8 [B, 3, 336, 336] -> what the decoder reads, [B, 576, dim], and what
+        ``SHAPE_BLOCK`` gives, [B, 576, enc_dim]."""
         features, early = self.model.vision.features_with_early(images, SHAPE_BLOCK)
         return self.model.vision.project(features, features), early
 
@@ -282,7 +282,7 @@ class Losses:
         return total, dense_parts | {name: part.detach() for name, part in parts.items()}
 
     def decoded(self, image: Tensor, batch: Batch, told: Collection[int] = LOOK_HEADS) -> Decoded:
-        """What the decoder makes of a batch whose pictures are encoded, [B, 324, dim]."""
+        """What the decoder makes of a batch whose pictures are encoded, [B, 576, dim]."""
         model, config = self.model, self.model.config
         bos = model.text.wte[config.prompt.bos_id].expand(len(image), 1, -1)
         prefix = torch.cat([bos, image], dim=1)
@@ -347,7 +347,7 @@ class Losses:
         )
 
     def noun_scores(self, image: Tensor) -> Tensor:
-        """Pictures [B, 324, dim] -> logits of the noun that each patch shows, [B, 324, nouns + 1],
+        """Pictures [B, 576, dim] -> logits of the noun that each patch shows, [B, 576, nouns + 1],
         background last."""
         nouns = self.model.text.wte[self.noun_ids]
         classes = F.normalize(torch.cat([nouns, self.background[None]]), dim=-1)

@@ -24,7 +24,7 @@ from outlines import contour, outline_along
 from scenes import SceneGenerator
 from torch import Tensor
 
-GRID = 18
+GRID = 24
 """Patches per side."""
 CELLS = 7
 """Cells per side of a patch, in which shapes are told."""
@@ -51,8 +51,8 @@ Job = tuple[int, tuple[str, ...], tuple[str, ...], int, int]
 class Scenes:
     """N scenes of up to 5 named objects; coordinates in 0..1 of the image.
 
-    ``arrays`` holds tensors: ``images`` uint8 [N, 252, 252, 3]; ``nouns`` int16 [N, 5] index into
-    ``names``, -1 for none; ``shares`` uint8 [N, 5, 324] part of each patch that shows the object,
+    ``arrays`` holds tensors: ``images`` uint8 [N, 336, 336, 3]; ``nouns`` int16 [N, 5] index into
+    ``names``, -1 for none; ``shares`` uint8 [N, 5, 576] part of each patch that shows the object,
     255 for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32
     [N, 5, 32, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. The first ``ready`` of them
     can be read.

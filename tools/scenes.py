@@ -108,7 +108,7 @@ class SceneGenerator:
     ``nouns`` limits what is named (all of the table by default), ``styles`` where pictures come
     from; by default training sees every style but
     ``twemoji`` and 85 % of the stamps, evaluation sees all. ``size`` is (width, height) px; without
-    it images are 252 × 252 with a random aspect squashed.
+    it images are 336 × 336 with a random aspect squashed.
     """
 
     def __init__(
