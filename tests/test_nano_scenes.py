@@ -256,9 +256,9 @@ def test_cells_are_covered_as_opencv_fills_the_polygon(tools):
     turn = torch.arange(32) * (2 * torch.pi / 32)
     reach = 0.3 + 0.1 * torch.rand(32, generator=torch.Generator().manual_seed(0))
     polygon = torch.stack([0.5 + reach * turn.sin(), 0.45 - reach * turn.cos()], 1)
-    found = questions.covered_cells(polygon.expand(1, GRID**2, -1, -1), questions._cell_samples()).view(
-        GRID, GRID, CELLS, CELLS
-    )
+    found = questions.covered_cells(
+        polygon.expand(1, GRID**2, -1, -1), questions._cell_samples()
+    ).view(GRID, GRID, CELLS, CELLS)
     filled = np.zeros((side, side), np.uint8)
     cv2.fillPoly(
         filled, [np.rint((polygon.numpy() * side - 0.5) * 16).astype(np.int32)], 1, shift=4
