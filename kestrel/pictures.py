@@ -205,6 +205,9 @@ class Pictures:
         except BaseException as error:  # every request about it is told
             picture.error = error
         with self._wake:
+            if picture.error is not None:
+                # It may be no fault of the picture; its error, and so itself, may be kept for long.
+                self._live.pop(picture.key, None)
             self._filling -= 1
             picture.prepared = True
             self._wake.notify()

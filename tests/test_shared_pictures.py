@@ -56,6 +56,20 @@ async def test_an_array_written_into_after_its_request_spoils_others_about_the_s
         assert comparable(await engine.segment(image=right.copy(), **asked)) == expected
 
 
+async def test_a_picture_that_memory_did_not_hold_fails_again_when_there_is_enough(
+    asked, monkeypatch
+):
+    image = encoded(Image.fromarray(array(ENTRY["file"])))
+    async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(pictures, "decode_image", lambda *_, **__: np.empty(2**60, np.uint8))
+            with pytest.raises(MemoryError) as failed:
+                await engine.segment(image=image, **asked)
+        # Whoever keeps the error keeps what failed.
+        assert (await engine.segment(image=image, **asked)).output["segments"][0]["svg_path"]
+        assert failed.value is not None
+
+
 async def test_a_request_is_refined_on_the_array_of_another_one(asked, switch):
     right, second_turn = array(ENTRY["file"]), threading.Event()
     # Nothing is remembered of a picture that nobody asks about.

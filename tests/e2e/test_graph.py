@@ -224,16 +224,25 @@ def short_of_memory(pids: list[int], left: int = 96 * 2**20) -> Iterator[None]:
 def test_fault_within_a_half_is_a_500_that_names_the_request_and_nothing_else(
     graph: Graph, samples: list[Sample], huge: bytes
 ) -> None:
-    request = body(replace(samples[0], image=huge))
-    pids = [replica["pid"] for replica in graph.stats()["Refiner"]]
-    with short_of_memory(pids):
+    # Other bytes than other tests send: what was encoded is remembered.
+    request = body(replace(samples[0], image=huge + b"fault"))
+    pids = {
+        half: [replica["pid"] for replica in graph.stats()[half]] for half in ("Model", "Refiner")
+    }
+    with short_of_memory(pids["Model"]):
         reply = graph.http.post("/v1/segment", json=request)
     assert reply.status_code == 500
     named = reply.headers["x-request-id"]
     assert reply.json() == {"error": "internal error", "request_id": named}
+    # The path is there without refinement.
+    with short_of_memory(pids["Refiner"]):
+        reply = graph.http.post("/v1/segment", json=request)
+    assert reply.status_code == 200
+    assert reply.json()["path"]
     after = graph.http.post("/v1/segment", json=body(samples[0]))
     assert after.status_code == 200 and "x-refinement" not in after.headers
-    assert sorted(replica["pid"] for replica in graph.stats()["Refiner"]) == sorted(pids)
+    for half, before in pids.items():
+        assert sorted(replica["pid"] for replica in graph.stats()[half]) == sorted(before)
 
 
 def test_documents_are_served(graph: Graph) -> None:
