@@ -1,6 +1,6 @@
 """Choose how readily the model answers with nothing, on held-out scenes, and write it down.
 
-    python tools/nano_silence.py kestrel/models/nano --share 0.95
+    python tools/nano_silence.py kestrel/models/nano --share 0.92
 
 The first thing an answer says is whether the noun is to be seen at all: it ends, or it begins with
 a coordinate. A bias on the end is moved until a share of the absent nouns is answered with nothing.
@@ -51,16 +51,16 @@ def leads(model: Moondream, asker: SceneQuestions, scenes: int) -> dict[str, np.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint, which is written anew")
-    parser.add_argument("--share", type=float, default=0.95, help="of absent nouns, to be silent")
+    parser.add_argument("--share", type=float, default=0.92, help="of absent nouns, to be silent")
     parser.add_argument("--scenes", type=int, default=400)
     args = parser.parse_args()
     model, tokenizer = read_checkpoint(args.folder)
     found = leads(model, SceneQuestions(tokenizer, CORE), args.scenes)
-    for more in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+    for more in (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0):
         shares = {kind: float((lead + more > 0).mean()) for kind, lead in found.items()}
         told = ", ".join(f"{share:.3f} {kind}" for kind, share in shares.items())
         print(f"{more:5.2f}: nothing for {told}")
-    chosen = max(0.0, -float(np.quantile(found["absent"], 1 - args.share)))
+    chosen = -float(np.quantile(found["absent"], 1 - args.share))
     with torch.no_grad():
         model.text.lm_head.bias[model.config.prompt.eos_id] += chosen
     write_checkpoint(args.folder, model, dict(model.named_parameters()), tokenizer)
