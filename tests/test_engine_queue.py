@@ -62,8 +62,8 @@ async def test_a_request_that_would_be_late_in_the_queue_is_told_so_at_once(
 
 
 async def test_requests_that_wait_for_memory_are_taken_for_such_as_run_at_once() -> None:
-    # Memory for two requests of a whole context would be over 4 MB.
-    config = RuntimeConfig(max_batch_size=8, kv_cache_bytes=3_000_000, device="cpu", refiner=None)
+    # Memory for two requests of a whole context would be over 7 MB.
+    config = RuntimeConfig(max_batch_size=8, kv_cache_bytes=4_500_000, device="cpu", refiner=None)
     async with await InferenceEngine.create(config) as engine:
         assert await ask(engine, None) == "answered"
         engine._scheduler._seconds = 10.0

@@ -709,6 +709,7 @@ def test_up_lets_requests_finish_before_it_stops_ray(
     monkeypatch.setattr("sys.argv", ["serve_graph", "up", *ports])
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {one: signal.getsignal(one) for one in handled}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a program is to outlive its terminal
     try:
         __main__.main()
     finally:
@@ -1005,8 +1006,7 @@ class Sleeper(launch.RayNode):
         # A signal that comes before the node is noted is no less heard.
         time.sleep(0.5)
 launch.RayNode = Sleeper
-if sys.argv[1] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
 from serve_graph.__main__ import main
 sys.argv = sys.argv[1:]
 main()
