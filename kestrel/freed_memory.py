@@ -1,8 +1,8 @@
 """Memory that a process has freed, given back to the system.
 
-What a process serves for long it takes and frees in all sizes: pictures, masks, bodies. glibc keeps
-what is freed between blocks in use, and by and by holds many times what is needed. ``malloc_trim``
-gives those pages back; what it costs, some milliseconds, is nothing once in a while.
+A process that serves takes and frees memory in all sizes: pictures, masks, bodies. glibc keeps what
+is freed between blocks in use. ``malloc_trim`` gives whole pages of it back; the milliseconds that
+takes are nothing once in a while.
 """
 
 from __future__ import annotations
