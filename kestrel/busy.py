@@ -11,6 +11,12 @@ MEAN_WEIGHT = 0.05
 """Weight of one refinement in the running mean of what they take."""
 
 
+def at_full_speed(cpus: float, threads: int) -> float:
+    """Refinements that one refiner runs at once without slowing each other down: each keeps a CPU
+    busy, of which there is one at least, and a thread."""
+    return min(float(threads), max(1.0, cpus))
+
+
 class Busy:
     """How long one refinement takes of a process's full attention.
 

@@ -26,6 +26,7 @@ from kestrel.api import (
 from kestrel.api_keys import hash_key_command
 from kestrel.config import ConfigError, RefinerConfig, RuntimeConfig
 from kestrel.folders import made_writable, unreadable
+from kestrel.ports import is_port
 from kestrel.serve_config import names_a_host
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def _serve(config: RuntimeConfig, host: str, port: int) -> int:
 
     if not names_a_host(host):  # the empty one is every interface
         raise InputError(f"--host must be a name or an address, not {host!r}")
-    if not 0 <= port <= 65535:
+    if not is_port(port):
         raise InputError(f"--port must be in 0..65535, not {port}")
     failures: list[Exception] = []
 

@@ -24,6 +24,11 @@ def leads_here(url: str) -> bool:
         return False
 
 
+def is_port(number: object) -> bool:
+    """Whether it is an integer that a server may be told to listen on; 0: any that is free."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= 65_535
+
+
 def check_port(url: str) -> None:
     """ValueError for a URL whose port no connection can be made to: httpx takes it, and fails in
     the middle of the first request by an error that is none of its own."""

@@ -6,6 +6,7 @@ import string
 from typing import Any
 
 from kestrel.config import ConfigError
+from kestrel.ports import is_port
 
 IMPORT_PATHS = ("serve_graph.app:build", "serve_graph.app.build")
 """How a Serve config names the graph."""
@@ -91,6 +92,6 @@ def http_address(config: dict[str, Any]) -> tuple[str, int]:
     host, port = options.get("host", SERVE_HOST), options.get("port", HTTP[1])
     if not isinstance(host, str) or not names_a_host(host):
         raise ConfigError(f"http_options.host must be a name or an address, not {host!r}")
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
+    if not is_port(port):
         raise ConfigError(f"http_options.port must be an integer in 0..65535, not {port!r}")
     return host, port

@@ -19,7 +19,7 @@ import yaml
 
 from kestrel.config import SHIPPED_MODELS
 from kestrel.folders import made_writable
-from kestrel.ports import written
+from kestrel.ports import is_port, written
 from kestrel.serve_config import HTTP, graph_of, http_address
 from serve_graph import plan
 from serve_graph.args import longest_request_s
@@ -47,7 +47,7 @@ def read_config(path: Path, port: int | None) -> dict[str, Any]:
     """A Serve config with its HTTP port replaced when ``port`` is given, on the loopback interface
     where it names no host; LaunchError where it cannot be read, the graph would refuse it, or HTTP
     would not lead to the graph."""
-    if port is not None and not 0 <= port <= 65535:
+    if port is not None and not is_port(port):
         raise LaunchError(f"--port must be in 0..65535, not {port}")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kestrel.api_keys import ApiKey, parse_keys, plain_key_warning
+from kestrel.busy import at_full_speed
 from kestrel.config import (
     LONGEST_TIMEOUT_S,
     ConfigError,
@@ -17,7 +18,6 @@ from kestrel.config import (
     from_mapping,
 )
 from kestrel.serve_config import applications_of
-from serve_graph.profile import at_full_speed
 
 FULL_RETRY_S = 0.05
 """How long a handle at most waits until it asks full replicas again, seconds. Serve's own 0.5 would

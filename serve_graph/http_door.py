@@ -104,14 +104,14 @@ class HttpDoor:
             yield response
 
     def _client(self) -> httpx.AsyncClient:
-        try:
-            check_port(self._options["base_url"])
-        except ValueError as error:
-            raise ConnectionError(str(error)) from None
         loop = asyncio.get_running_loop()
         with self._lock:
             client = self._clients.get(loop)
             if client is None:
+                try:
+                    check_port(self._options["base_url"])
+                except ValueError as error:
+                    raise ConnectionError(str(error)) from None
                 # Nothing can be awaited in a loop that has ended: its sockets close as they go.
                 for ended in [other for other in self._clients if other.is_closed()]:
                     del self._clients[ended]

@@ -26,13 +26,13 @@ import httpx
 import numpy as np
 
 from kestrel.api_keys import given_key
+from kestrel.busy import at_full_speed
 from kestrel.config import SHIPPED_MODELS
 from kestrel.ports import check_port, leads_here
 from serve_graph.cpu_time import CpuTime
 from serve_graph.profile import (
     PlanError,
     Profile,
-    at_full_speed,
     is_file,
     quantiles,
     require_writable,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kestrel.busy import at_full_speed
 from kestrel.folders import made_writable
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -165,12 +166,6 @@ def find(name: str, folders: Sequence[Path]) -> Profile:
         "graph with one model replica and one or more refiners on that machine, then run: "
         f"python -m serve_graph plan --measure http://127.0.0.1:8000 --refiners N --gpu {name}"
     )
-
-
-def at_full_speed(cpus: float, threads: int) -> float:
-    """Refinements that one refiner runs at once without slowing each other down: each keeps a CPU
-    busy, of which there is one at least, and a thread."""
-    return min(float(threads), max(1.0, cpus))
 
 
 def quantiles(values: Sequence[float] | np.ndarray, points: int = 101) -> tuple[float, ...]:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kestrel.busy import at_full_speed
 from serve_graph.arrivals import Arrivals, ClosedLoop
 from serve_graph.lookahead import ModelLoad, RefinerLoad, Starting, decide
-from serve_graph.profile import Profile, at_full_speed, draw
+from serve_graph.profile import Profile, draw
 from serve_graph.simulated_pool import TICK_S, Cores, PoolPlan, Replica, SimulatedPool
 
 DRAWN = 10_000
