@@ -22,7 +22,7 @@ from kestrel.api import Overloaded, RequestError, SegmentRequest, TooLarge, imag
 from kestrel.api_keys import RateLimits
 from kestrel.config import RuntimeConfig
 from kestrel.deadlines import within
-from kestrel.freed_memory import GivingBack
+from kestrel.freed_memory import GivingBack, settle
 from kestrel.seg_refiner.result import REASONS
 from kestrel.server.room import Place
 from serve_graph import metrics
@@ -69,7 +69,6 @@ class IngressDeployment:
         model: DeploymentHandle,
         refiner: DeploymentHandle,
     ) -> None:
-        GivingBack()
         metrics.log_with_serve()
         for spec, tags in COUNTED:
             metrics.begin(spec, **tags)
@@ -81,6 +80,8 @@ class IngressDeployment:
         self._tasks.append(asyncio.create_task(self._count_replicas()))
         self._tasks.append(asyncio.create_task(self._watch()))
         self._replicas = 1
+        GivingBack()
+        settle()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         from kestrel.server.routes import build_app

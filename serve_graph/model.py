@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel import api
 from kestrel.api import ModelDone
-from kestrel.freed_memory import GivingBack
+from kestrel.freed_memory import GivingBack, settle
 from serve_graph import metrics, tracing
 from serve_graph.args import model_settings
 from serve_graph.grouped import grouped
@@ -38,7 +38,6 @@ class ModelDeployment:
         from kestrel.engine import InferenceEngine
 
         self._engine = await InferenceEngine.create(config)
-        GivingBack()
         metrics.log_with_serve()
         self._former = FormerSettings()
         self._running = 0
@@ -47,6 +46,8 @@ class ModelDeployment:
         self._watching = asyncio.create_task(self._watch())
         self._share = 1.0
         self._outcomes = {"completed": 0, "failed": 0, "cancelled": 0}
+        GivingBack()
+        settle()
 
     async def _watch(self) -> None:
         """Export what the engine counts, once a second."""

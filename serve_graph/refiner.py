@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kestrel import api
 from kestrel.busy import Busy
 from kestrel.cores import give_way
-from kestrel.freed_memory import GivingBack
+from kestrel.freed_memory import GivingBack, settle
 from serve_graph import metrics, tracing
 from serve_graph.args import refiner_settings
 from serve_graph.reconfigured import FormerSettings
@@ -56,9 +56,10 @@ class RefinerDeployment:
         self._room = threads
         self._stuck_s = stuck_s
         self._busy = Busy(at_once)
-        GivingBack()
         metrics.log_with_serve()
         self._counts = {"running": 0, "answered": 0, "cancelled": 0, "encoded": 0}
+        GivingBack()
+        settle()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this with the deployment's ``user_config``: keys of ``RefinerConfig`` that
@@ -80,6 +81,7 @@ class RefinerDeployment:
 
         # Loading a network takes seconds, in which requests and health checks are to be answered.
         self._refiner, self._current = await asyncio.to_thread(made), config
+        settle()
 
     async def refine(
         self,

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from kestrel.api import ModelResult, Overloaded, SegmentRequest
 from kestrel.config import RuntimeConfig
-from kestrel.freed_memory import GivingBack
+from kestrel.freed_memory import GivingBack, settle
 from kestrel.job import EngineEnded, EngineError, engine_ended
 from kestrel.server.compose import Refinement, compose_events
 from kestrel.server.routes import build_app
@@ -129,6 +129,7 @@ def create_app(
 
     async def start() -> None:
         await backend.start()
+        settle()
         if on_failure is not None:
             on_failure(backend.failure or await backend.ended())
 
