@@ -209,6 +209,9 @@ class Traffic:
             except aiohttp.ClientError:
                 redials += 1
                 await asyncio.sleep(0.05)
+            except Exception as error:  # no JSON, or not the fields of an answer
+                outcome, said = "answer that cannot be read", repr(error)[:200]
+                break
         self.sent.append(Sent(kind, at, time.monotonic() - at, outcome, said, redials))
 
     async def _ask(

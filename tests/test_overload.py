@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from serving import until
 
 from benchmarks.overload import described, verdicts
 from benchmarks.soak import FLAT, Growth, flat, name_of
-from benchmarks.traffic import BROKEN, LATE, REFUSED, RIGHT, Expected, Sent
+from benchmarks.traffic import BROKEN, LATE, REFUSED, RIGHT, Expected, Sent, Traffic
 from serve_graph.demo import Sample
 from serve_graph.node import RayNode
 
@@ -150,6 +152,46 @@ def test_overload_in_which_nothing_is_answered_fails_and_is_told(outcome: str) -
     assert not any(verdicts(found, 10.0).values())
 
 
+@contextlib.contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Unreadable(BaseHTTPRequestHandler):
+    """Says 200 to everything, with an answer that is cut, or without its fields."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = b'data: {"type":"bb' if asked["stream"] else b"{}"
+        if asked["return_base64"]:
+            said = b'{"path": "M'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_answers_that_cannot_be_read_are_lost_and_accounted_for() -> None:
+    known = Expected(Sample("cat", b"", "cat", np.zeros((1, 1), bool)), "MLZ", None, {}, BOX, [])
+    with listening(Unreadable) as url:
+        traffic = Traffic([url], [known], rate=60)
+        asyncio.run(traffic.run(0.19))
+    assert len(traffic.sent) == len(traffic.lost()) == 12
+    assert {sent.kind for sent in traffic.sent if sent.said} == {"plain", "masks", "stream"}
+
+
 class Busy(BaseHTTPRequestHandler):
     """Refuses what says ``full``, breaks the line at ``broken``."""
 
@@ -172,12 +214,8 @@ class Busy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def door() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/v1/segment"
-        server.shutdown()
-        thread.join()
+    with listening(Busy) as url:
+        yield f"{url}/v1/segment"
 
 
 @pytest.mark.parametrize(("body", "status"), [(b"full", 503), (b"broken", 0)])
