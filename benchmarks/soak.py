@@ -56,11 +56,12 @@ class Growth:
     held: list[dict[tuple[int, str], float]] = field(default_factory=list)
 
     async def watch(self, load: asyncio.Task[Any]) -> None:
-        """Sample until the load is through."""
+        """Sample until the load is through; raises what it raised."""
         while not load.done():
             await asyncio.wait([load], timeout=SAMPLE_S)
             self.at.append(time.monotonic())
             self.held.append(await asyncio.to_thread(resident, self.node))
+        load.result()
 
     def replaced(self) -> list[dict[str, Any]]:
         """Each process of ``SERVING`` that was not there all the time after the warm-up: whether it

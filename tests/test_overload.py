@@ -105,6 +105,20 @@ def test_a_service_whose_processes_stay_is_not_told_of_any() -> None:
     assert growth.replaced() == []
 
 
+def test_a_load_that_ends_with_an_error_ends_the_watch_with_it(tmp_path: Any) -> None:
+    node = RayNode(["-c", ""], {}, tmp_path / "log")
+    node.kill()
+
+    async def fails() -> None:
+        raise OSError("too many open files")
+
+    async def watched() -> None:
+        await Growth(node).watch(asyncio.create_task(fails()))
+
+    with pytest.raises(OSError, match="too many"):
+        asyncio.run(watched())
+
+
 BOX = {"type": "bbox", "bbox": None}
 CHUNKS = [{"type": "path_delta", "chunk": text, "token_index": n} for n, text in enumerate("MLZ")]
 
