@@ -325,12 +325,14 @@ def run_child(first: int, count: int) -> tuple[Tally, float, str]:
     """A batch's tally, its peak memory in MiB and, where it died, why."""
     command = [sys.executable, __file__, "--batch", "--first", str(first), "--cases", str(count)]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=BATCH_TIMEOUT_S)
+        # As bytes: text would have its carriage returns made newlines.
+        child = subprocess.run(command, capture_output=True, timeout=BATCH_TIMEOUT_S)
         died = "" if child.returncode == 0 else f"exit status {child.returncode}"
-        said = child.stderr
+        stderr = child.stderr
     except subprocess.TimeoutExpired as error:
-        died, said = f"still running after {BATCH_TIMEOUT_S} s", (error.stderr or b"").decode()
+        died, stderr = f"still running after {BATCH_TIMEOUT_S} s", error.stderr or b""
     if died:
+        said = stderr.decode(errors="replace")
         last = re.findall(r"\r(\d+)", said)
         return Tally(), 0.0, f"case {last[-1] if last else first}: {died}: {said[-300:]}"
     outcomes, failures, slowest, peak = json.loads(child.stdout)

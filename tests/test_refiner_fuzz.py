@@ -6,11 +6,16 @@ The generator is that of ``benchmarks/fuzz_refiner.py``, which runs 100,000.
 from __future__ import annotations
 
 import logging
+import re
+import resource
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from serving import until
 
-from benchmarks.fuzz_refiner import Tally, make_case, make_refiner
+from benchmarks.fuzz_refiner import Tally, make_case, make_refiner, run_child
 from kestrel.config import RefinerConfig
 from kestrel.seg_refiner import raster, trace
 from kestrel.svg import parse_path
@@ -51,6 +56,25 @@ def test_a_path_that_would_be_longer_than_paths_may_be_is_shortened(quiet):
 def test_a_case_is_made_from_its_number_alone():
     a, b = make_case(7), make_case(7)
     assert (a.path, a.bbox, a.refiner) == (b.path, b.bbox, b.refiner)
+
+
+def children() -> list[int]:
+    said = [file.read_text() for file in Path("/proc/self/task").glob("*/children")]
+    return [int(pid) for pid in " ".join(said).split()]
+
+
+def test_the_case_at_which_a_process_dies_is_named():
+    running, told = children(), list[str]()
+    batch = threading.Thread(target=lambda: told.append(run_child(1000, 100_000)[2]))
+    batch.start()
+    until(lambda: set(children()) - set(running))
+    (child,) = set(children()) - set(running)
+    # Of which it is ready to begin within one; the kernel then ends it, wherever it is.
+    resource.prlimit(child, resource.RLIMIT_CPU, (4, 4))
+    batch.join()
+    named = re.match(r"case (\d+): exit status -\d+: ", told[0])
+    assert named is not None and int(named[1]) > 1000, told[0]
+    assert told[0].endswith(named[1])
 
 
 def test_cases_ask_for_the_default_refiner_and_reach_every_size_that_is_taken_in_pieces():
