@@ -283,6 +283,13 @@ def start(name: str, options: argparse.Namespace) -> contextlib.AbstractContextM
     return rival(name, options)
 
 
+def in_turn(systems: list[System], number: int) -> list[System]:
+    """The order of a round: each begins with another, every second goes backwards, so that nobody
+    always comes after the same neighbour."""
+    turn = number % max(1, len(systems))
+    return (systems[turn:] + systems[:turn])[:: -1 if number % 2 else 1]
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Start what was asked for, measure in turns, stop it."""
     with contextlib.ExitStack() as stack:
@@ -295,9 +302,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             closed_loop(system.ask, CLIENTS, min(2.0, options.seconds), 2)
         for number in range(options.rounds):
             for load, (clients, masks_each) in LOADS.items():
-                # The order turns, so that nobody always comes after the same neighbour.
-                turn = number % len(running)
-                for system in running[turn:] + running[:turn]:
+                for system in in_turn(running, number):
                     told = closed_loop(system.ask, clients, options.seconds, masks_each)
                     system.seen.setdefault(load, []).append(told)
     return {system.name: {"problem": system.problem, "rounds": system.seen} for system in systems}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from project import ROOT
+
+from benchmarks import graph
 
 # The first test waits for all of them.
 pytestmark = pytest.mark.timeout(600)
@@ -87,3 +90,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_script_tells_its_options(script: str, told: Path) -> None:
     said = (told / script).read_text()
     assert "usage:" in said and said.endswith("ended with 0"), said
+
+
+def test_servers_that_are_compared_come_after_one_neighbour_and_after_another() -> None:
+    systems = [graph.System(name, lambda number, masks: None) for name in graph.NAMES]
+    rounds = [graph.in_turn(systems, number) for number in range(4)]
+    asked = [system.name for each in rounds for _ in graph.LOADS for system in each]
+    for name in graph.NAMES:
+        before = [one for one, other in itertools.pairwise(asked) if other == name]
+        assert max(map(before.count, before)) < 0.6 * len(before)
