@@ -286,7 +286,7 @@ def start(name: str, options: argparse.Namespace) -> contextlib.AbstractContextM
 def in_turn(systems: list[System], number: int) -> list[System]:
     """The order of a round: each begins with another, every second goes backwards, so that nobody
     always comes after the same neighbour."""
-    turn = number % max(1, len(systems))
+    turn = number % len(systems)
     return (systems[turn:] + systems[:turn])[:: -1 if number % 2 else 1]
 
 
@@ -300,7 +300,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         running = [system for system in systems if not system.problem]
         for system in running:
             closed_loop(system.ask, CLIENTS, min(2.0, options.seconds), 2)
-        for number in range(options.rounds):
+        for number in range(options.rounds if running else 0):
             for load, (clients, masks_each) in LOADS.items():
                 for system in in_turn(running, number):
                     told = closed_loop(system.ask, clients, options.seconds, masks_each)
@@ -325,9 +325,12 @@ class Ratios:
         return float(np.median(values)) if len(values) else float("nan")
 
     def throughput(self, name: str, other: str, load: str) -> float:
-        """One entry's requests per second over another's."""
+        """One entry's requests per second over another's; NaN where either was not measured, or the
+        other answered nothing in a round."""
         ours, theirs = (self.values(one, load, "requests_per_s") for one in (name, other))
-        return float(np.median(ours / theirs)) if len(ours) and len(theirs) else float("nan")
+        if not len(ours) or not len(theirs) or not theirs.all():
+            return float("nan")
+        return float(np.median(ours / theirs))
 
     def added_ms(self, name: str, load: str = SINGLE) -> float:
         """An entry's median time less that of the call in process."""

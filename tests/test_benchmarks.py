@@ -12,6 +12,7 @@ import pytest
 from project import ROOT
 
 from benchmarks import graph
+from serve_graph.environment import KEEP_MEMORY
 
 # The first test waits for all of them.
 pytestmark = pytest.mark.timeout(600)
@@ -99,3 +100,33 @@ def test_servers_that_are_compared_come_after_one_neighbour_and_after_another() 
     for name in graph.NAMES:
         before = [one for one, other in itertools.pairwise(asked) if other == name]
         assert max(map(before.count, before)) < 0.6 * len(before)
+
+
+def test_a_server_that_answered_nothing_in_a_round_is_no_measure_of_another() -> None:
+    told = {"p50_ms": 50.0, "cpu_ms": 90.0, "failed": 0}
+    rates = {graph.FAST: (18.0, 18.0), graph.LITSERVE: (0.0, 0.0), graph.BENTOML: (12.0, 12.0)}
+    ratios = graph.Ratios(
+        {
+            name: {
+                "problem": "",
+                "rounds": {
+                    load: [{**told, "requests_per_s": rate} for rate in each]
+                    for load in graph.LOADS
+                },
+            }
+            for name, each in rates.items()
+        }
+    )
+    holds = {name: judged["holds"] for name, judged in graph.verdicts(ratios).items()}
+    assert {held for name, held in holds.items() if "LitServe" in name} == {None}
+    assert {held for name, held in holds.items() if "BentoML" in name} == {True}
+
+
+def test_servers_none_of_which_came_up_are_told_of(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.graph", "--only", graph.LITSERVE, graph.BENTOML]
+    environment = os.environ | KEEP_MEMORY
+    done = subprocess.run(
+        [*command, "--logs", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not measured: no environment") == 2 * len(graph.LOADS)
