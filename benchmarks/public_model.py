@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from kestrel import InferenceEngine, RuntimeConfig
 from kestrel.api import SegmentRequest, SegmentSettings
 from kestrel.config import SHIPPED_MODELS
+from kestrel.cores import usable_cores
 from kestrel.engine import EngineResult
 from kestrel.moondream.config import MoondreamConfig
 from kestrel.moondream.model import Moondream
@@ -174,6 +175,18 @@ class PublicModel:
             told.append(int(fed(self._text_encoder(token, model.text)).argmax(-1)))
         return told, box
 
+    def rate(self, images: list[bytes], prompt: list[int], threads: int) -> float:
+        """Answers per second, one after the other, with so many of torch's threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            began = time.perf_counter()
+            for image in images:
+                self.answer(image, prompt)
+            return len(images) / (time.perf_counter() - began)
+        finally:
+            torch.set_num_threads(before)
+
 
 async def ask(engine: InferenceEngine, image: bytes) -> EngineResult:
     return await engine.segment(image=image, object=NOUN, settings={"max_tokens": TOKENS})
@@ -186,6 +199,8 @@ def answered(result: EngineResult) -> Answer:
 
 async def against_public(checkout: Path, rounds: int, clients: int) -> dict[str, Any]:
     """Requests per second of both, every picture new, alternating; the answers are compared first.
+    The public one counts with one thread or with one on every core, whichever is faster: the engine
+    encodes pictures on all cores that are idle.
 
     Raises ``RuntimeError`` where they differ.
     """
@@ -217,10 +232,9 @@ async def against_public(checkout: Path, rounds: int, clients: int) -> dict[str,
     seen = clients
     for _ in range(rounds):
         images = pictures(6, seen)
-        began = time.perf_counter()
-        for image in images[:3]:
-            public.answer(image, prompt)
-        rates["public"].append(3 / (time.perf_counter() - began))
+        rates["public"].append(
+            max(public.rate(images[:3], prompt, threads) for threads in {1, usable_cores()})
+        )
         began = time.perf_counter()
         for image in images[3:]:
             await ask(engine, image)
