@@ -249,7 +249,10 @@ def main() -> int:
     if find_spec("scipy") is None:
         parser.error("scipy is missing: pip install scipy")
     cv2.setNumThreads(1)
-    chosen = {n: r for n, r in refiners().items() if not args.only or n in args.only}
+    every = refiners()
+    if unknown := [name for name in args.only or () if name not in every]:
+        parser.error(f"no refiner {unknown[0]!r} (choose from {', '.join(map(repr, every))})")
+    chosen = {n: r for n, r in every.items() if not args.only or n in args.only}
     scores = {name: Scores() for name in chosen}
     pictures: list[tuple[float, np.ndarray]] = []
     for number, case in enumerate(cases(args.folder, args.split, args.perfect)):
