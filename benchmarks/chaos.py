@@ -162,6 +162,8 @@ FAULTS: dict[str, Callable[[Bench], str]] = {
     "redeployed": Bench.redeployed,
 }
 
+OF_NODES = ("CPU node killed", "GPU node killed")
+
 CALM_S = 5.0
 """Between the moment at which every part is there again and the next fault, seconds."""
 GIVE_UP_S = 120.0
@@ -197,7 +199,7 @@ async def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     seconds = options.minutes * 60
     load = asyncio.create_task(traffic.run(seconds))
     began, happened = time.monotonic(), list[dict[str, Any]]()
-    names = options.faults or [n for n in FAULTS if not (options.one_node and "node" in n)]
+    names = options.faults or [n for n in FAULTS if not (options.one_node and n in OF_NODES)]
     for name in turns(names, bench.chance):
         await asyncio.sleep(CALM_S)
         now = time.monotonic()
@@ -322,6 +324,8 @@ def main() -> None:
     parser.add_argument("--faults", nargs="*", choices=list(FAULTS), help="default: all")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     options = parser.parse_args()
+    if options.one_node and (asked := [n for n in options.faults or () if n in OF_NODES]):
+        parser.error(f"--one-node has no node for: {', '.join(asked)}")
     began = time.monotonic()
     with LocalCluster(num_cpus=1) as cluster:
         bench = start(options, cluster)
