@@ -56,11 +56,11 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = read_checkpoint(args.folder)
     found = leads(model, SceneQuestions(tokenizer, CORE), args.scenes)
-    for more in (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0):
+    chosen = -float(np.quantile(found["absent"], 1 - args.share))
+    for more in sorted((-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, chosen)):
         shares = {kind: float((lead + more > 0).mean()) for kind, lead in found.items()}
         told = ", ".join(f"{share:.3f} {kind}" for kind, share in shares.items())
-        print(f"{more:5.2f}: nothing for {told}")
-    chosen = -float(np.quantile(found["absent"], 1 - args.share))
+        print(f"{more:5.2f}: nothing for {told}" + ", chosen" * (more == chosen))
     with torch.no_grad():
         model.text.lm_head.bias[model.config.prompt.eos_id] += chosen
     write_checkpoint(args.folder, model, dict(model.named_parameters()), tokenizer)
