@@ -94,6 +94,25 @@ def generator(tools: dict[str, Any], **options: Any) -> Any:
     )
 
 
+def test_a_package_that_could_not_be_fetched_is_asked_for_again(tools, monkeypatch, tmp_path):
+    assets = tools["assets"]
+    shared = {"tuxpaint-stamps-default": "tuxpaint/stamps"}
+    shared |= {p: f"backgrounds/{p.split('-')[0]}" for p in assets.BACKGROUND_PACKAGES}
+    if any(Path("/usr/share", below).exists() for below in shared.values()):
+        pytest.skip("these packages are installed here")
+    monkeypatch.setattr(assets, "CACHE", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get there
+    assert assets.Pack("stamps", set()).sprites == assets.backgrounds() == []
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 90, 4), np.uint8)
+    pixels[..., 3] = 255
+    for package, below in shared.items():
+        folder = tmp_path / "debian" / package / "usr/share" / below
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(folder / "apple.png"), pixels)
+    assert [sprite["name"] for sprite in assets.Pack("stamps", set()).sprites] == ["apple"]
+    assert len(assets.backgrounds()) == len(assets.BACKGROUND_PACKAGES)
+
+
 def test_a_number_is_one_scene_and_another_number_another(tools):
     first, again = (generator(tools).scene(5) for _ in range(2))
     assert np.array_equal(first.image, again.image)

@@ -218,10 +218,7 @@ def _icon_entries(style: str, wanted: set[str]) -> Iterator[Entry]:
             yield name, cut, shares
 
 
-def _stamp_entries(wanted: set[str]) -> Iterator[Entry]:
-    root = _debian_folder(SOURCES["stamps"].package, "tuxpaint/stamps")
-    if root is None:
-        return
+def _stamp_entries(root: Path, wanted: set[str]) -> Iterator[Entry]:
     names = sorted({str(p.relative_to(root))[:-4] for p in root.rglob("*.png")}) + sorted(
         {str(p.relative_to(root)) for p in root.rglob("*.svg")}
     )
@@ -254,8 +251,15 @@ def _stamp_entries(wanted: set[str]) -> Iterator[Entry]:
         yield name, cut, (x0 / w, y0 / h, x1 / w, y1 / h)
 
 
-def _write_pack(style: str, wanted: set[str]) -> None:
-    entries = list(_stamp_entries(wanted) if style == "stamps" else _icon_entries(style, wanted))
+def _write_pack(style: str, wanted: set[str]) -> bool:
+    """Whether there is a pack now: without its Debian package there is none, until that comes."""
+    if style == "stamps":
+        root = _debian_folder(SOURCES[style].package, "tuxpaint/stamps")
+        if root is None:
+            return False
+        entries = list(_stamp_entries(root, wanted))
+    else:
+        entries = list(_icon_entries(style, wanted))
     pixels: list[np.ndarray] = []
     index: list[dict] = []
     start = 0
@@ -278,6 +282,7 @@ def _write_pack(style: str, wanted: set[str]) -> None:
     (CACHE / f"{style}.json").write_text(
         json.dumps({"key": _pack_key(style, wanted), "sprites": index})
     )
+    return True
 
 
 def _pack_key(style: str, wanted: set[str]) -> int:
@@ -291,15 +296,19 @@ class Pack:
 
     def __init__(self, style: str, wanted: set[str]) -> None:
         self.style = style
+        self.pixels = np.zeros((0, 4), np.uint8)
+        self.sprites: list[dict] = []
+        self.number: dict[str, int] = {}
         index_file = CACHE / f"{style}.json"
         index = json.loads(index_file.read_text()) if index_file.exists() else {}
         if index.get("key") != _pack_key(style, wanted):
             CACHE.mkdir(parents=True, exist_ok=True)
             print(f"building sprites: {style}", file=sys.stderr, flush=True)
-            _write_pack(style, wanted)
+            if not _write_pack(style, wanted):
+                return
             index = json.loads(index_file.read_text())
         self.pixels = np.load(CACHE / f"{style}.npy", mmap_mode="r")
-        self.sprites: list[dict] = index["sprites"]
+        self.sprites = index["sprites"]
         self.number = {sprite["name"]: i for i, sprite in enumerate(self.sprites)}
 
     def image(self, name: str, level: int = 0) -> np.ndarray:
@@ -338,9 +347,11 @@ def backgrounds(side: int = 512) -> list[np.ndarray]:
     file = CACHE / f"backgrounds-{side}-{key:08x}.npz"
     if not file.exists():
         images: list[np.ndarray] = []
+        complete = True
         for package in BACKGROUND_PACKAGES:
             below = f"backgrounds/{package.split('-')[0]}"
             root = _debian_folder(package, below)
+            complete &= root is not None
             for path in sorted(root.rglob("*")) if root else []:
                 if not path.is_file() or any(word in path.name for word in SKIPPED_BACKGROUNDS):
                     continue
@@ -357,6 +368,8 @@ def backgrounds(side: int = 512) -> list[np.ndarray]:
                 scale = side / min(image.shape[:2])
                 size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
                 images.append(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+        if not complete:  # what is kept would hide what comes later
+            return images
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial.npz")
         np.savez(partial, *images)
