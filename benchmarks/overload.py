@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import sys
@@ -52,10 +53,10 @@ SOAK_SHARE = 0.7
 
 
 def quantile(values: list[float], q: float) -> float | None:
-    """The ``q``-quantile in milliseconds; None of nothing."""
+    """Milliseconds that a share ``q`` of the values does not exceed; None of nothing."""
     if not values:
         return None
-    return round(sorted(values)[min(len(values) - 1, int(q * len(values)))] * 1e3, 1)
+    return round(sorted(values)[max(0, math.ceil(q * len(values)) - 1)] * 1e3, 1)
 
 
 async def capacity(url: str, expected: list[Expected], clients: int, seconds: float) -> float:

@@ -157,6 +157,17 @@ def test_overload_counts_late_and_broken_streams_among_those_let_in() -> None:
         assert list(verdicts(found, 10.0).values()) == [True, met, True]
 
 
+@pytest.mark.parametrize(("slow", "holds"), [(1, True), (2, False)])
+def test_one_refusal_of_a_hundred_may_be_slow(slow: int, holds: bool) -> None:
+    sent = [Sent("plain", 0.1 * n, 0.5, RIGHT, "", 0) for n in range(90)]
+    took = [0.2] * slow + [0.005] * (100 - slow)
+    found = described(
+        sent, [{"status": 503, "retry_after": True, "seconds": s} for s in took], 9.0, 9.5
+    )
+    assert list(verdicts(found, 10.0).values()) == [True, True, holds]
+    assert found["right_p50_ms"] == 500 and found["probe_refused_p50_ms"] == 5
+
+
 @pytest.mark.parametrize("outcome", [LATE, REFUSED])
 def test_overload_in_which_nothing_is_answered_fails_and_is_told(outcome: str) -> None:
     found = described(
