@@ -164,6 +164,8 @@ def compare(scene: Scene, name: str, refiner: SegmentRefiner, rounds: int) -> di
 
     return {
         "scene": scene.name,
+        "size": list(coarse.shape[::-1]),
+        "cover": scene.truth.cover,
         "refiner": name,
         "reduction": _reduction(content, refiner, name, coarse),
         "reasons": [result.reason for result in results],
@@ -220,6 +222,18 @@ def show(line: dict[str, Any]) -> None:
     )
 
 
+def show_times(rows: list[dict[str, Any]]) -> None:
+    """Milliseconds of generated scenes by size, cover and refiner, medians over outlines."""
+    groups: dict[tuple[int, int, float, str], list[dict[str, float]]] = defaultdict(list)
+    for row in rows:
+        if row["scene"].startswith("generated") and row["ms"]:
+            groups[(*row["size"], row["cover"], row["refiner"])].append(row["ms"])
+    for (width, height, cover, refiner), group in groups.items():
+        medians = (statistics.median(ms[way] for ms in group) for way in group[0])
+        times = "".join(f"{ms:7.1f}" for ms in medians)
+        print(f"{width}x{height}{cover:7.1%} covered{refiner:>9}, ms whole, smaller:{times}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -255,6 +269,7 @@ def main() -> int:
     )
     for line in lines:
         show(line)
+    show_times(rows)
     if args.out:
         args.out.write_text(
             json.dumps({"least_side": args.least_side, "rows": rows, "summary": lines})
