@@ -71,10 +71,17 @@ class Bench:
 
     def pids(self, title: str) -> list[int]:
         """Processes of that title that run, those that were stopped left out."""
+        return [pid for pid in self._all_pids(title) if pid not in self.stopped]
+
+    def _all_pids(self, title: str) -> list[int]:
         assert self.cluster.head is not None
         nodes = [self.cluster.head, *(node for node in self.cluster.nodes if node.running)]
-        found = [pid for node in nodes for pid in node.pids(title)]
-        return [pid for pid in found if pid not in self.stopped]
+        return [pid for node in nodes for pid in node.pids(title)]
+
+    def kill_stopped(self) -> None:
+        """Those that still are: they would hear of no end, and their numbers may be others' now."""
+        for pid in set(self._all_pids(REPLICA)) & set(self.stopped):
+            kill(pid)
 
     def whole(self) -> bool:
         """Whether every part is there, each pool at its size, and both doors answer."""
@@ -219,8 +226,6 @@ async def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
             flush=True,
         )
     await load
-    for pid in bench.stopped:
-        kill(pid)
     return report(traffic, happened, began, options)
 
 
@@ -330,7 +335,10 @@ def main() -> None:
     with LocalCluster(num_cpus=1) as cluster:
         bench = start(options, cluster)
         print(f"the graph is up after {time.monotonic() - began:.0f} s", flush=True)
-        found = asyncio.run(run(bench, options))
+        try:
+            found = asyncio.run(run(bench, options))
+        finally:
+            bench.kill_stopped()
         if options.out:
             options.out.write_text(json.dumps(found, indent=2))
         print(json.dumps(found, indent=2))

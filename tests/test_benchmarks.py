@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from project import ROOT
+from serving import until
 
-from benchmarks import graph
+from benchmarks import chaos, graph
 from serve_graph.environment import KEEP_MEMORY
+from serve_graph.node import RayNode
 
 # The first test waits for all of them.
 pytestmark = pytest.mark.timeout(600)
@@ -130,3 +134,30 @@ def test_servers_none_of_which_came_up_are_told_of(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("not measured: no environment") == 2 * len(graph.LOADS)
+
+
+REPLICA = """
+import subprocess, sys
+title = "ray::ServeReplica:segment:Refiner"
+subprocess.run([title, "-c", "import time; time.sleep(60)"], executable=sys.executable)
+"""
+
+
+def test_replicas_that_chaos_stopped_are_killed_and_nobody_who_has_a_number_of_theirs(
+    tmp_path: Path,
+) -> None:
+    node = RayNode(["-c", REPLICA], dict(os.environ), tmp_path / "log")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        cluster: Any = SimpleNamespace(head=node, nodes=[])
+        bench = chaos.Bench(cluster, {}, [], stopped=[other.pid])
+        until(lambda: bench.pids(f"{chaos.REPLICA}Refiner"))
+        (replica,) = bench.pids(f"{chaos.REPLICA}Refiner")
+        assert bench.refiner_hangs() == f"pid {replica}"
+        bench.kill_stopped()
+        until(lambda: replica not in node.pids())
+        assert other.poll() is None
+    finally:
+        node.kill()
+        other.kill()
+        other.wait()
