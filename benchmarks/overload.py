@@ -7,7 +7,8 @@ Capacity is what a closed loop of clients gets, before and after. Then requests 
 three times as fast, each with a deadline: those that are let in should meet it, and be nine tenths
 of the capacity; the rest should hear 503 at once, which a process of its own takes the time of
 (``benchmarks.probe``). The clients share the machine with the graph, so they take part of the
-capacity in both. ``--soak MINUTES`` samples the memory of every process in place of all that.
+capacity in both. ``--soak MINUTES`` samples the memory of every process in place of all that. Exit
+status 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -244,6 +245,7 @@ def main() -> None:
             found = asyncio.run(measure(url, options))
     if options.out:
         options.out.write_text(json.dumps(found, indent=2))
+    sys.exit(not all(found["verdicts"].values()))
 
 
 if __name__ == "__main__":
