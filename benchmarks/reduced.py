@@ -42,6 +42,7 @@ SIZES = ((1546, 1213), (4032, 3024))
 COVERS = (0.003, 0.03, 0.17, 0.6)
 VERTICES = (8, 32, 200)
 JITTER = 0.012
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp")
 REFINERS = ("boundary", "guided", "none")
 MOST_DIFFERING = 0.002
 """Pixels of a picture's mask that may differ, per pixel of the picture."""
@@ -100,7 +101,7 @@ def filled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def pasted(folder: Path, sizes: list[tuple[int, int]]) -> Iterator[Scene]:
     """A piece of each photograph over the next one, at their own resolution."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".png", ".webp"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOGRAPHS)
     if len(files) < 2:
         sys.exit(f"{folder} holds fewer than two photographs")
     for size in sizes:
