@@ -15,7 +15,7 @@ from scenes import SceneGenerator
 
 
 def _sheet(generator: SceneGenerator, first: int, columns: int, rows: int, zoom: int) -> np.ndarray:
-    """Scenes with outlines, numbers at the first vertex, and names; uint8 RGB."""
+    """Scenes with outlines, a white dot at the first vertex, and names; uint8 RGB."""
     tiles = []
     for index in range(first, first + columns * rows):
         scene = generator.scene(index)
