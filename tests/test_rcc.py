@@ -6,6 +6,8 @@ import struct
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -43,3 +45,20 @@ def test_another_file_is_refused(tmp_path):
     file.write_bytes(b"RIFF" + bytes(40))
     with pytest.raises(ValueError, match=r"no Qt resource file"):
         stored_files(file)
+
+
+def test_lessons_that_could_not_be_fetched_are_asked_for_again(monkeypatch, tmp_path):
+    if Path("/usr/share/gcompris-qt").exists():
+        pytest.skip("the package is installed here")
+    import assets
+    import boundary_photos
+
+    for module in (assets, boundary_photos):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt-get there
+    assert boundary_photos.small_photographs() == {}
+    folder = tmp_path / "debian/gcompris-qt-data/usr/share/gcompris-qt/rcc"
+    folder.mkdir(parents=True)
+    _, picture = cv2.imencode(".webp", np.zeros((200, 200, 3), np.uint8))
+    (folder / "categorization.rcc").write_bytes(resource({"cat.webp": (0, picture.tobytes())}))
+    assert list(boundary_photos.small_photographs()) == ["categorization/cat"]

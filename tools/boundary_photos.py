@@ -80,6 +80,8 @@ GCOMPRIS = (
     Lessons("explore_world_animals", "CC-BY-SA-2.0 to -4.0, GFDL-1.2 and others, file by file"),
     Lessons("explore_world_music", "GPL-3+, the package's own"),
 )
+LESSONS = ("gcompris-qt-data", "gcompris-qt/rcc")
+"""Their package, and where it is below ``/usr/share``."""
 SMALL_GCOMPRIS = (
     Lessons("categorization", "CC-BY-SA, CC-BY, CC0 and public domain, file by file"),
 )
@@ -107,7 +109,7 @@ def _files() -> list[Path]:
 
 def _lessons(sources: tuple[Lessons, ...]) -> Iterator[tuple[str, bytes]]:
     """Subject and file of every picture in them."""
-    root = _debian_folder("gcompris-qt-data", "gcompris-qt/rcc")
+    root = _debian_folder(*LESSONS)
     for lessons in sources if root else ():
         for name, picture in sorted(stored_files(root / f"{lessons.name}.rcc")):
             if name.endswith(".webp"):
@@ -121,8 +123,20 @@ def _pictures() -> Iterator[tuple[str, bytes]]:
     yield from _lessons(GCOMPRIS)
 
 
+def _fetched(sources: tuple[Photographs | Lessons, ...]) -> bool:
+    """Whether the packages of these are there."""
+    folders = {(s.package, s.below) for s in sources if isinstance(s, Photographs)}
+    if len(folders) < len(sources):
+        folders.add(LESSONS)
+    return all(_debian_folder(*folder) is not None for folder in folders)
+
+
 def _stored(
-    name: str, pictures: Callable[[], Iterator[tuple[str, bytes]]], smallest: int, rules: object
+    name: str,
+    pictures: Callable[[], Iterator[tuple[str, bytes]]],
+    smallest: int,
+    rules: object,
+    sources: tuple[Photographs | Lessons, ...],
 ) -> dict[str, np.ndarray]:
     key = zlib.crc32(repr((rules, smallest, SHORT_SIDE)).encode())
     file = CACHE / f"{name}-{key:08x}.npz"
@@ -139,6 +153,8 @@ def _stored(
             kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
             resized = cv2.resize(read, size, interpolation=kind)
             images[subject] = cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
+        if not _fetched(sources):  # what is kept would hide what comes later
+            return images
         partial = file.with_suffix(".partial.npz")
         np.savez(partial, **images)
         partial.replace(file)
@@ -149,7 +165,8 @@ def _stored(
 @lru_cache(maxsize=1)
 def photographs() -> dict[str, np.ndarray]:
     """uint8 [H, W, 3] RGB by subject, shorter side ``SHORT_SIDE`` px; kept in the cache."""
-    return _stored("photographs", _pictures, SMALLEST, (DEBIAN, GCOMPRIS, SCIKIT_IMAGE))
+    rules = (DEBIAN, GCOMPRIS, SCIKIT_IMAGE)
+    return _stored("photographs", _pictures, SMALLEST, rules, (*DEBIAN, *GCOMPRIS))
 
 
 def small_photographs() -> dict[str, np.ndarray]:
@@ -158,5 +175,6 @@ def small_photographs() -> dict[str, np.ndarray]:
         "small-photographs",
         lambda: _lessons(SMALL_GCOMPRIS),
         SMALLEST_WITH_OUTLINES,
+        SMALL_GCOMPRIS,
         SMALL_GCOMPRIS,
     )
