@@ -164,7 +164,7 @@ def cropping() -> Callable[[np.ndarray], object]:
 
 def _in_a_process(*arguments: str) -> float:
     command = [sys.executable, __file__, *arguments]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def measure(kind: str, size: tuple[int, int] = SIZE) -> float:

@@ -95,7 +95,10 @@ def measure(form: str, config: MoondreamConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         size = write(Path(name), form, config)
         done = subprocess.run(
-            [sys.executable, __file__, "--load", name], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--load", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
     seen = json.loads(done.stdout)
     return {"checkpoint": size, **seen, "peak_over_size": (seen["peak"] - seen["before"]) / size}
