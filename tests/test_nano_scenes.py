@@ -311,6 +311,19 @@ def test_a_look_fetches_the_vertex_on_the_average_and_the_edge_where_the_object_
     assert torch.equal(marks[:, 4:].argmax(0), where[4:].argmax(-1))
 
 
+def test_patches_know_where_the_vertices_near_them_are(tools):
+    nano_looks, grid = tools["nano_looks"], GRID
+    outline = torch.tensor([[0.5, 0.25], [0.75, 0.5], [0.26, 0.51]])
+    offsets = nano_looks.patch_offsets(outline.expand(1, grid * grid, -1, -1))[0]
+    middles = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(middles, middles, indexing="ij")
+    places = torch.stack([x, y], -1).view(-1, 1, 2) + offsets / grid
+    near = ~offsets[..., 0].isnan()
+    assert torch.equal(near, ~offsets[..., 1].isnan())
+    assert near.sum(0).tolist() == [4, 4, 4]
+    assert torch.allclose(places[near], outline.expand_as(places)[near], atol=1e-6)
+
+
 @pytest.mark.parametrize("boxes_only", [False, True], ids=["paths", "boxes"])
 def test_heads_that_look_where_the_answer_is_have_no_loss(tools, made, boxes_only):
     nano_looks, heads = tools["nano_looks"], (1, 0)
@@ -376,8 +389,8 @@ def test_heads_of_an_outline_with_fewer_vertices_begin_between_them(tools, made)
     turn = torch.arange(16) * (2 * torch.pi / 16)
     circle = torch.stack([turn.sin(), -turn.cos()], 1)
     known = {name: head.detach().clone() for name, head in losses.heads().items()}
-    known["outline_head.bias"] = circle.flatten()
-    known["outline_head.weight"] = known["outline_head.weight"][:32]
+    known["answer_outline_head.bias"] = circle.flatten()
+    known["answer_outline_head.weight"] = known["answer_outline_head.weight"][:32]
     known["mark_head.bias"] = torch.cat([torch.tensor([5.0, 6.0, 7.0, 8.0]), circle[:, 0]])
     known["mark_head.weight"] = known["mark_head.weight"][:20]
     known["place_head.bias"], known["place_head.weight"] = torch.ones(32), torch.ones(32, 192)
@@ -385,7 +398,7 @@ def test_heads_of_an_outline_with_fewer_vertices_begin_between_them(tools, made)
     losses.set_heads(known)
     finer = torch.arange(32) * (2 * torch.pi / 32)
     wanted = torch.stack([finer.sin(), -finer.cos()], 1)
-    assert (losses.outline_head.bias.view(32, 2) - wanted).abs().max() < 0.03
+    assert (losses.answer_outline_head.bias.view(32, 2) - wanted).abs().max() < 0.03
     assert losses.mark_head.bias[:4].tolist() == [5, 6, 7, 8]
     assert (losses.mark_head.bias[4:] - wanted[:, 0]).abs().max() < 0.03
     # A number's place among 32 says nothing of its place among 64.

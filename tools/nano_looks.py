@@ -21,6 +21,8 @@ LOOK_HEADS = {3: (2, 3), 4: (0, 1)}
 after reads what they fetch."""
 SPREAD = 0.6
 """Standard deviation of a look, patches: what it fetches on the average then lies at the mark."""
+OFFSET_REACH = 1.0
+"""How far from its middle, across and down, a patch tells where vertices are, patches."""
 
 BOX_STEPS = 3
 """Steps of an answer before those of its vertices."""
@@ -59,6 +61,14 @@ def patch_marks(boxes: Tensor, outlines: Tensor) -> Tensor:
     middles = _middles(boxes.device)
     vertices = (outlines * GRID - middles[:, None]).norm(dim=-1)
     return _near(torch.cat([_edge_distances(boxes, middles), vertices], -1))
+
+
+def patch_offsets(outlines: Tensor) -> Tensor:
+    """Each patch's outline [B, 576, 32, 2], in sides of the picture -> where its vertices are from
+    the patch's middle, in patches; NaN of those that are not near it: float32 [B, 576, 32, 2]."""
+    offsets = outlines * GRID - _middles(outlines.device)[:, None]
+    near = (offsets.abs() < OFFSET_REACH).all(-1, keepdim=True)
+    return offsets.where(near, torch.nan)
 
 
 def patch_places(boxes: Tensor) -> Tensor:

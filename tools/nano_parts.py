@@ -3,8 +3,9 @@
     python tools/nano_parts.py kestrel/models/nano --scenes 400
 
 On new scenes of the training's kind, IoU with the true outline of: what is said; the true shape in
-the said box; the said shape in the true box; and the cells that the patches tell, where they name
-the noun (``--heads``, those of the checkpoint's losses). Then, block by block of the decoder, the
+the said box; the said shape in the true box; each vertex as it is said after the true ones; and the
+cells that the patches tell, where they name the noun (``--heads``, those of the checkpoint's
+losses). Then, block by block of the decoder, the
 share of what each attention head looks at that is near the vertex which is said next.
 """
 
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from effects import SIDE
 from nano_checkpoint import read_checkpoint
 from nano_eval import greedy, path_points
-from nano_looks import BOX_STEPS, EDGES, look_logs
+from nano_looks import BOX_STEPS, EDGES, POSITIONS, look_logs
 from nano_questions import BatchMaker, SceneQuestions
-from nano_training import Batch, Losses
+from nano_training import LEVELS, Batch, Losses
 from nouns import CORE, CORE_STYLES
 from outlines import polygon_mask
 from safetensors.torch import load_file
@@ -35,7 +36,13 @@ from kestrel.seg_refiner.box import mask_iou
 
 GROUP = 50
 """Scenes that are answered together."""
-PARTS = ("said", "true shape, said box", "said shape, true box", "cells of its patches")
+PARTS = (
+    "said",
+    "true shape, said box",
+    "said shape, true box",
+    "after true vertices",
+    "cells of its patches",
+)
 SIZES = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
 """Limits of the groups of sizes, shares of the picture within the true outline."""
 
@@ -53,6 +60,36 @@ def cells_of(cells: Tensor, named: Tensor) -> np.ndarray:
     told = cells * named[:, None]
     told = told.view(GRID, GRID, CELLS, CELLS).permute(0, 2, 1, 3).reshape(1, 1, GRID * CELLS, -1)
     return F.interpolate(told, (SIDE, SIDE), mode="bilinear")[0, 0].numpy() > 0.5
+
+
+def after_true_ones(
+    losses: Losses,
+    asker: SceneQuestions,
+    image: Tensor,
+    prompt: list[int],
+    box: Tensor,
+    shape: Tensor,
+) -> np.ndarray:
+    """The likeliest place of each vertex after the true box and the true vertices before it, in
+    0..1 of the box: float [32, 2]. ``box`` [4] (cx, cy, w, h), ``shape`` [32, 2] in 0..1 of it."""
+    model, levels = losses.model, losses.level_ids
+    numbers = levels[(shape * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long().flatten()]
+    move, line, _ = (torch.tensor([command]) for command in asker.command_ids)
+    path = torch.cat([move, numbers[:2], line, numbers[2:]])
+    bos = torch.tensor([model.config.prompt.bos_id])
+    asked = [
+        model.embed_tokens(bos),
+        image,
+        model.embed_tokens(torch.tensor(prompt)),
+        model.encode_coord(box[0:1]),
+        model.encode_coord(box[1:2]),
+        model.encode_size(box[None, 2:]),
+        model.embed_tokens(path),
+    ]
+    start = sum(map(len, asked[:3])) - 1
+    hidden = model.text(torch.cat(asked)[None], 1 + len(image))[0]
+    said = model.text.logits(hidden[start + torch.tensor(POSITIONS[BOX_STEPS:])])[:, levels]
+    return (said.argmax(-1) / (LEVELS - 1)).view(-1, 2).numpy()
 
 
 def parts_of(losses: Losses, asker: SceneQuestions, store: Scenes) -> np.ndarray:
@@ -84,6 +121,15 @@ def parts_of(losses: Losses, asker: SceneQuestions, store: Scenes) -> np.ndarray
                 said = path_points(model, whole.tolist(), path)
                 said_box = torch.tensor(box)
                 masks = [drawn(said, said_box), drawn(true_shape, said_box), drawn(said, true_box)]
+            vertices = after_true_ones(
+                losses,
+                asker,
+                image[scene],
+                asker.prompt(asker.nouns[noun]),
+                true_box,
+                torch.from_numpy(true_shape),
+            )
+            masks.append(drawn(vertices, true_box))
             masks.append(cells_of(cells[scene], named[scene, :, noun] > 0.3))
             rows.append((truth.mean(), *(mask_iou(mask, truth) for mask in masks)))
     return np.array(rows, float)

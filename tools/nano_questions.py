@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nano_looks import MARKS, looks, patch_marks, patch_places
+from nano_looks import MARKS, looks, patch_marks, patch_offsets, patch_places
 from nano_training import IGNORE, LEVELS, QUANTUM, Batch
 from scene_store import CELLS, GRID, OBJECTS, VERTICES, Scenes
 from tokenizers import Tokenizer
@@ -202,8 +202,8 @@ class BatchMaker:
     def _patch_labels(
         self, nouns: Tensor, shares: Tensor, boxes: Tensor, outlines: Tensor
     ) -> tuple[Tensor, ...]:
-        """Shares [B, 576, nouns + 1], boxes [B, 576, 4], outlines [B, 576, 64], cells [B, 576, 49],
-        marks [B, 576, 36] and places [B, 576, 2] of ``Batch``, float32."""
+        """Shares [B, 576, nouns + 1], boxes [B, 576, 4], cells [B, 576, 49], marks [B, 576, 36],
+        offsets [B, 576, 32, 2] and places [B, 576, 2] of ``Batch``, float32."""
         count = len(self.asker.nouns)
         there = nouns >= 0
         part = shares / 255.0 * there[..., None]
@@ -215,14 +215,11 @@ class BatchMaker:
         most, slot = part.max(1)
         its_box, its_outline = _rows(boxes, slot), _rows(outlines.flatten(2), slot)
         of_object = its_box.where(most[..., None] > 0.5, torch.nan)
-        centre, size = boxes[:, :, None, :2], boxes[:, :, None, 2:].clamp(min=1e-6)
-        relative = ((outlines - centre + size / 2) / size).flatten(2)
-        shapes = _rows(relative, slot) * (most[..., None] > 0.5)
         its_outline = its_outline.unflatten(-1, (-1, 2))
         covered = covered_cells(its_outline, self.samples)
         cells = covered.where(most[..., None] >= LEAST_SHARE / 255, torch.nan)
         marks, places = patch_marks(its_box, its_outline), patch_places(its_box)
-        return shown, of_object, shapes, cells, marks, places
+        return shown, of_object, cells, marks, patch_offsets(its_outline), places
 
     def _ask(
         self, nouns: Tensor, boxes: Tensor, outlines: Tensor, points: Tensor, shares: Tensor

@@ -38,9 +38,9 @@ VERTEX_BLOCK = 5
 """Text block that reads the vertex that comes next: those of ``LOOK_HEADS`` before it found it."""
 
 _ROWS = {
-    "outline_head": (0, 2),
     "answer_outline_head": (0, 2),
     "mark_head": (EDGES, 1),
+    "offset_head": (0, 2),
 }
 """Heads that tell where all vertices are: rows before theirs, and rows of each vertex."""
 
@@ -55,11 +55,12 @@ class Batch:
     ``looks`` float [B, Q, 36, 576] where to look for the edges and vertices of what is asked for;
     ``patches`` float [B, 576, nouns + 1] share of each patch that shows each noun, background last;
     ``boxes`` float [B, 576, 4] box (cx, cy, w, h) of the object that the patch shows, in sides of
-    the picture, NaN where it shows none; ``outlines`` float [B, 576, 64] the 32 vertices (x, y) of
-    that object's outline, in sides of its box; ``cells`` float [B, 576, 49] share of each of the
-    patch's 7 x 7 cells within the outline of the object that covers most of it, NaN without one;
-    ``marks`` float [B, 576, 36] how near the patch is to the edges and vertices of that object;
-    ``places`` float [B, 576, 2] where the patch lies in that object's box, in its sides.
+    the picture, NaN where it shows none; ``cells`` float [B, 576, 49] share of each of the patch's
+    7 x 7 cells within the outline of the object that covers most of it, NaN without one; ``marks``
+    float [B, 576, 36] how near the patch is to the edges and vertices of that object; ``offsets``
+    float [B, 576, 32, 2] where those vertices are from the patch's middle, in patches, NaN where
+    they are not near; ``places`` float [B, 576, 2] where the patch lies in that object's box, in
+    its sides.
     """
 
     images: Tensor
@@ -71,9 +72,9 @@ class Batch:
     looks: Tensor
     patches: Tensor
     boxes: Tensor
-    outlines: Tensor
     cells: Tensor
     marks: Tensor
+    offsets: Tensor
     places: Tensor
 
 
@@ -189,6 +190,7 @@ class Losses:
         self.outline_weight = 2.0
         self.place_weight = 0.1
         self.mark_weight = 2.0
+        self.offset_weight = 1.0
         self.vertex_weight = 2.0
         self.look_weight = 0.3
         self.region_weight = 0.5
@@ -197,7 +199,7 @@ class Losses:
         self.scale = nn.Parameter(torch.tensor(10.0, device=device))
         self.box_head = nn.Linear(dim, 4).to(device)
         self.answer_head = nn.Linear(dim, 4).to(device)
-        self.outline_head = nn.Linear(dim, 2 * VERTICES).to(device)
+        self.offset_head = nn.Linear(dim, 2 * VERTICES).to(device)
         self.answer_outline_head = nn.Linear(dim, 2 * VERTICES).to(device)
         self.place_head = nn.Linear(dim, 2 * VERTICES).to(device)
         vision = model.config.vision
@@ -356,8 +358,8 @@ class Losses:
     def dense_losses(
         self, image: Tensor, early: Tensor, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Each patch: cosine to the noun it shows, over all nouns and background; its object's box
-        and outline; and which of its cells that object covers.
+        """Each patch: cosine to the noun it shows, over all nouns and background; its object's box;
+        which of its cells that object covers; and where it is of that object's marks and box.
 
         ``image`` float32 [B, patches, dim], the very vectors that the decoder reads; ``early``
         [B, patches, enc_dim], what ``SHAPE_BLOCK`` gives. The weighted sum, and its parts.
@@ -370,14 +372,16 @@ class Losses:
             looked = F.layer_norm(early[partly].float(), early.shape[-1:])
             cells = F.binary_cross_entropy_with_logits(self.cell_head(looked), batch.cells[partly])
             scores = self.noun_scores(image)
-            seen = image[shown]
-            boxes = F.smooth_l1_loss(self.box_head(seen), batch.boxes[shown], beta=0.05)
-            guess = self.outline_head(seen)
-            shapes = F.smooth_l1_loss(guess, batch.outlines[shown], beta=0.05)
+            guess = self.box_head(image[shown])
+            boxes = F.smooth_l1_loss(guess, batch.boxes[shown], beta=0.05)
             touching = F.layer_norm(image[partly], image.shape[-1:])
             marks = F.binary_cross_entropy_with_logits(
                 self.mark_head(touching), batch.marks[partly]
             )
+            wanted = batch.offsets[partly].flatten(1)
+            near = ~wanted.isnan()
+            guess = self.offset_head(touching)[near]
+            offsets = F.smooth_l1_loss(guess, wanted[near], beta=0.05)
             read_cells = F.binary_cross_entropy_with_logits(
                 self.read_cell_head(touching), batch.cells[partly]
             )
@@ -389,10 +393,10 @@ class Losses:
             dense = (weight * surprise).sum() / weight.sum()
         total = self.dense_weight * dense + self.cell_weight * cells
         total = total + self.read_cell_weight * read_cells
-        total = total + self.box_weight * boxes + self.outline_weight * shapes
-        total = total + self.mark_weight * marks + self.box_weight * patch_places
-        parts = {"dense": dense, "cells": cells, "boxes": boxes, "shapes": shapes}
-        parts |= {"read_cells": read_cells, "marks": marks, "patch_places": patch_places}
+        total = total + self.box_weight * (boxes + patch_places)
+        total = total + self.mark_weight * marks + self.offset_weight * offsets
+        parts = {"dense": dense, "cells": cells, "boxes": boxes, "read_cells": read_cells}
+        parts |= {"marks": marks, "offsets": offsets, "patch_places": patch_places}
         return total, {name: part.detach() for name, part in parts.items()}
 
 

@@ -55,12 +55,12 @@ LOSSES = (
     "read_cells",
     "boxes",
     "answer",
-    "shapes",
     "outline",
     "place",
     "look",
     "vertex",
     "marks",
+    "offsets",
     "patch_places",
 )
 FIGURES = ("iou", "box_iou", "right", "absent")
