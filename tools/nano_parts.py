@@ -5,8 +5,8 @@
 On new scenes of the training's kind, IoU with the true outline of: what is said; the true shape in
 the said box; the said shape in the true box; each vertex as it is said after the true ones; and the
 cells that the patches tell, where they name the noun (``--heads``, those of the checkpoint's
-losses). Then, block by block of the decoder, the
-share of what each attention head looks at that is near the vertex which is said next.
+losses). Then, block by block of the decoder, the share of what each attention head looks at that is
+near the vertex which is said next.
 """
 
 from __future__ import annotations
