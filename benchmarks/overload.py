@@ -208,7 +208,7 @@ async def soak(node: RayNode, url: str, options: argparse.Namespace) -> dict[str
     outcomes = dict(traffic.outcomes())
     print(f"{options.soak:g} minutes at {rate:.1f} requests/s: {outcomes}")
     judged = {
-        f"no process grows by more than {FLAT:g} MB a minute": flat(rows),
+        f"no process, nor those that serve together, grows by over {FLAT:g} MB/minute": flat(rows),
         "no process that serves came or went": not replaced,
         "no request is lost": not traffic.lost(),
     }
