@@ -23,7 +23,7 @@ from effects import SIDE
 from nano_checkpoint import read_checkpoint
 from nano_eval import greedy, path_points
 from nano_looks import BOX_STEPS, EDGES, POSITIONS, look_logs
-from nano_questions import BatchMaker, SceneQuestions
+from nano_questions import BatchMaker, SceneQuestions, path_ids
 from nano_training import LEVELS, Batch, Losses
 from nouns import CORE, CORE_STYLES
 from outlines import polygon_mask
@@ -73,9 +73,7 @@ def after_true_ones(
     """The likeliest place of each vertex after the true box and the true vertices before it, in
     0..1 of the box: float [32, 2]. ``box`` [4] (cx, cy, w, h), ``shape`` [32, 2] in 0..1 of it."""
     model, levels = losses.model, losses.level_ids
-    numbers = levels[(shape * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long().flatten()]
-    move, line, _ = (torch.tensor([command]) for command in asker.command_ids)
-    path = torch.cat([move, numbers[:2], line, numbers[2:]])
+    path = path_ids(shape, levels, asker.command_ids)[:-1]
     bos = torch.tensor([model.config.prompt.bos_id])
     asked = [
         model.embed_tokens(bos),
@@ -109,9 +107,8 @@ def parts_of(losses: Losses, asker: SceneQuestions, store: Scenes) -> np.ndarray
         ]
         embeddings = image[[scene for scene, _, _ in cases]]
         prompts = [asker.prompt(asker.nouns[noun]) for _, _, noun in cases]
-        for (scene, slot, noun), (box, path) in zip(
-            cases, greedy(model, embeddings, prompts), strict=True
-        ):
+        answers = greedy(model, embeddings, prompts)
+        for (scene, slot, noun), prompt, (box, path) in zip(cases, prompts, answers, strict=True):
             true_box = found["boxes"][scene, slot]
             outline = found["outlines"][scene, slot]
             true_shape = ((outline - true_box[:2]) / true_box[2:] + 0.5).numpy()
@@ -122,12 +119,7 @@ def parts_of(losses: Losses, asker: SceneQuestions, store: Scenes) -> np.ndarray
                 said_box = torch.tensor(box)
                 masks = [drawn(said, said_box), drawn(true_shape, said_box), drawn(said, true_box)]
             vertices = after_true_ones(
-                losses,
-                asker,
-                image[scene],
-                asker.prompt(asker.nouns[noun]),
-                true_box,
-                torch.from_numpy(true_shape),
+                losses, asker, image[scene], prompt, true_box, torch.from_numpy(true_shape)
             )
             masks.append(drawn(vertices, true_box))
             masks.append(cells_of(cells[scene], named[scene, :, noun] > 0.3))

@@ -328,12 +328,7 @@ class BatchMaker:
         """Polygons [B, Q, 32, 2] in 0..1 of the image and boxes [B, Q, 4] -> ids [B, Q, 67]."""
         centre, size = box[..., None, :2], box[..., None, 2:]
         relative = (outline - centre + size / 2) / size.clamp(min=1e-6)
-        levels = (relative * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
-        numbers = self.level_ids[levels].flatten(2)
-        move, line, close = (
-            numbers.new_full((*numbers.shape[:2], 1), i) for i in self.asker.command_ids
-        )
-        return torch.cat([move, numbers[..., :2], line, numbers[..., 2:], close], -1)
+        return path_ids(relative, self.level_ids, self.asker.command_ids)
 
     def _missed(self, box: Tensor) -> Tensor:
         """Boxes (cx, cy, w, h) as the model would say them: a little off, within the picture."""
@@ -367,6 +362,14 @@ class BatchMaker:
         moved = waves(2).transpose(-1, -2) * 0.025 + self._normal(b, q, n, 2) * 0.012
         wrong = centre + (outline - centre) * reach[..., None] + moved * size
         return torch.where(self._chance(b, q, 1, 1) < 0.2, outline, wrong)
+
+
+def path_ids(shape: Tensor, level_ids: Tensor, commands: Sequence[int]) -> Tensor:
+    """Polygons [..., 32, 2] in 0..1 of their box -> ids [..., 67], ``commands`` for M, L and Z."""
+    levels = (shape * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+    numbers = level_ids[levels].flatten(-2)
+    move, line, close = (numbers.new_full((*numbers.shape[:-1], 1), i) for i in commands)
+    return torch.cat([move, numbers[..., :2], line, numbers[..., 2:], close], -1)
 
 
 def _over(flags: Tensor, dims: int) -> Tensor:
