@@ -14,8 +14,12 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-TIMES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 60_000]
-"""Upper bounds of the histograms' buckets, milliseconds."""
+TIMES_MS = [
+    *(1, 2, 5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1_000, 1_500, 2_000, 3_000),
+    *(5_000, 7_000, 10_000, 15_000, 20_000, 30_000, 60_000, 120_000, 300_000, 600_000),
+]
+"""Upper bounds of the histograms' buckets, milliseconds. A quantile is a guess within its bucket,
+and over the last of them it is that one: so they are narrow, and go on to ten minutes."""
 
 
 @dataclass(frozen=True)

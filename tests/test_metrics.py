@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import itertools
 import json
 import re
 import threading
@@ -380,6 +381,13 @@ async def test_behind_a_server_that_names_answers_there_is_one_header_not_two():
 # Names
 
 EXPORTED = {f"ray_{spec.name}": spec for spec in metrics.METRICS}
+
+
+def test_buckets_are_narrow_where_requests_end_and_reach_beyond_the_default_deadline():
+    times = metrics.TIMES_MS
+    usual = [ms for ms in times if 10 <= ms <= 30_000]
+    assert all(later <= 5 / 3 * ms for ms, later in itertools.pairwise(usual))
+    assert times[-1] >= 10 * 1000 * RuntimeConfig().request_timeout_s
 
 
 def test_names_say_their_units():
