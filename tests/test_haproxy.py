@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from scripted import ASK, ScriptedBackend
-from serving import connected, served
+from serving import accepts, connected, served, until
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kestrel.server.routes import build_app
 from serve_graph import haproxy
 from serve_graph.errors import LaunchError
+from serve_graph.ports import free_port
 
 WRITTEN = """\
 frontend prometheus
@@ -37,13 +38,15 @@ listen stats
 """
 
 
-def test_binds_without_an_address_are_left_open():
-    assert haproxy.amended(WRITTEN).split("\n") == [
+@pytest.mark.parametrize("address", ["0.0.0.0", "*", "192.0.2.1"])
+def test_pages_without_an_address_are_left_open(address: str):
+    written = WRITTEN.replace("0.0.0.0", address)
+    assert haproxy.amended(written).split("\n") == [
         "frontend prometheus",
         "    bind 127.0.0.1:9101",
         "    mode http",
         "frontend http_frontend",
-        "    bind 0.0.0.0:8000",
+        f"    bind {address}:8000",
         *haproxy._HEADERS.splitlines(),
         "    acl is_app path_beg /",
         "    use_backend app if is_app",
@@ -72,6 +75,35 @@ def test_serves_own_template_writes_pages_that_are_left_open():
     filled = text.replace("{{ config.stats_port }}", "1").replace("{{ config.metrics_port }}", "2")
     left = [line for line in haproxy.amended(filled).splitlines() if "bind" in line]
     assert not [line for line in left if line.split()[1:] and line.split()[1][0] in "*:"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1"])
+def test_the_door_is_not_where_the_config_says(tmp_path: Path, reader: int, host: str):
+    """Serve writes a door on every interface as it writes its pages: ``bind *:8000``."""
+    serve = pytest.importorskip("ray.serve._private.haproxy")
+    from ray.serve.config import HTTPOptions
+
+    door, *pages = (free_port() for _ in range(3))
+    config = serve.HAProxyConfig(
+        http_options=HTTPOptions(host=host, port=door),
+        stats_port=pages[0],
+        metrics_port=pages[1],
+        metrics_enabled=False,
+        socket_path=str(tmp_path / "ha.sock"),
+        has_received_routes=True,
+        has_received_servers=True,
+    )
+    app = serve.BackendConfig("app", "/", servers=[serve.ServerConfig("one", "127.0.0.1", reader)])
+    configuration = tmp_path / "haproxy.cfg"
+    serve.HAProxyApi(config, {"app": app}, str(configuration))._generate_config_file_internal()
+    with subprocess.Popen([haproxy.program(), "-db", "-f", configuration]) as process:
+        try:
+            until(lambda: process.poll() is not None or accepts(f"http://127.0.0.1:{door}"), 60)
+            # Of the loopback interface too, but not the address that pages are bound to.
+            other = [accepts(f"http://127.0.0.2:{port}") for port in (door, *pages)]
+        finally:
+            process.kill()
+    assert other == [host != "127.0.0.1", False, False]
 
 
 def test_the_program_is_another_than_haproxy(tmp_path: Path):
