@@ -43,9 +43,11 @@ HAPROXY = {
 }
 
 SERVE_PROXY = {
-    # Serve's Python proxy, where HAProxy is turned off. By default it asks the ingress replicas of
-    # its own node alone while they have room, so that one door would let through only their share
-    # of an API key's rate.
+    # Serve's Python proxy, where HAProxy is turned off: also where an image or an earlier
+    # ``serve_graph env`` has turned it on.
+    HAPROXY_ON: "0",
+    # By default it asks the ingress replicas of its own node alone while they have room, so that
+    # one door would let through only their share of an API key's rate.
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
 }
 

@@ -27,7 +27,7 @@ from serving import answering, has_ipv6
 from kestrel.serve_config import http_address
 from serve_graph import __main__, launch, serve_api
 from serve_graph.args import longest_request_s
-from serve_graph.environment import HARD_STOP
+from serve_graph.environment import HAPROXY, HARD_STOP
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import BINARY_PATH
 from serve_graph.launch import LocalCluster
@@ -1111,6 +1111,17 @@ def test_serve_s_own_proxy_asks_ingress_replicas_of_every_node_alike() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert ran.stdout.split() == ["False"]
+
+
+def test_serve_s_own_proxy_is_asked_for_where_haproxy_is_in_the_environment() -> None:
+    """As in the images, and in a shell that has evaluated ``serve_graph env``."""
+    environment = {**os.environ, **HAPROXY, **LocalCluster(haproxy=False).variables}
+    names = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
+    code = f"from ray.serve._private import constants as c; print(c.{names[0]}, c.{names[1]})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize(
