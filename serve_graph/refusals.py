@@ -35,6 +35,7 @@ def refusal(config: dict[str, Any]) -> str | None:
         check_keys(config)
         check(config)
         http_address(config)
+        _check_door(config)
         prefix = graph_of(config).get("route_prefix", "/")
         _check_prefixes(config)
         # Last, as it knows less of what is meant than the graph.
@@ -44,6 +45,22 @@ def refusal(config: dict[str, Any]) -> str | None:
     if not isinstance(prefix, str):
         return f"route_prefix must be a path, as / or /seg, not {prefix}"
     return None
+
+
+def _check_door(config: dict[str, Any]) -> None:
+    """ConfigError where no door or no replica would ever answer, or the door would take requests in
+    the clear although the config has a certificate."""
+    if config.get("proxy_location") == "Disabled":
+        raise ConfigError("proxy_location: Disabled leaves no HTTP door; say HeadOnly or EveryNode")
+    if config.get("target_capacity") == 0:
+        raise ConfigError("target_capacity: 0 keeps no replica of any pool")
+    options = mapping_of(config, "http_options")
+    for key in ("ssl_keyfile", "ssl_certfile"):
+        if options.get(key):
+            raise ConfigError(
+                f"http_options.{key}: HAProxy, the HTTP door, does not hear of it and takes "
+                "requests in the clear; have a load balancer before it do TLS"
+            )
 
 
 def _check_prefixes(config: dict[str, Any]) -> None:

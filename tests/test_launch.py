@@ -216,6 +216,7 @@ def ahead(args: dict[str, Any], **options: dict[str, Any]) -> dict[str, Any]:
     return scaled({"policy_function": POLICY}, args=args, deployments=deployments)
 
 
+CERTIFICATE = {"ssl_keyfile": "/etc/segment/key.pem", "ssl_certfile": "/etc/segment/cert.pem"}
 UNSERVABLE = {
     "no graph": ({"applications": [OTHER, {**OTHER, "name": "b"}]}, "serve_graph.app:build"),
     "no application": ({"applications": None}, "serve_graph.app:build"),
@@ -414,6 +415,18 @@ UNSERVABLE = {
     "proxies": (
         {"proxy_location": "Everywhere", "applications": [graph()]},
         r"proxy_location: Input should be 'Disabled', 'HeadOnly' or 'EveryNode'",
+    ),
+    "no proxies": (
+        {"proxy_location": "Disabled", "applications": [graph()]},
+        r"proxy_location: Disabled leaves no HTTP door",
+    ),
+    "TLS": (
+        {"http_options": CERTIFICATE, "applications": [graph()]},
+        r"http_options\.ssl_keyfile: .* in the clear",
+    ),
+    "no capacity": (
+        {"target_capacity": 0, "applications": [graph()]},
+        r"target_capacity: 0 keeps no replica",
     ),
     "prefix of two": (
         {"applications": [graph(), {**OTHER, "route_prefix": "/"}]},
