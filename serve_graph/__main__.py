@@ -26,7 +26,7 @@ from serve_graph.args import longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
 from serve_graph.errors import LaunchError
 from serve_graph.haproxy import SUPPORTED, haproxy_variables
-from serve_graph.launch import LocalCluster
+from serve_graph.launch import START_S, LocalCluster
 from serve_graph.placement import no_room
 from serve_graph.ports import free_port, require_free
 from serve_graph.ray_token import MODE
@@ -40,7 +40,7 @@ HAPROXY_HELP = (
 TOKEN_HELP = "start although RAY_AUTH_MODE turns Ray's token off: ports then run anybody's code"
 SAMPLES = SHIPPED_MODELS / "nano" / "samples"
 MOST = 86_400
-"""Largest count of CPUs and GPUs, and of seconds to drain: a day."""
+"""Largest count of CPUs and GPUs, and of seconds to start and to drain: a day."""
 
 
 def read_config(path: Path, port: int | None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def driver_variables(cluster: LocalCluster) -> str:
 
 def _check_numbers(options: argparse.Namespace) -> None:
     """LaunchError for what Ray or a clock would refuse later, or wait for without an end."""
-    for name, least in (("num_cpus", 1), ("num_gpus", 0), ("drain_s", 0)):
+    for name, least in (("num_cpus", 1), ("num_gpus", 0), ("start_s", 1), ("drain_s", 0)):
         value = getattr(options, name)
         if not least <= value <= MOST:
             raise LaunchError(
@@ -145,7 +145,7 @@ def up(options: argparse.Namespace) -> None:
         cluster.start(stop=stop)
         started.push(cluster)
         cluster.deploy(config, stop=stop)
-        cluster.wait_ready(f"{url}/healthz", stop=stop)
+        cluster.wait_ready(f"{url}/healthz", options.start_s, stop)
         if stop.is_set():
             return
         noun, request = sample_request(cluster.dir)
@@ -214,6 +214,13 @@ def main() -> None:
     )
     command.add_argument(
         "--client-port", type=int, default=10001, help="port of the Ray Client (10001)"
+    )
+    command.add_argument(
+        "--start-s",
+        type=float,
+        default=START_S,
+        help="seconds that the graph may take to start, a checkpoint's download included "
+        f"({START_S:g})",
     )
     command.add_argument(
         "--drain-s", type=float, default=30.0, help="seconds that requests may take to finish (30)"

@@ -36,6 +36,8 @@ from serve_graph.ray_token import token_variables
 from serve_graph.serve_api import ServeApi
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+START_S = 300.0
+"""How long a graph may take to start where nobody says, seconds."""
 
 
 @contextlib.contextmanager
@@ -256,7 +258,7 @@ class LocalCluster:
         self.api.deploy(config, timeout_s, stop)
 
     def wait_ready(
-        self, url: str, timeout_s: float = 300.0, stop: threading.Event | None = None
+        self, url: str, timeout_s: float = START_S, stop: threading.Event | None = None
     ) -> None:
         """Wait until Serve says that all applications run and ``url`` (a ``/healthz``) answers 200;
         LaunchError with the reason otherwise.
@@ -264,8 +266,12 @@ class LocalCluster:
         Returns early when ``stop`` is set.
         """
         self._wait(
-            lambda: self.api.serves(url), timeout_s, "the application", stop, self.api.not_running
+            lambda: self.api.serves(url), timeout_s, "the application", stop, self._not_running
         )
+
+    def _not_running(self) -> str:
+        # A checkpoint that is fetched takes as long as it takes.
+        return f" (serve_graph up has --start-s, wait_ready timeout_s){self.api.not_running()}"
 
     def drain(
         self,

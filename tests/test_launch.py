@@ -559,7 +559,7 @@ def test_a_config_that_cannot_be_read_ends_up_in_one_line(
 @pytest.mark.parametrize(
     ("option", "value"),
     [("num-cpus", "-1"), ("num-cpus", "0"), ("num-gpus", "-1"), ("drain-s", "-1"),
-     ("drain-s", "nan"), ("drain-s", "inf")],
+     ("drain-s", "nan"), ("drain-s", "inf"), ("start-s", "0"), ("start-s", "inf")],
 )  # fmt: skip
 def test_up_refuses_a_number_that_nothing_can_be_started_with(
     monkeypatch: pytest.MonkeyPatch, option: str, value: str
@@ -990,6 +990,46 @@ def test_a_replica_that_cannot_start_is_named_with_what_it_raised(
     assert str(error.value).endswith(
         "\nModel: ConfigError: model.path: there is no checkpoint at /nope"
     )
+
+
+def test_a_start_that_takes_longer_than_it_may_hides_how_to_give_it_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a checkpoint that every node fetches first, say."""
+    starting = {"status": "DEPLOYING", "message": "", "deployments": {}}
+    body = json.dumps({"applications": {"segment": starting}}).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with answering(head + body) as url:
+        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
+        monkeypatch.setattr(cluster, "check", lambda: None)
+        with pytest.raises(LaunchError) as error:
+            cluster.wait_ready(f"{url}/healthz", 0.5)
+    said = str(error.value)
+    assert said.startswith("the application did not start in 0.5 s (serve_graph up has --start-s")
+    assert "\nsegment is DEPLOYING: no reason given\n" in said
+
+
+def test_up_gives_a_start_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def wait_ready(_: LocalCluster, url: str, timeout_s: float, *__: Any) -> None:
+        given.append(timeout_s)
+        raise LaunchError("enough")
+
+    for name in ("start", "deploy", "stop"):
+        monkeypatch.setattr(LocalCluster, name, lambda *_, **__: None)
+    monkeypatch.setattr(LocalCluster, "wait_ready", wait_ready)
+    ports = [f"{name}={free_port()}" for name in ("--port", "--dashboard-port", "--client-port")]
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {one: signal.getsignal(one) for one in handled}
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--start-s=3600", *ports])
+    try:
+        with pytest.raises(SystemExit, match="enough"):
+            __main__.main()
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert given == [3600]
 
 
 # Being told to stop
