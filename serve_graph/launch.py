@@ -38,6 +38,9 @@ from serve_graph.serve_api import ServeApi
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_S = 300.0
 """How long a graph may take to start where nobody says, seconds."""
+LONGEST_FOLDER = {"Ray": 40, "HAProxy": 32}
+"""Bytes of the path of a cluster's folder with which those of its sockets are not too long: Ray's
+have up to 67 more of 107, HAProxy's 65 more of 97."""
 
 
 @contextlib.contextmanager
@@ -146,13 +149,15 @@ class LocalCluster:
 
     def start(self, timeout_s: float = 180.0, stop: threading.Event | None = None) -> None:
         """Start Ray and wait until it is up; LaunchError when it does not come up in ``timeout_s``
-        seconds, or when the port of its dashboard or of Ray Client is taken.
+        seconds, when the port of its dashboard or of Ray Client is taken, or where its folder would
+        be too deep for sockets.
 
         Returns early when ``stop`` is set.
         """
         try:
             require_free("127.0.0.1", self.dashboard_port, "Ray's dashboard", "--dashboard-port")
             require_free("127.0.0.1", self.client_port, "Ray Client", "--client-port")
+            self._check_folder()
         except LaunchError:
             self.stop()
             raise
@@ -178,6 +183,16 @@ class LocalCluster:
             self.stop(keep_logs=True)
             raise
 
+    def _check_folder(self) -> None:
+        whose = "HAProxy" if self._haproxy else "Ray"
+        most = LONGEST_FOLDER[whose] - len(f"/{self.dir.name}")
+        if len(os.fsencode(self.dir.parent)) > most:
+            # Ray would say so at the end of a traceback, HAProxy in a file that is soon gone.
+            raise LaunchError(
+                f"the folder for temporary files, {self.dir.parent}, must have a path of at most "
+                f"{most} bytes, or {whose} has no sockets in it: set TMPDIR, to /tmp say"
+            )
+
     def _haproxy_variables(self) -> dict[str, str]:
         """``haproxy_variables``, with files and ports that no other cluster of this machine has."""
         prefix, first = "RAY_SERVE_HAPROXY_", ingress_block()
@@ -187,7 +202,7 @@ class LocalCluster:
             **variables,
             HARD_STOP: str(max(int(variables[HARD_STOP]), longest)),
             f"{prefix}CONFIG_FILE_LOC": str(self.dir / "haproxy.cfg"),
-            # Serve puts a folder of 56 letters in between, and a socket's path has room for 97.
+            # Serve puts a folder of 56 letters in between, see ``LONGEST_FOLDER``.
             f"{prefix}SOCKET_PATH": str(self.dir / "ha.sock"),
             f"{prefix}SERVER_STATE_BASE": str(self.dir),
             f"{prefix}SERVER_STATE_FILE": str(self.dir / "server-state"),

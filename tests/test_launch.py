@@ -9,10 +9,13 @@ import datetime
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -834,6 +837,23 @@ def test_up_names_the_option_of_a_port_that_somebody_else_has(
     assert not list(tmp_path.glob("segment-ray-*"))
 
 
+@pytest.mark.parametrize(("haproxy", "room"), [(True, 32), (False, 40)], ids=["haproxy", "ray"])
+def test_sockets_below_a_deep_folder_for_temporary_files_have_too_long_paths(
+    monkeypatch: pytest.MonkeyPatch, haproxy: bool, room: int
+) -> None:
+    most = room - len("/segment-ray-12345678")
+    too_long = rf"at most {most} bytes, .*set TMPDIR"
+    for length, said in ((most, "Ray would have been started"), (most + 1, too_long)):
+        folder = Path("/tmp") / secrets.token_hex(length)[: length - len("/tmp/")]
+        folder.mkdir()
+        try:
+            monkeypatch.setattr(launch.tempfile, "tempdir", str(folder))
+            with pytest.raises((LaunchError, pytest.fail.Exception), match=said):
+                LocalCluster(haproxy=haproxy).start()
+        finally:
+            shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_a_port_is_taken_for_every_address_that_covers_it(taken: int, host: str) -> None:
     with pytest.raises(LaunchError, match=f"{taken}.*--port"):
@@ -1070,18 +1090,23 @@ main()
 @contextlib.contextmanager
 def sleeper(folder: Path, how: str, command: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """``command`` while "Ray" starts, and the id of that."""
-    given = [f"--output={folder / 'out'}"]
+    given = ["--no-haproxy"]  # whose sockets need a folder near the root
     if command == "up":
         ports = ("--port", "--dashboard-port", "--client-port")
-        given = [f"{name}={free_port()}" for name in ports]
-    environment = {**os.environ, "PYTHONPATH": str(launch.REPOSITORY), "TMPDIR": str(folder)}
-    with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER, how, command, *given],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+        given += [f"{name}={free_port()}" for name in ports]
+    else:
+        given += [f"--output={folder / 'out'}"]
+    environment = {**os.environ, "PYTHONPATH": str(launch.REPOSITORY)}
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as near,
+        subprocess.Popen(
+            [sys.executable, "-c", SLEEPER, how, command, *given],
+            env={**environment, "TMPDIR": near},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         began = process.stdout.readline()
         assert began.startswith("began "), "it ended before it began"
