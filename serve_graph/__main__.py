@@ -84,6 +84,22 @@ def sample_request(folder: Path) -> tuple[str, Path]:
     return sample["noun"], path
 
 
+def curl_line(config: dict[str, Any], request: Path) -> str:
+    """For a shell: the request in a file to the graph of a config, with a place for the API key
+    where one is asked for."""
+    graph = graph_of(config)
+    keys = None
+    if is_graph(graph):  # nobody knows the args of what is built around it
+        keys = mapping_of(mapping_of(graph, "args"), "runtime").get("api_keys")
+        for deployment in deployments_of(graph):
+            if deployment["name"] == "Ingress":
+                changed = mapping_of(deployment, "user_config").get("api_keys")
+                keys = keys if changed is None else changed
+    headers = ["Content-Type: application/json", *(["Authorization: Bearer KEY"] if keys else [])]
+    shown = " ".join(f"-H '{header}'" for header in headers)
+    return f"curl -s {service_url(config)}/v1/segment {shown} -d @{shlex.quote(str(request))}"
+
+
 def driver_variables(cluster: LocalCluster) -> str:
     """What a Ray program on this machine needs before it to find the cluster and be let in, for a
     shell; but for the token itself."""
@@ -152,7 +168,7 @@ def up(options: argparse.Namespace) -> None:
         print(
             f"""ready in {time.monotonic() - began:.0f} s: {url} (documentation at {url}/docs)
 
-  curl -s {url}/v1/segment -H 'Content-Type: application/json' -d @{request}   # a {noun}
+  {curl_line(config, request)}   # a {noun}
 
 dashboard   {cluster.dashboard}
 Ray Client  SegmentClient("{cluster.client_address}")

@@ -176,6 +176,34 @@ def test_the_service_is_reached_at_the_address_where_it_listens(
     assert __main__.service_url(config) == f"http://{reached}:8000"
 
 
+HASH = "sha256:" + 64 * "0"
+
+
+@pytest.mark.parametrize(
+    ("application", "asked"),
+    [
+        (graph(), False),
+        (graph(args={"runtime": {"api_keys": [HASH]}}), True),
+        (graph(deployments=[{"name": "Ingress", "user_config": {"api_keys": [HASH]}}]), True),
+        (
+            graph(
+                args={"runtime": {"api_keys": [HASH]}},
+                deployments=[{"name": "Ingress", "user_config": {"api_keys": []}}],
+            ),
+            False,
+        ),
+        ({"import_path": "theirs:app", "args": {"runtime": ["api_keys"]}}, False),
+    ],
+)
+def test_the_printed_request_has_no_place_for_the_key_that_it_needs(
+    application: dict[str, Any], asked: bool
+) -> None:
+    said = __main__.curl_line({"applications": [application]}, Path("/tmp/a b/request.json"))
+    assert said.startswith("curl -s http://127.0.0.1:8000/v1/segment -H 'Content-Type: app")
+    assert said.endswith(" -d @'/tmp/a b/request.json'")
+    assert ("-H 'Authorization: Bearer KEY'" in said) == asked
+
+
 @pytest.mark.parametrize("path", ["serve_graph.app.build", "their.app:around_build"])
 def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) -> None:
     applications = [graph(import_path=path, route_prefix="/seg")]
