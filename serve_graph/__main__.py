@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ import yaml
 from kestrel.config import SHIPPED_MODELS
 from kestrel.folders import made_writable
 from kestrel.ports import is_port, written
-from kestrel.serve_config import HTTP, graph_of, http_address
+from kestrel.serve_config import (
+    HTTP,
+    deployments_of,
+    graph_of,
+    http_address,
+    is_graph,
+    mapping_of,
+)
 from serve_graph import plan
 from serve_graph.args import longest_request_s
 from serve_graph.environment import BEFORE_RAY, LOOPBACK, SERVE_PROXY
@@ -119,6 +127,29 @@ def _check_numbers(options: argparse.Namespace) -> None:
             )
 
 
+def _check_host(host: str, options: argparse.Namespace) -> None:
+    """LaunchError where HAProxy would not reach the ingress: its replicas listen where the HTTP
+    door does, and HAProxy asks them at their node's address, which is 127.0.0.1."""
+    if options.haproxy and host not in ("127.0.0.1", "localhost", "0.0.0.0", "::"):
+        raise LaunchError(
+            f"http_options.host: HAProxy does not find the ingress replicas at {host}; say "
+            "127.0.0.1, or 0.0.0.0 for all interfaces, or start with --no-haproxy"
+        )
+
+
+def _check_ports(http: int, options: argparse.Namespace) -> None:
+    """LaunchError where two are to listen on one port: nobody does yet, and the second would wait
+    for it, or be asked what is for the first."""
+    named = {
+        "--port or http_options.port": http,
+        "--dashboard-port": options.dashboard_port,
+        "--client-port": options.client_port,
+    }
+    for (one, port), (other, same) in combinations(named.items(), 2):
+        if port == same and port:  # 0: a free one
+            raise LaunchError(f"{one} and {other} are both {port}: each needs a port of its own")
+
+
 def _at_hangup(handler: Callable[[int, Any], None]) -> None:
     """What happens when the terminal closes, which does not reach Ray in its own session; nothing
     where whoever started this wants it to go on (nohup)."""
@@ -145,8 +176,11 @@ def up(options: argparse.Namespace) -> None:
     if lacking is not None:
         raise LaunchError(f"{options.config} would never run on this one node: {lacking}")
     url = service_url(config)
+    host, port = http_address(config)
+    _check_host(host, options)
+    _check_ports(port, options)
     # Serve would not say so, and whoever listens there may answer in its place.
-    require_free(*http_address(config), "HTTP", "--port or http_options.port")
+    require_free(host, port, "HTTP", "--port or http_options.port")
     began = time.monotonic()
     cluster = LocalCluster(
         num_cpus=options.num_cpus,

@@ -204,6 +204,17 @@ def test_the_printed_request_has_no_place_for_the_key_that_it_needs(
     assert ("-H 'Authorization: Bearer KEY'" in said) == asked
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "segment.example"])
+def test_up_has_haproxy_look_for_replicas_where_none_listens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str
+) -> None:
+    """They listen at the door's address, and it asks them at their node's."""
+    path = written(tmp_path, {"http_options": {"host": host}, "applications": [graph()]})
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", "--num-cpus=3", f"--config={path}"])
+    with pytest.raises(SystemExit, match=rf"http_options\.host: .* at {host}; say 127\.0\.0\.1"):
+        __main__.main()
+
+
 @pytest.mark.parametrize("path", ["serve_graph.app.build", "their.app:around_build"])
 def test_a_graph_that_goes_by_another_path_is_served(tmp_path: Path, path: str) -> None:
     applications = [graph(import_path=path, route_prefix="/seg")]
@@ -862,6 +873,26 @@ def test_up_names_the_option_of_a_port_that_somebody_else_has(
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert f":{taken}" in str(ended.value.code) and option in str(ended.value.code)
+    assert not list(tmp_path.glob("segment-ray-*"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("--port", "--dashboard-port"), ("--port", "--client-port"),
+     ("--dashboard-port", "--client-port")],
+)  # fmt: skip
+def test_up_has_two_listen_on_one_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: str, other: str
+) -> None:
+    """Nobody listens there before, so that it looks free to both."""
+    ports = {name: free_port() for name in ("--port", "--dashboard-port", "--client-port")}
+    ports[other] = ports[one]
+    given = [f"{name}={port}" for name, port in ports.items()]
+    monkeypatch.setattr("sys.argv", ["serve_graph", "up", *given])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    said = str(ended.value.code)
+    assert f"{other} are both {ports[one]}: each needs" in said and one in said
     assert not list(tmp_path.glob("segment-ray-*"))
 
 
