@@ -179,8 +179,8 @@ class LocalCluster:
             with _signals_later():
                 self.head = RayNode(command, self._environment(), self.log)
             self._wait(lambda: up.exists() and self.api.answers(version), timeout_s, "Ray", stop)
-        except BaseException:
-            self.stop(keep_logs=True)
+        except BaseException as error:
+            self.stop(keep_logs=isinstance(error, LaunchError))
             raise
 
     def _check_folder(self) -> None:

@@ -1129,6 +1129,26 @@ def test_a_deployment_that_hangs_is_left_when_told_to_stop(
     assert 1 <= time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize(
+    ("raised", "kept"), [(KeyboardInterrupt, False), (SystemExit, False), (LaunchError, True)]
+)
+def test_a_start_that_is_interrupted_leaves_its_folder(
+    monkeypatch: pytest.MonkeyPatch, raised: type[BaseException], kept: bool
+) -> None:
+    """It is for the logs of one that failed."""
+
+    def interrupted(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(launch, "RayNode", interrupted)
+    with tempfile.TemporaryDirectory(dir="/tmp") as near:
+        monkeypatch.setattr(launch.tempfile, "tempdir", near)
+        cluster = LocalCluster(haproxy=False)
+        with pytest.raises(raised):
+            cluster.start()
+        assert cluster.dir.exists() == kept
+
+
 SLEEPER = """
 import signal, sys, time, serve_graph.launch as launch
 class Sleeper(launch.RayNode):
