@@ -154,6 +154,12 @@ def test_a_body_of_many_values_is_refused_before_it_is_parsed(
         parse(body)
 
 
+def test_a_body_of_as_many_values_as_there_may_be_is_parsed() -> None:
+    body = '{"object":"dog","a":[' + "0," * (MOST_VALUES - 3) + "0]}"
+    assert sum(map(body.count, ",[{")) == MOST_VALUES
+    assert parse(body.encode()).object == "dog"
+
+
 def test_a_large_body_of_few_values_is_parsed() -> None:
     refs = [[0.1, 0.2, 0.3, 0.4]] * LIMITS.max_spatial_refs
     known = {"object": "a dog, a cat", "image_url": f"data:image/png;base64,{PICTURE_TEXT}"}
@@ -207,6 +213,11 @@ def test_wrapped_base64_gives_the_same_bytes(content: bytes, width: int) -> None
     wrapped = "\r\n".join(text[i : i + width] for i in range(0, len(text), width))
     for form in (text, wrapped, f" {text}\n", f"data:image/png;base64,{wrapped}"):
         assert image_bytes(form) == content
+
+
+@pytest.mark.parametrize("start", ["DATA:image/png;base64,", "data:Image/PNG;Base64,"])
+def test_a_data_url_may_be_written_in_capitals(start: str) -> None:
+    assert image_bytes(start + PICTURE_TEXT) == PICTURE
 
 
 def test_content_decides_and_not_the_mime_type() -> None:
@@ -286,6 +297,10 @@ def test_wrong_or_missing_key_is_a_401(headers: dict[str, str]) -> None:
 
 
 def test_any_configured_key_opens_either_header() -> None:
-    for headers in ({"authorization": "bearer key-b"}, {"x-moondream-auth": "key-a"}):
+    for headers in (
+        {"authorization": "bearer key-b"},
+        {"authorization": "Bearer  key-b "},
+        {"x-moondream-auth": "key-a"},
+    ):
         check_auth(headers, ("key-a", "key-b"))
     check_auth({}, ())

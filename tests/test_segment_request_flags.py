@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from serving import base64_text, picture
 
 from kestrel.api import (
+    MAX_CONTEXT,
     InvalidRequest,
     RequestError,
     SegmentRequest,
     SegmentSettings,
     UnknownModel,
+    image_size,
     parse_segment_json,
     validate_segment,
 )
@@ -102,6 +104,31 @@ def test_null_is_the_same_as_absent_where_there_is_no_default_value(name: str) -
 def test_default_max_tokens_fits_a_model_with_a_small_context() -> None:
     request = validate_segment(object="dog", max_context=512)
     assert request.settings.max_tokens == 512
+
+
+@pytest.mark.parametrize("context", [None, 2 * MAX_CONTEXT])
+def test_max_tokens_has_a_bound_whatever_the_model_takes(context: int | None) -> None:
+    def taken(tokens: int) -> int:
+        settings = {"max_tokens": tokens}
+        return validate_segment(
+            object="dog", settings=settings, max_context=context
+        ).settings.max_tokens
+
+    assert taken(MAX_CONTEXT) == MAX_CONTEXT
+    with pytest.raises(InvalidRequest, match=f"1..{MAX_CONTEXT}"):
+        taken(MAX_CONTEXT + 1)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_file_is_taken_in_whatever_holds_its_bytes(kind: type) -> None:
+    image = validate_segment(object="dog", image=kind(PICTURE)).image
+    assert isinstance(image, bytes) and image == PICTURE
+
+
+def test_an_image_counts_by_the_bytes_that_hold_it() -> None:
+    assert image_size(PICTURE) == len(PICTURE)
+    assert image_size(np.zeros((7, 5, 3), np.uint8)) == 7 * 5 * 3
+    assert image_size(None) == 0
 
 
 # The flags
