@@ -18,7 +18,7 @@ import kestrel.image as image_module
 from kestrel import image_parts
 from kestrel.api import InvalidRequest, RequestError, TooLarge
 from kestrel.config import Limits
-from kestrel.image import decode, plain_jpeg, probe
+from kestrel.image import check_array, decode, plain_jpeg, probe
 from kestrel.image_parts import MOST_PARTS, MOST_SCANS
 
 ORIENTATION = 0x0112
@@ -152,6 +152,14 @@ def test_pixel_limit_is_the_configured_one() -> None:
     assert probe(file_of("PNG"), Limits(max_image_pixels=600)).width == 30
     with pytest.raises(TooLarge, match="30 x 20"):
         probe(file_of("PNG"), Limits(max_image_pixels=599))
+
+
+def test_pixel_limit_is_for_arrays_too() -> None:
+    array = np.asarray(picture())
+    assert np.array_equal(decode(array, Limits(max_image_pixels=600)), array)
+    for read in (decode, check_array):
+        with pytest.raises(TooLarge, match="30 x 20 pixels; the limit is 599"):
+            read(array, Limits(max_image_pixels=599))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
