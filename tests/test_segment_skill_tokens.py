@@ -250,6 +250,24 @@ def test_a_path_of_too_many_commands_is_no_path() -> None:
     assert decode.path == "M0 0" + "L0.00104 0.00104" * 4
 
 
+@pytest.mark.parametrize(("digits", "error"), [(9, None), (10, "part"), (400, "part")])
+def test_an_integer_of_very_many_digits_is_no_coordinate(digits: int, error: str | None) -> None:
+    words = WordLevel({"?": 0, "M": 30, "0": 31, "9" * digits: 32}, unk_token="?")
+    tokenizer = SegmentTokenizer(Tokenizer(words), MODEL.prompt)
+    decode = SegmentDecode(MODEL.prompt, tokenizer, 100)
+    for token in (*WHOLE, 30, 31, 32):
+        decode.push(token)
+    assert (error or "") in (decode.parse_error or "") and bool(decode.path) is (error is None)
+
+
+def test_an_end_that_is_the_last_token_allowed_cuts_nothing_off() -> None:
+    tokens = [*WHOLE, *spelled("M 0 0 L 960 960 Z"), EOS]
+    decode, _ = decoded(tokens, len(tokens))
+    assert (decode.finish_reason, decode.parse_error) == ("stop", None)
+    decode, _ = decoded(tokens, len(tokens) - 1)
+    assert decode.finish_reason == "length" and "cut off" in (decode.parse_error or "")
+
+
 unit = st.floats(0, 1)
 coords = st.builds(Coord, unit)
 sizes = st.builds(Size, unit, unit)

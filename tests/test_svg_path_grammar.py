@@ -144,6 +144,18 @@ def test_arc_flags_choose_one_of_four_arcs(flags, centre, middle):
     assert np.hypot(*(points - middle).T).min() < 0.5
 
 
+@pytest.mark.parametrize("degrees", [20, 100, 120, 130, 200, 250, 290, 340])
+def test_an_arc_of_any_length_lies_on_its_circle(degrees):
+    x, y = (10 * turn(math.radians(degrees)) for turn in (math.cos, math.sin))
+    points = flatten(parse_path(f"M10 0A10 10 0 {degrees > 180:d} 1 {x!r} {y!r}"))
+    assert np.abs(np.hypot(*points.T) - 10).max() < 0.003
+
+
+def test_a_chord_that_is_nothing_beside_the_radii_is_a_line():
+    _, curve = parse_path("M0 0A1e6 1e6 0 0 0 1e-320 0").commands
+    assert curve == ("C", (0.0, 0.0, 1e-320, 0.0, 1e-320, 0.0))
+
+
 def test_arc_radii_too_small_are_scaled_up_to_reach():
     points = flatten(parse_path("M0 0A1 1 0 0 1 20 0"))
     assert np.allclose(np.hypot(*(points - (10, 0)).T), 10, atol=0.01)
@@ -181,6 +193,9 @@ def test_rotated_ellipse_keeps_its_axes():
         "Minf 0",
         "M1e999 0",
         "M1e7 0",
+        "M-1e7 0",
+        "M0 0A1e7 1 0 0 0 1 1",
+        "M0 0A1 1 1e7 0 0 1 1",
         "M0 0" + "l1e6 0" * 2,
         "M--1 0",
         "M+-1 0",
@@ -273,6 +288,7 @@ def test_place_path_goes_from_the_box_to_pixels():
         {"x_min": math.nan, "y_min": 0, "x_max": 1, "y_max": 1},
         {"x_min": 0, "y_min": -math.inf, "x_max": 1, "y_max": 1},
         {"x_min": 0, "y_min": 0, "x_max": 1e300, "y_max": 1},
+        {"x_min": -1e300, "y_min": 0, "x_max": 1, "y_max": 1},
         {"x_min": "a", "y_min": 0, "x_max": 1, "y_max": 1},
         {"x_min": None, "y_min": 0, "x_max": 1, "y_max": 1},
         None,
