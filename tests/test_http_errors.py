@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from scripted import ASK, BOX, WELL, ScriptedBackend, refused
 from serving import connected, post_head, served, sse_events
 
+from kestrel import api
 from kestrel.api import BboxEvent, InvalidRequest, ModelEvent, Overloaded, PromptTooLong
 from kestrel.seg_refiner.result import SegmentRefineBitmapsResult
 from kestrel.server.routes import build_app
@@ -132,6 +134,24 @@ async def test_a_slow_model_is_a_504_and_its_work_is_cancelled(client, backend, 
     )
     refused(response, 504)
     assert backend.held == 0 and backend.ended_by == ["CancelledError"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_deadline_that_passes_while_the_body_is_looked_at_is_a_504(
+    client, backend, monkeypatch, stream
+):
+    parse = api.parse_segment_json
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.1)
+        return parse(*args, **options)
+
+    monkeypatch.setattr(api, "parse_segment_json", slow)
+    response = await client.post(
+        "/v1/segment", json=ASK | {"stream": stream}, headers={"X-Request-Timeout-Ms": "50"}
+    )
+    refused(response, 504)
+    assert backend.begun == 0
 
 
 async def test_a_deadline_inside_a_stream_is_an_error_event(client, backend):

@@ -26,13 +26,16 @@ class Room:
 
     def enter(self, left_s: float = math.inf) -> Place:
         """A place for one request, to be left; Full when all are taken, Overloaded where its
-        deadline, in ``left_s`` seconds, is nearer than its answer."""
+        deadline, in ``left_s`` seconds, is nearer than its answer, DeadlineExceeded where it has
+        passed."""
         if self.requests >= self._most_requests:
             raise Full(f"the server is full ({self.requests} requests)")
         self._expect(left_s)
         return Place(self)
 
     def _expect(self, left_s: float) -> None:
+        if left_s <= 0:
+            raise DeadlineExceeded()
         expected_s = self._stays.expected_s()
         if expected_s > left_s:
             raise Overloaded(
@@ -64,7 +67,8 @@ class Place:
 
     def begin(self, left_s: float = math.inf) -> None:
         """All of the request is here: from now on its answer is waited for. Overloaded where it
-        would come too late, behind those that began while this one's body was read."""
+        would come too late, behind those that began while this one's body was read,
+        DeadlineExceeded where that took all of its time."""
         self._room._expect(left_s)
         self._stay = self._room._stays.begin()
 
