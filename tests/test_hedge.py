@@ -74,10 +74,12 @@ async def test_a_call_that_answers_is_made_once() -> None:
 
 
 async def test_a_silent_second_call_is_followed_by_a_third() -> None:
-    calls = Calls(None, None, says("third"))
-    assert await ask(Hedge(SOON_S, 2), calls) == "third"
-    await asyncio.sleep(0)
-    assert calls.cancelled == 2
+    hedge = Hedge(SOON_S, 2)
+    for _ in range(2):  # the second request has as many of them as the first
+        calls = Calls(None, None, says("third"))
+        assert await asyncio.wait_for(ask(hedge, calls), 30) == "third"
+        await asyncio.sleep(0)
+        assert calls.cancelled == 2
 
 
 async def test_a_second_replica_that_is_gone_leaves_the_first_call_to_answer() -> None:
@@ -91,6 +93,25 @@ async def test_a_second_replica_that_is_gone_leaves_the_first_call_to_answer() -
         raise Gone
 
     assert await ask(Hedge(SOON_S, 1), Calls(late, lost)) == "first"
+
+
+async def test_an_answer_is_taken_before_the_losses_that_come_at_the_same_time() -> None:
+    come = asyncio.Event()
+
+    async def lost() -> str:
+        await come.wait()
+        raise Gone
+
+    async def answered() -> str:
+        await come.wait()
+        return "answer"
+
+    calls = Calls(*[lost] * 7, answered, *[lost] * 7)
+    asking = asyncio.create_task(ask(Hedge(SOON_S, 14), calls))
+    while calls.made < 15:
+        await asyncio.sleep(SOON_S)
+    come.set()
+    assert await asking == "answer"
 
 
 async def test_the_last_call_s_error_is_the_caller_s() -> None:
