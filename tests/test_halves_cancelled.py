@@ -11,11 +11,17 @@ import pytest
 
 pytest.importorskip("ray.serve")
 
-from kestrel.api import DeadlineExceeded, Overloaded
+from kestrel.api import (
+    DeadlineExceeded,
+    ModelMetrics,
+    ModelResult,
+    Overloaded,
+    SegmentRequest,
+)
 from kestrel.config import RuntimeConfig
 from serve_graph import compose, halves
 from serve_graph.compose import GraphBackend
-from serve_graph.halves import Deadline
+from serve_graph.halves import Deadline, RefinerHalf, RefinerUnavailable
 from serve_graph.hedge import Hedge
 from serve_graph.ingress import IngressDeployment
 
@@ -52,6 +58,35 @@ async def test_a_call_that_nobody_answers_is_late_and_cancelled() -> None:
         with pytest.raises(DeadlineExceeded):
             await halves._finish(response, Deadline(seconds))
         assert response.cancelled
+
+
+class Silent:
+    """A half that answers nothing."""
+
+    def options(self, **_: Any) -> Silent:
+        return self
+
+    def remote(self, *_: Any) -> Response:
+        return Response()
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "deadline_s", "error"),
+    [
+        (0.05, 30.0, RefinerUnavailable),
+        (30.0, 0.05, DeadlineExceeded),
+        (0.05, 0.05, DeadlineExceeded),
+    ],
+)
+async def test_a_refiner_that_is_silent_takes_all_of_a_request_s_time_or_is_done_without(
+    timeout_s: float, deadline_s: float, error: type[Exception]
+) -> None:
+    silent: Any = Silent()
+    half = RefinerHalf(silent, timeout_s, Hedge(None, 0))
+    box = {"x_min": 0.0, "y_min": 0.0, "x_max": 1.0, "y_max": 1.0}
+    model = ModelResult("id", "stop", "dog", "M0 0L1 0L1 1Z", box, ModelMetrics())
+    with pytest.raises(error):
+        await half.refine(SegmentRequest("dog", b"an image"), model, Deadline(deadline_s))
 
 
 def sent(value: Any) -> Any:
