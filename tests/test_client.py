@@ -34,6 +34,7 @@ from kestrel.config import Limits
 from kestrel.image import decode
 from kestrel.server.routes import build_app
 from serve_graph.client import SegmentClient
+from serve_graph.patience import Patience
 
 pytest_plugins = ["scripted"]
 
@@ -417,6 +418,19 @@ def test_an_answer_that_drips_is_late_in_every_way(monkeypatch, dripped):
     # A stream that has begun may take ``LATE_S`` more.
     assert 0.8 < time.monotonic() - began < 5
     assert [type(error) for error in errors] == [DeadlineExceeded] * 4
+
+
+def test_time_that_a_reader_takes_for_himself_does_not_count(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("serve_graph.patience.time", clock)
+    clock.monotonic = lambda: clock.now
+    patience = Patience(10.0)
+    # Beyond the deadline nothing is waited for before an event has come.
+    for begins, longest, ends in ((0.0, 10.0, 1.0), (99.0, 100.0, 99.25), (500.0, 500.75, 500.5)):
+        clock.now = begins
+        with patience.waiting() as last:
+            assert last == longest
+            clock.now = ends
 
 
 def test_no_call_waits_for_the_connections_of_others():
