@@ -144,6 +144,21 @@ def test_pool_at_zero_is_woken_by_a_request_in_the_model(policy: Any) -> None:
     assert decisions[REFINER] >= 1
 
 
+def test_what_a_refinement_takes_is_known_when_no_refiner_is_left_to_ask(policy: Any) -> None:
+    nobody = ONE_TO_MANY.model_copy(update={"min_replicas": 0})
+    model = context(MODEL, Pool(), reports={**BUSY, "waiting": 0.0, "running": 1.0})
+
+    def wanted(replicas: int, **reports: float) -> int:
+        pool = context(REFINER, nobody, replicas=replicas, reports=reports)
+        return policy({MODEL: model, REFINER: pool})[0][REFINER]
+
+    # One a second, by the default 0.2 s each.
+    assert wanted(0) == 1
+    assert wanted(1, busy_s=0.5) == 1
+    # What waits after 10 s takes one for 5 s, and what comes then two thirds of one.
+    assert wanted(0) == 2
+
+
 def test_without_reports_of_the_model_serves_default_decides(policy: Any) -> None:
     pool = ONE_TO_MANY.model_copy(update={"target_ongoing_requests": 2.0})
     for reports in ({}, {"waiting": 9.0}):

@@ -68,6 +68,13 @@ def test_queue_without_new_work_still_gets_replicas() -> None:
     assert decision.wanted == math.ceil((398 - 100) * 0.2 / 5)
 
 
+def test_a_rounding_error_costs_no_replica() -> None:
+    # 10.5 a second, 0.2 s each, at 70 % of their time: three replicas, and a last bit.
+    decision = decide([replace(STEADY, running=7)] * 3, refiners(3), AIMS)
+    assert decision.due_per_s * 0.2 / 0.7 > 3
+    assert (decision.wanted, decision.reason) == (3, "keep")
+
+
 def test_border_load_does_not_swing() -> None:
     sizes = []
     target = 6
