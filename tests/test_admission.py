@@ -13,7 +13,7 @@ from scripted import ASK, WELL, ScriptedBackend
 from serving import served, until
 
 from kestrel.api import Overloaded
-from kestrel.config import ConfigError, RuntimeConfig
+from kestrel.config import ConfigError, Limits, RuntimeConfig
 from kestrel.server.room import Room
 from kestrel.server.routes import build_app
 
@@ -70,6 +70,18 @@ async def test_bodies_are_bounded_together_by_bytes() -> None:
         # What is small still fits.
         assert (await client.post("/v1/segment", json={"object": "cat"})).status_code == 200
         assert [reply.status_code for reply in await asyncio.gather(*running)] == [200] * 2
+    assert (room.requests, room.bytes) == (0, 0)
+
+
+def test_bytes_are_held_up_to_the_bound_and_each_once() -> None:
+    room = Room(RuntimeConfig(limits=Limits(max_body_bytes=1000), max_held_bytes=1000))
+    with room.enter() as place, room.enter() as other:
+        # Of a body its length is told first, and then comes what has come of it.
+        for size, held in ((400, 400), (300, 400), (1000, 1000)):
+            place.hold(size)
+            assert room.bytes == held
+        with pytest.raises(Overloaded, match="1000 bytes"):
+            other.hold(1)
     assert (room.requests, room.bytes) == (0, 0)
 
 

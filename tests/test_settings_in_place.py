@@ -277,6 +277,14 @@ def test_an_ingress_cannot_start_with_settings_that_do_not_fit(levels: dict[str,
         assert levels == {"segment_former_settings_replicas": 0}
 
 
+def test_a_setting_that_is_taken_back_stays(levels: dict[str, float]) -> None:
+    replica = ingress(api_keys=[HASH])
+    replica.reconfigure({"refine_timeout_s": 30, "api_keys": []})
+    assert (replica._backend._refiner.timeout_s, keys(replica)) == (30, ())
+    replica.reconfigure({})
+    assert (replica._backend._refiner.timeout_s, keys(replica)) == (10, parse_keys([HASH]))
+
+
 def test_an_ingress_that_starts_opens_its_door_for_a_typing_error(levels: dict[str, float]) -> None:
     replica = ingress()
     replica.reconfigure({"api_keys": [HASH], "refine_timout_s": 30})
