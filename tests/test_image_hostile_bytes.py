@@ -532,6 +532,13 @@ def test_entries_of_exif_that_are_there_count(place: str) -> None:
     assert probe(with_exif(place, bytes(named))).width == 20
 
 
+@pytest.mark.parametrize("place", EXIF_PLACES)
+def test_an_entry_of_exif_that_says_to_be_larger_than_all_of_it_is_passed_over(place: str) -> None:
+    larger = (0x010E, 2, 10**6, struct.pack("<L", 8))
+    turn = (ORIENTATION, 3, 1, b"\6\0\0\0")
+    assert probe(with_exif(place, exif_block([larger, turn]))).width == 20
+
+
 def test_metadata_of_real_files_is_accepted() -> None:
     icc = b"".join(
         segment(0xE2, b"ICC_PROFILE\0" + bytes((i, 255)) + bytes(65_000)) for i in range(1, 256)

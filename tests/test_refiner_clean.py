@@ -91,6 +91,18 @@ def test_small_parts_that_the_path_drew_stay():
     assert cleaned.sum() != clean_mask(refined).sum()
 
 
+@pytest.mark.parametrize(("pixels", "stays"), [(17, False), (18, True)])
+def test_a_small_island_stays_from_a_third_of_the_one_that_was_drawn_on(pixels, stays):
+    coarse = np.zeros((SIDE, SIDE), np.uint8)
+    coarse[50:80, 50:80] = 1
+    coarse[20:26, 20:29] = 1
+    refined = coarse.copy()
+    refined[20:26, 20:29] = 0
+    for i in range(pixels):
+        refined[20 + i // 6, 20 + i % 6] = 1
+    assert clean_mask(refined, coarse)[:40].any() == stays
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_small_is_left_of_a_grainy_mask(seed):
     cleaned = clean_mask(noise(SIDE, seed, 1.5))
