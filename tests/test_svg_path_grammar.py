@@ -241,6 +241,7 @@ def test_limits_of_characters_and_segments():
     limits = Limits(max_path_chars=50, max_path_commands=4)
     with pytest.raises(SvgPathError, match="51 characters"):
         parse_path("M0 0" + " " * 47, limits)
+    assert parse_path("M0 0" + " " * 46, limits) == parse_path("M0 0")
     with pytest.raises(SvgPathError, match="4 segments"):
         parse_path("M0 0 1 1 2 2 3 3 4 4", limits)
     assert len(parse_path("M0 0 1 1 2 2 3 3", limits).commands) == 4
