@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kestrel.seg_refiner.clean import BAND, MIN_FRACTION, clean_mask
+from kestrel.seg_refiner.clean import BAND, MIN_FRACTION, clean_mask, close_cracks
 
 SIDE = 200
 LEAST = int(MIN_FRACTION * SIDE * SIDE)
@@ -68,6 +68,13 @@ def test_a_dropped_island_does_not_come_back_as_its_hole():
     mask[10:17, 10:17] = 1
     mask[13, 13] = 0
     assert np.array_equal(clean_mask(mask), block())
+    # In the middle of what stays, too.
+    ring = block()
+    ring[70:130, 70:130] = 0
+    mask = ring.copy()
+    mask[97:104, 97:104] = 1
+    mask[100, 100] = 0
+    assert np.array_equal(clean_mask(mask), ring)
 
 
 def test_when_all_islands_are_small_the_largest_stays():
@@ -127,6 +134,14 @@ def test_large_parts_are_closed_as_in_the_whole_image(window):
     far = cv2.dilate(small, np.ones((7, 7), np.uint8)) == 0
     assert far.mean() > 0.3
     assert np.array_equal(cleaned[far], closed(mask)[far])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_bands_of_rows_are_closed_as_one(share):
+    mask = (np.random.default_rng(7).random((3 * BAND + 1, 300)) < share).astype(np.uint8)
+    expected = closed(mask)
+    close_cracks(mask)
+    assert np.array_equal(mask, expected)
 
 
 @pytest.mark.parametrize("turns", range(4))
