@@ -45,9 +45,12 @@ def test_every_match_length_in_one_stream() -> None:
 
 
 def test_symbols_of_very_unequal_counts_keep_their_codes_within_the_format_s_limit() -> None:
-    # Counts that double make the deepest trees: one length 2**k times for each k.
-    lengths = [4 + 2 * k for k in range(16) for _ in range(2**k)]
-    content = runs(*lengths)
+    # Fibonacci's numbers as counts make the deepest trees: 20 lengths, each with its own symbol.
+    counts = [1, 1]
+    while len(counts) < 20:
+        counts.append(counts[-2] + counts[-1])
+    matches = [*range(3, 11), *range(11, 19, 2), *range(19, 35, 4), *range(35, 67, 8)]
+    content = runs(*np.repeat(matches, counts) + 1)
     assert zlib.decompress(from_runs(content, 255)) == content
 
 
