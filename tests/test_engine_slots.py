@@ -444,7 +444,12 @@ async def test_metrics_count_what_was_read_and_written(engine, ask):
         assert metrics.output_tokens == len(found["token_ids"]) + 4  # centre, size, end
     times = (metrics.prefill_time_ms, metrics.decode_time_ms, metrics.ttft_ms)
     assert all(math.isfinite(time) and time >= 0 for time in times)
-    assert metrics.ttft_ms >= metrics.prefill_time_ms > 0
+    assert metrics.ttft_ms > metrics.prefill_time_ms > 0, "it waited for its picture"
+
+
+async def test_a_request_of_one_token_is_over_when_it_is_read(engine, ask):
+    metrics = (await engine.segment(**ask, settings={"max_tokens": 1})).metrics
+    assert (metrics.output_tokens, metrics.decode_time_ms) == (1, 0.0)
 
 
 async def test_the_default_of_settings_is_greedy(engine, ask):
