@@ -45,11 +45,11 @@ def clean_mask(mask: np.ndarray, coarse: np.ndarray | None = None) -> np.ndarray
     for island in small:
         stays = island is largest and len(small) == len(islands)
         (kept if stays or drawn_islands.one_is_covered_by(island) else dropped).append(island)
-    # What stays lies in the boxes of these islands, with a ring around it so that it is closed as
-    # it would be in the whole image. Nothing else of the picture is written.
+    # What stays lies in the boxes of these islands, and so does its closing. Nothing else of the
+    # picture is written.
     boxes = np.array([cv2.boundingRect(island.contour) for island in kept])
-    left, top = (int(v) for v in np.maximum(boxes[:, :2].min(0) - 2, 0))
-    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0) + 2
+    left, top = (int(v) for v in boxes[:, :2].min(0))
+    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0)
     window, offset = np.s_[top:bottom, left:right], (-left, -top)
     crop = cleaned[window]
     crop[:] = mask[window]
