@@ -440,8 +440,8 @@ async def test_metrics_count_what_was_read_and_written(engine, ask):
     assert metrics.input_tokens == prompt.length
     assert prompt.length > MODEL.vision.n_patches
     found = segment(result)
-    if found["bbox"] is not None and result.finish_reason == "stop" and "parse_error" not in found:
-        assert metrics.output_tokens == len(found["token_ids"]) + 4  # centre, size, end
+    assert found["bbox"] is not None and result.finish_reason == "stop"
+    assert metrics.output_tokens == len(found["token_ids"]) + 4  # centre, size, end
     times = (metrics.prefill_time_ms, metrics.decode_time_ms, metrics.ttft_ms)
     assert all(math.isfinite(time) and time >= 0 for time in times)
     assert metrics.ttft_ms > metrics.prefill_time_ms > 0, "it waited for its picture"

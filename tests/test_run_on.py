@@ -7,14 +7,16 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from engines import CONFIG, SAMPLES, comparable
+from engines import CONFIG, MODEL, SAMPLES, TOKENIZER, comparable
 
 from kestrel import batch as batches
+from kestrel.api import SegmentRequest
 from kestrel.batch import Batch
 from kestrel.config import SHIPPED_MODELS, RuntimeConfig
 from kestrel.engine import InferenceEngine
 from kestrel.moondream.model import load
 from kestrel.moondream.stacked import StackedLayers
+from kestrel.skills.segment import build_prompt
 
 NANO = SHIPPED_MODELS / "nano"
 
@@ -65,8 +67,8 @@ class Calls:
         monkeypatch.setattr(StackedLayers, "run_on", counted)
 
 
-async def answers(asked) -> list:
-    async with await InferenceEngine.create(RuntimeConfig(**CONFIG)) as engine:
+async def answers(asked, **config) -> list:
+    async with await InferenceEngine.create(RuntimeConfig(**CONFIG, **config)) as engine:
         alone = [comparable(await engine.segment(**arguments)) for arguments in asked]
         together = await asyncio.gather(*[engine.segment(**arguments) for arguments in asked])
         stats = engine.stats()
@@ -91,6 +93,19 @@ async def test_several_steps_at_once_answer_otherwise(monkeypatch, cores):
         assert len(calls.steps) == taken
     assert found[:3] == expected[:3]
     assert found[0] == found[1]
+
+
+async def test_answers_that_the_context_ends_run_over_its_end_into_their_neighbours(monkeypatch):
+    prompts = [build_prompt(SegmentRequest(**asked), MODEL, TOKENIZER) for asked in SAMPLES[:6]]
+    # Of no length that whole calls would come to.
+    context = max(prompt.length for prompt in prompts) + 3 * batches.AHEAD + 1
+    short = {"max_context": context, "allow_empty_paths": True}  # too short for whole answers
+    calls = Calls(monkeypatch)
+    found = await answers(SAMPLES[:6], **short)
+    assert max(calls.steps) == batches.AHEAD
+    monkeypatch.setattr(batches, "AHEAD", 1)
+    assert (await answers(SAMPLES[:6], **short))[:3] == found[:3]
+    assert found[0] == found[1] and found[2] == [context - p.length for p in prompts]
 
 
 async def test_a_draw_or_a_neighbours_box_lets_a_path_run_on(monkeypatch):
