@@ -159,6 +159,16 @@ def test_an_outline_along_the_contour_goes_into_every_bay_from_the_top_of_the_mi
         mirrored = outlines.outline_along(outlines.contour(mask[:, ::-1]))
         back = np.roll(mirrored[::-1], 1, axis=0)
         assert np.abs([mask.shape[1], 0] - back * [1, -1] - points).max() < 2
+        # The first of several polygons is that one; the others begin further on, and the last
+        # just before the first one's second vertex.
+        several = outlines.outline_along(outlines.contour(mask), 32, 4).reshape(32, 4, 2)
+        assert np.array_equal(several[:, 0], points)
+        ways = np.linalg.norm(several[0] - points[0], axis=1)
+        assert (np.diff(ways) > 0).all()
+        assert np.linalg.norm(several[0, 3] - points[1]) < ways[1] * 1.5
+        for start in range(4):
+            drawn = outlines.polygon_mask(several[:, start], *mask.shape)
+            assert (drawn & mask).sum() / (drawn | mask).sum() > 0.9
 
 
 def test_a_scene_is_the_same_at_another_size(tools):
@@ -241,6 +251,30 @@ def test_a_question_is_what_the_engine_asks_and_what_it_is_to_answer(tools, made
     assert "absent" in kinds
     told, words = (set(column) for column in zip(*kinds - {"absent"}, strict=True))
     assert told == {0, 2, 3} and words & set(NOUNS) and words - set(NOUNS)
+
+
+def test_from_a_vertex_that_is_ahead_the_next_is_wanted_ahead_and_a_little_less(tools, made):
+    questions = tools["nano_questions"]
+    maker = maker_of(tools, made, questions=3)
+    # A circle, where being ahead is an angle; each polygon of it has 32 vertices.
+    turn = torch.arange(4 * 32) * (2 * torch.pi / (4 * 32))
+    circle = torch.stack([0.5 + 0.4 * turn.sin(), 0.5 - 0.4 * turn.cos()], 1)
+    box = torch.tensor([0.5, 0.5, 0.8, 0.8])
+    wanted, fed = maker._going_on(circle.expand(40, 3, -1, -1), box.expand(40, 3, -1))
+
+    def ahead(points):
+        at = torch.atan2(points[..., 0] - 0.5, 0.5 - points[..., 1]) / (2 * torch.pi / 32)
+        return (at - torch.arange(32) + 16) % 32 - 16
+
+    assert ((wanted - 0.5).norm(dim=-1) - 0.4).abs().max() < 1e-3
+    assert ahead(wanted)[..., 0].abs().max() < 1e-3
+    # What is fed is also off the contour, which moves it along a little where it is far off.
+    off = ahead(wanted)[..., 1:] - questions.KEPT * ahead(fed)[..., :-1]
+    assert off.abs().median() < 0.1 and ahead(wanted).std() > 0.15
+    exact = (fed - wanted).abs().amax((2, 3)) < 1e-6
+    assert 0 < exact.float().mean() < 0.25 and ahead(wanted)[exact].abs().max() < 1e-3
+    near = ((fed - 0.5).norm(dim=-1) - 0.4).abs()
+    assert 0.002 < near.median() < 0.02
 
 
 def test_labels_are_those_of_the_scene_or_of_its_mirror_image(tools, made):

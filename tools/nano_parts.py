@@ -28,7 +28,7 @@ from nano_training import LEVELS, Batch, Losses
 from nouns import CORE, CORE_STYLES
 from outlines import polygon_mask
 from safetensors.torch import load_file
-from scene_store import CELLS, GRID, Scenes, build_store
+from scene_store import CELLS, GRID, STARTS, Scenes, build_store
 from torch import Tensor
 
 from kestrel.moondream.tokens import SegmentTokenizer
@@ -110,7 +110,7 @@ def parts_of(losses: Losses, asker: SceneQuestions, store: Scenes) -> np.ndarray
         answers = greedy(model, embeddings, prompts)
         for (scene, slot, noun), prompt, (box, path) in zip(cases, prompts, answers, strict=True):
             true_box = found["boxes"][scene, slot]
-            outline = found["outlines"][scene, slot]
+            outline = found["outlines"][scene, slot, ::STARTS]
             true_shape = ((outline - true_box[:2]) / true_box[2:] + 0.5).numpy()
             truth = drawn(outline.numpy(), whole)
             masks = [truth & False] * 3

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from nano_looks import MARKS, looks, patch_marks, patch_offsets, patch_places
 from nano_training import IGNORE, LEVELS, QUANTUM, Batch
-from scene_store import CELLS, GRID, OBJECTS, VERTICES, Scenes
+from scene_store import CELLS, GRID, OBJECTS, STARTS, VERTICES, Scenes
 from tokenizers import Tokenizer
 from torch import Tensor
 from words import KINDS, SYNONYMS
@@ -31,6 +31,8 @@ ARTICLES = {"": 4, "a ": 1, "the ": 1}
 """What stands before the word, and how often."""
 LEAST_SHARE = 8
 """An object that covers less of a patch, in 255ths, does not shape it."""
+KEPT = 0.9
+"""Of what a vertex is ahead or behind along the contour, how much the next is to be."""
 CELL_SAMPLES = 2
 """Points per side of a cell that are tried against an outline."""
 PATH = 2 * VERTICES + 3
@@ -99,6 +101,8 @@ class _Asked:
     """float [.., 4]: (cx, cy, w, h) of the answer."""
     outline: Tensor
     """float [.., 32, 2]: the answer's vertices in 0..1 of the image."""
+    fed: Tensor
+    """float [.., 32, 2]: those that are fed in their place."""
     share: Tensor
     """float [.., 576]: how much of each patch shows the answer."""
 
@@ -175,7 +179,7 @@ class BatchMaker:
         turned = outlines.flip(2).roll(1, dims=2) * mirror[0] + mirror[1]
         outlines = torch.where(_over(flip, 4), turned, outlines)
         nouns = found["nouns"].long()
-        labels = self._patch_labels(nouns, shares, boxes, outlines)
+        labels = self._patch_labels(nouns, shares, boxes, outlines[:, :, ::STARTS])
         images = self._recoloured(images).permute(0, 3, 1, 2).contiguous()
         if self.questions:
             asked = self._ask(nouns, boxes, outlines, points, shares)
@@ -251,13 +255,15 @@ class BatchMaker:
         high = (near[..., :2] + near[..., 2:] / 2).maximum(low + 0.02).clamp(max=1)
         by_box = torch.cat([(low + high) / 2, high - low], -1)
         ref = torch.where(by_point[..., None], F.pad(point, (0, 2)), by_box)
+        wanted, fed = self._going_on(outline.unflatten(-1, (-1, 2)), box)
         return _Asked(
             noun.where(present, drawn),
             present,
             torch.where(by_point, 2, 3) * refers,
             ref,
             box,
-            outline.unflatten(-1, (-1, 2)),
+            wanted,
+            fed,
             _rows(shares, slot) / 255,
         )
 
@@ -275,7 +281,7 @@ class BatchMaker:
         true, fed = [pointer.expand(b, q, 3)], [pointer.expand(b, q, 3)]
         if not self.boxes_only:
             true += [self._path(asked.outline, fed_box)]
-            fed += [self._path(self._shaken(asked.outline, asked.box), fed_box)]
+            fed += [self._path(asked.fed, fed_box)]
         ends = asked.noun.new_full((b, q, 1), special.eos_id)
         true_ids, fed_ids = torch.cat([*true, ends], -1), torch.cat(fed, -1)
         length = fed_ids.shape[-1]
@@ -335,33 +341,64 @@ class BatchMaker:
         centre, size = box[..., :2], box[..., 2:]
         off = torch.cat(
             [
-                (centre + self._normal(*centre.shape) * 0.03 * size).clamp(0, 1),
-                (size * (self._normal(*size.shape) * 0.05).exp()).clamp(0.01, 1),
+                (centre + self._normal(*centre.shape) * 0.025 * size).clamp(0, 1),
+                (size * (self._normal(*size.shape) * 0.045).exp()).clamp(0.01, 1),
             ],
             dim=-1,
         )
         return torch.where(self._chance(*box.shape[:-1], 1) < 0.25, box, off)
 
-    def _shaken(self, outline: Tensor, box: Tensor) -> Tensor:
-        """Outlines [B, Q, 32, 2] as the model would say them: too wide here, too narrow there, and
-        ahead or behind along the contour.
+    def _going_on(self, outline: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+        """Outlines of ``STARTS`` polygons [B, Q, 128, 2] -> the vertices that are wanted and those
+        that are fed, [B, Q, 32, 2] each.
 
-        Fed with true vertices only, it learns to go on from the one before and not to look.
+        What is fed errs as the model does: ahead or behind along the contour, mostly near it, some
+        vertices far off it. From there one step further is wanted, and slowly back to where the
+        vertices of the outline are: the length of what is still to come is hard to see, the next
+        stretch of the edge is not. Fed with true vertices only, it learns to go on from the one
+        before and not to look.
         """
-        b, q, n, _ = outline.shape
-        turn = torch.arange(n, device=self.device) * (2 * torch.pi / n)
-        order = torch.arange(1, 4, device=self.device)[:, None]
-
-        def waves(*of: int) -> Tensor:
-            phase = self._chance(b, q, *of, 3, 1) * 2 * torch.pi
-            height = self._normal(b, q, *of, 3, 1)
-            return (height * (order * turn + phase).cos()).sum(-2)
-
+        b, q, points, _ = outline.shape
+        n = points // STARTS
+        moved = self._chance(b, q, 1) >= 0.1
+        slips = self._normal(b, q, n) * 0.12 * (self._normal(b, q, n) * 0.6).exp()
+        slips[..., 0] = self._normal(b, q) * 0.3
+        slips = (slips * moved).clamp(-1.0, 1.0)
+        wanted, fed = [], []
+        ahead = slips.new_zeros(b, q)
+        for k in range(n):
+            wanted.append(ahead * KEPT)
+            ahead = wanted[-1] + slips[..., k]
+            fed.append(ahead)
+        places = torch.arange(n, device=self.device) + torch.stack([*wanted, *fed], -1).unflatten(
+            -1, (2, n)
+        )
+        wanted, fed = _along(outline, places).unbind(2)
         centre, size = box[..., None, :2], box[..., None, 2:]
-        reach = 1 + self._normal(b, q, 1) * 0.05 + waves() * 0.06 + self._normal(b, q, n) * 0.03
-        moved = waves(2).transpose(-1, -2) * 0.025 + self._normal(b, q, n, 2) * 0.012
-        wrong = centre + (outline - centre) * reach[..., None] + moved * size
-        return torch.where(self._chance(b, q, 1, 1) < 0.2, outline, wrong)
+        reach = 1 + self._normal(b, q, 1) * 0.02
+        astray = (self._normal(b, q, n, 1) * 0.8).exp()
+        off = self._normal(b, q, n, 2) * 0.013 * astray
+        wrong = centre + (fed - centre) * reach[..., None] + off * size
+        return wanted, torch.where(moved[..., None], wrong, fed)
+
+
+def _along(outline: Tensor, places: Tensor) -> Tensor:
+    """Where outlines of ``STARTS`` polygons [B, Q, 128, 2] are at ``places`` [B, Q, m, 32], in
+    steps from their first vertices: [B, Q, m, 32, 2]."""
+    at = places * STARTS
+    low = at.floor()
+    ends = [
+        _vertices(outline, ((low + end) % outline.shape[2]).long().flatten(2)).unflatten(
+            2, at.shape[2:]
+        )
+        for end in (0, 1)
+    ]
+    return ends[0].lerp(ends[1], (at - low)[..., None])
+
+
+def _vertices(outlines: Tensor, which: Tensor) -> Tensor:
+    """Of outlines [B, Q, n, 2] the vertices of these numbers, [B, Q, m] -> [B, Q, m, 2]."""
+    return outlines.gather(2, which[..., None].expand(*which.shape, 2))
 
 
 def path_ids(shape: Tensor, level_ids: Tensor, commands: Sequence[int]) -> Tensor:

@@ -25,6 +25,11 @@ QUANTUM = 8
 """Path integers are trained on multiples of this."""
 LEVELS = 960 // QUANTUM + 1
 """Path integers that are trained, over the grid of 960."""
+SIGMA = 2.0
+"""How far a level that is wanted spreads over its neighbours (standard deviation), levels. Where it
+spreads as far as the model errs, being nearer is hardly worth anything."""
+CLOSE = 0.02
+"""What is regressed in sides of a box: errors up to this count by their square."""
 IGNORE = -100
 SHAPE_BLOCK = 2
 """Vision block after which a patch tells which of its cells the object covers. The blocks after it
@@ -180,9 +185,9 @@ class Losses:
         self.level_ids = torch.tensor(level_ids, device=device)
         self.level_of = self.level_ids.new_full((model.config.text.vocab_size,), -1)
         self.level_of[self.level_ids] = torch.arange(LEVELS, device=device)
-        # Row n: what is wanted where level n is. Numbers spread over their neighbours (sigma 3
-        # levels): where the model is not sure, the likeliest is near the middle of the likely ones.
-        self.spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, 3.0)
+        # Row n: what is wanted where level n is. Numbers spread over their neighbours: where the
+        # model is not sure, the likeliest is near the middle of the likely ones.
+        self.spread = soft_bins(torch.arange(LEVELS, device=device), LEVELS, SIGMA)
         self.dense_weight = 1.0
         self.cell_weight = 0.5
         self.read_cell_weight = 2.0
@@ -280,8 +285,16 @@ class Losses:
             "place": place,
             "look": look,
             "vertex": vertex,
+            "off": self._off(logits.detach(), target),
         }
         return total, dense_parts | {name: part.detach() for name, part in parts.items()}
+
+    def _off(self, logits: Tensor, target: Tensor) -> Tensor:
+        """How far the likeliest numbers of a path are from those wanted, levels."""
+        levels = self.level_of[target]
+        numbers = levels >= 0
+        said = logits[numbers][:, self.level_ids].argmax(-1)
+        return (said - levels[numbers]).abs().float().mean()
 
     def decoded(self, image: Tensor, batch: Batch, told: Collection[int] = LOOK_HEADS) -> Decoded:
         """What the decoder makes of a batch whose pictures are encoded, [B, 576, dim]."""
@@ -345,7 +358,7 @@ class Losses:
         return (
             F.smooth_l1_loss(guess, wanted, beta=0.05),
             F.cross_entropy(number.flatten(0, 1), order.flatten()),
-            F.smooth_l1_loss(vertex, pairs, beta=0.05),
+            F.smooth_l1_loss(vertex, pairs, beta=CLOSE),
         )
 
     def noun_scores(self, image: Tensor) -> Tensor:
@@ -386,7 +399,7 @@ class Losses:
                 self.read_cell_head(touching), batch.cells[partly]
             )
             guess = self.patch_place_head(touching)
-            patch_places = F.smooth_l1_loss(guess, batch.places[partly], beta=0.05)
+            patch_places = F.smooth_l1_loss(guess, batch.places[partly], beta=CLOSE)
             surprise = -(batch.patches * scores.log_softmax(-1)).sum(-1)
             # Most patches show background, which is soon learned: objects count four times.
             weight = 1 - 0.75 * batch.patches[..., -1]

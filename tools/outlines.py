@@ -68,23 +68,31 @@ def outline(points: np.ndarray, vertices: int = 24) -> np.ndarray:
     return np.clip(polygon, low, high)
 
 
-def outline_along(points: np.ndarray, vertices: int = 32) -> np.ndarray:
-    """Polygon that follows a ``contour`` [n, 2]: float64 [vertices, 2] (x, y) px.
+def outline_along(points: np.ndarray, vertices: int = 32, starts: int = 1) -> np.ndarray:
+    """Polygon that follows a ``contour`` [n, 2]: float64 [starts · vertices, 2] (x, y) px.
 
     Coordinates are of pixel edges: a mask of one pixel at (0, 0) spans 0..1. The vertices are at
     even steps along the contour, clockwise, in a frame where the piece's box is a square, from
     where the box's upright middle line first meets the piece; they are moved off it to where the
     polygon is nearest to all of the contour. An empty contour gives [0, 2].
+
+    With more ``starts`` than one there is a polygon from each of as many places within the first
+    step, and a vertex of each follows in turn: element ``starts · k + i`` is the k-th vertex of the
+    polygon that begins ``i / starts`` of a step further on.
     """
     if not len(points):
         return points
     low, high = points.min(0), points.max(0)
     loop = _from_the_top((points - low) / (high - low))
     reached = _lengths(loop)
-    steps = np.arange(vertices * _STEPS) * (reached[-1] / (vertices * _STEPS))
+    step = reached[-1] / vertices
     closed = np.concatenate([loop, loop[:1]])
-    samples = np.column_stack([np.interp(steps, reached, closed[:, axis]) for axis in (0, 1)])
-    return low + (high - low) * (_spline(vertices, _STEPS) @ samples).clip(0, 1)
+    polygons = np.empty((vertices, starts, 2))
+    for start in range(starts):
+        places = (np.arange(vertices * _STEPS) / _STEPS + start / starts) * step % reached[-1]
+        samples = np.column_stack([np.interp(places, reached, closed[:, axis]) for axis in (0, 1)])
+        polygons[:, start] = _spline(vertices, _STEPS) @ samples
+    return low + (high - low) * polygons.reshape(-1, 2).clip(0, 1)
 
 
 def _from_the_top(loop: np.ndarray) -> np.ndarray:

@@ -30,6 +30,8 @@ CELLS = 7
 """Cells per side of a patch, in which shapes are told."""
 OBJECTS = 5
 VERTICES = 32
+STARTS = 4
+"""Places within the first step along a contour from which there is a polygon round it."""
 POINTS = 4
 """Points on each object, for spatial references."""
 _CHUNK = 100
@@ -39,7 +41,7 @@ _SHAPES: dict[str, tuple[tuple[int, ...], type]] = {
     "nouns": ((OBJECTS,), np.int16),
     "shares": ((OBJECTS, GRID * GRID), np.uint8),
     "boxes": ((OBJECTS, 4), np.float32),
-    "outlines": ((OBJECTS, VERTICES, 2), np.float32),
+    "outlines": ((OBJECTS, STARTS * VERTICES, 2), np.float32),
     "points": ((OBJECTS, POINTS, 2), np.float32),
 }
 
@@ -54,8 +56,9 @@ class Scenes:
     ``arrays`` holds tensors: ``images`` uint8 [N, 336, 336, 3]; ``nouns`` int16 [N, 5] index into
     ``names``, -1 for none; ``shares`` uint8 [N, 5, 576] part of each patch that shows the object,
     255 for all of it; ``boxes`` float32 [N, 5, 4] (cx, cy, w, h); ``outlines`` float32
-    [N, 5, 32, 2] (x, y); ``points`` float32 [N, 5, 4, 2] on the object. The first ``ready`` of them
-    can be read.
+    [N, 5, 128, 2] (x, y), each fourth of which is a vertex of the outline, and those between of
+    outlines that begin a quarter, a half and three quarters of a step further on; ``points``
+    float32 [N, 5, 4, 2] on the object. The first ``ready`` of them can be read.
     """
 
     def __init__(self, names: Sequence[str], arrays: dict[str, Tensor], ready: int) -> None:
@@ -83,7 +86,7 @@ def build_store(
 ) -> Scenes:
     """Draw ``count`` training scenes with every core, unless the folder holds just these."""
     about = {"names": list(nouns), "styles": list(styles), "seed": seed, "count": count}
-    about["side"] = SIDE
+    about |= {"side": SIDE, "vertices": VERTICES, "starts": STARTS}
     told = folder / "store.json"
     if not (told.exists() and json.loads(told.read_text()) == about):
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +190,6 @@ def _drawn(job: Job) -> tuple[int, dict[str, np.ndarray]]:
             arrays["nouns"][row, slot] = index[found.noun]
             arrays["shares"][row, slot] = np.rint(cells.ravel() * 255)
             arrays["boxes"][row, slot] = [*((low + high) / 2), *(high - low)]
-            arrays["outlines"][row, slot] = outline_along(around, VERTICES) / SIDE
+            arrays["outlines"][row, slot] = outline_along(around, VERTICES, STARTS) / SIDE
             arrays["points"][row, slot] = (np.stack([columns, rows], 1)[pick] + 0.5) / SIDE
     return start, arrays

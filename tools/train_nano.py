@@ -59,6 +59,7 @@ LOSSES = (
     "place",
     "look",
     "vertex",
+    "off",
     "marks",
     "offsets",
     "patch_places",
