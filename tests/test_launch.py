@@ -1045,6 +1045,19 @@ def test_an_answer_that_is_none_ends_the_wait_or_the_drain(
         assert not cluster.drain({"applications": [graph()]}, url, 0.3)
 
 
+@contextlib.contextmanager
+def saying(
+    application: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[LocalCluster, str]]:
+    """A cluster whose dashboard says this of the application, and the dashboard's address."""
+    body = json.dumps({"applications": {"segment": application}}).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with answering(head + body) as url:
+        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
+        monkeypatch.setattr(cluster, "check", lambda: None)
+        yield cluster, url
+
+
 def test_a_replica_that_cannot_start_is_named_with_what_it_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1059,13 +1072,8 @@ def test_a_replica_that_cannot_start_is_named_with_what_it_raised(
         "message": "Failed to update ['Model'].",
         "deployments": deployments,
     }
-    body = json.dumps({"applications": {"segment": failed}}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with answering(head + body) as url:
-        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
-        monkeypatch.setattr(cluster, "check", lambda: None)
-        with pytest.raises(LaunchError) as error:
-            cluster.api.serves(url)
+    with saying(failed, monkeypatch) as (cluster, url), pytest.raises(LaunchError) as error:
+        cluster.api.serves(url)
     assert str(error.value).endswith(
         "\nModel: ConfigError: model.path: there is no checkpoint at /nope"
     )
@@ -1076,13 +1084,8 @@ def test_a_start_that_takes_longer_than_it_may_hides_how_to_give_it_longer(
 ) -> None:
     """Of a checkpoint that every node fetches first, say."""
     starting = {"status": "DEPLOYING", "message": "", "deployments": {}}
-    body = json.dumps({"applications": {"segment": starting}}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with answering(head + body) as url:
-        cluster = LocalCluster(dashboard_port=int(url.rpartition(":")[2]))
-        monkeypatch.setattr(cluster, "check", lambda: None)
-        with pytest.raises(LaunchError) as error:
-            cluster.wait_ready(f"{url}/healthz", 0.5)
+    with saying(starting, monkeypatch) as (cluster, url), pytest.raises(LaunchError) as error:
+        cluster.wait_ready(f"{url}/healthz", 0.5)
     said = str(error.value)
     assert said.startswith("the application did not start in 0.5 s (serve_graph up has --start-s")
     assert "\nsegment is DEPLOYING: no reason given\n" in said

@@ -370,10 +370,8 @@ class BatchMaker:
             wanted.append(ahead * KEPT)
             ahead = wanted[-1] + slips[..., k]
             fed.append(ahead)
-        places = torch.arange(n, device=self.device) + torch.stack([*wanted, *fed], -1).unflatten(
-            -1, (2, n)
-        )
-        wanted, fed = _along(outline, places).unbind(2)
+        places = torch.arange(n, device=self.device).repeat(2) + torch.stack([*wanted, *fed], -1)
+        wanted, fed = _along(outline, places).split(n, 2)
         centre, size = box[..., None, :2], box[..., None, 2:]
         reach = 1 + self._normal(b, q, 1) * 0.02
         astray = (self._normal(b, q, n, 1) * 0.8).exp()
@@ -383,22 +381,12 @@ class BatchMaker:
 
 
 def _along(outline: Tensor, places: Tensor) -> Tensor:
-    """Where outlines of ``STARTS`` polygons [B, Q, 128, 2] are at ``places`` [B, Q, m, 32], in
-    steps from their first vertices: [B, Q, m, 32, 2]."""
-    at = places * STARTS
+    """Where outlines of ``STARTS`` polygons [B, Q, 128, 2] are at ``places`` [B, Q, m], in steps
+    from their first vertices: [B, Q, m, 2]."""
+    at = (places * STARTS)[..., None].expand(*places.shape, 2)
     low = at.floor()
-    ends = [
-        _vertices(outline, ((low + end) % outline.shape[2]).long().flatten(2)).unflatten(
-            2, at.shape[2:]
-        )
-        for end in (0, 1)
-    ]
-    return ends[0].lerp(ends[1], (at - low)[..., None])
-
-
-def _vertices(outlines: Tensor, which: Tensor) -> Tensor:
-    """Of outlines [B, Q, n, 2] the vertices of these numbers, [B, Q, m] -> [B, Q, m, 2]."""
-    return outlines.gather(2, which[..., None].expand(*which.shape, 2))
+    before, after = (outline.gather(2, (low + end).long() % outline.shape[2]) for end in (0, 1))
+    return before.lerp(after, at - low)
 
 
 def path_ids(shape: Tensor, level_ids: Tensor, commands: Sequence[int]) -> Tensor:

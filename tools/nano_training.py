@@ -29,7 +29,8 @@ SIGMA = 2.0
 """How far a level that is wanted spreads over its neighbours (standard deviation), levels. Where it
 spreads as far as the model errs, being nearer is hardly worth anything."""
 CLOSE = 0.02
-"""What is regressed in sides of a box: errors up to this count by their square."""
+"""Errors of the next vertex, and of where a patch lies in its box, up to which they count by their
+square, sides of the box."""
 IGNORE = -100
 SHAPE_BLOCK = 2
 """Vision block after which a patch tells which of its cells the object covers. The blocks after it
@@ -292,9 +293,8 @@ class Losses:
     def _off(self, logits: Tensor, target: Tensor) -> Tensor:
         """How far the likeliest numbers of a path are from those wanted, levels."""
         levels = self.level_of[target]
-        numbers = levels >= 0
-        said = logits[numbers][:, self.level_ids].argmax(-1)
-        return (said - levels[numbers]).abs().float().mean()
+        said = logits[:, self.level_ids].argmax(-1)
+        return (said - levels)[levels >= 0].abs().float().mean()
 
     def decoded(self, image: Tensor, batch: Batch, told: Collection[int] = LOOK_HEADS) -> Decoded:
         """What the decoder makes of a batch whose pictures are encoded, [B, 576, dim]."""
